@@ -1,0 +1,224 @@
+"""Attention over packed trees, registered with transformers beside the implementation that the user chose.
+
+`TREE_PREFIX + name` is the user's implementation `name` with one addition: a forward pass that brings `segments` is
+attended segment by segment. Without `segments` (generation, callbacks) it is the user's implementation itself.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from axolotl_mopo.engine.trees import Segments
+
+TREE_PREFIX = "mopo_tree_"
+TREE_BACKENDS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+
+
+def use_tree_attention(model: PreTrainedModel) -> None:
+    """Let `model` take packed trees; its chosen attention implementation stays the one for everything else.
+
+    A model that caps its attention scores goes by `eager` where it was loaded with `sdpa`, which ignores the cap.
+    """
+    chosen = model.config._attn_implementation
+    if chosen.startswith(TREE_PREFIX):
+        return
+    if chosen == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
+        chosen = "eager"  # sdpa leaves the cap out
+    AttentionInterface.register(TREE_PREFIX + chosen, partial(tree_attention, implementation=chosen))
+    AttentionMaskInterface.register(TREE_PREFIX + chosen, ALL_MASK_ATTENTION_FUNCTIONS[chosen])
+    model.set_attn_implementation(TREE_PREFIX + chosen)
+
+
+def use_plain_attention(model: PreTrainedModel) -> None:
+    """Undo `use_tree_attention`."""
+    model.set_attn_implementation(model.config._attn_implementation.removeprefix(TREE_PREFIX))
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    implementation: str,
+    segments: Segments | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function for packed trees.
+
+    Args:
+        module: the attention layer.
+        query: [1, heads, T, head_dim].
+        key, value: [1, key heads, T, head_dim].
+        attention_mask: used only where `segments` is None.
+        implementation: the user's attention implementation, `sdpa`, `eager` or a flash-attention.
+        segments: who sees whom; None asks for ordinary attention.
+        scaling: factor on the scores; 1 / sqrt(head_dim) where None.
+        sliding_window: how many tokens back a query sees, itself included.
+        softcap: bound of the scores, `softcap * tanh(score / softcap)`.
+        **kwargs: whatever else the model hands its attention; passed on where `segments` is None.
+
+    Returns:
+        The attended values [1, T, heads, head_dim], and None.
+    """
+    if segments is None:
+        fallback: Callable[..., Any] = _eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        return fallback(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            **kwargs,
+        )
+    key, value = key[:, :, segments.key_index], value[:, :, segments.key_index]
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if implementation.startswith("flash_attention"):
+        attended = _flash(query, key, value, segments, implementation, scaling, sliding_window, softcap)
+    elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None:
+        attended = _varlen(query, key, value, segments, scaling, sliding_window)
+    else:
+        attended = _by_segment(query, key, value, segments, scaling, sliding_window, softcap)
+    return attended, None
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    implementation: str,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return _flash_attention_forward(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        None,
+        query_length=query.shape[2],
+        is_causal=True,
+        softmax_scale=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        cu_seq_lens_q=segments.cu_seq_q,  # type: ignore[arg-type]
+        cu_seq_lens_k=segments.cu_seq_k,  # type: ignore[arg-type]
+        max_length_q=max(segments.query_lengths),
+        max_length_k=max(segments.key_lengths),
+        attn_implementation=implementation,
+    )
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, sliding_window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    attended = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        segments.cu_seq_q,
+        segments.cu_seq_k,
+        max(segments.query_lengths),
+        max(segments.key_lengths),
+        scale=scaling,
+        # (-1, 0) is causal without a window; the window counts the tokens before the query.
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(attended, Tensor)  # noqa: S101 (it returns a tuple only where auxiliary outputs are asked for)
+    return attended[None]
+
+
+def _by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    # Grouped heads and a bottom-right causal flag would send scaled_dot_product_attention to its slow path on a CPU.
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    attended = []
+    for q, k, v in zip(
+        query.split(segments.query_lengths, dim=2),
+        key.split(segments.key_lengths, dim=2),
+        value.split(segments.key_lengths, dim=2),
+        strict=True,
+    ):
+        windowed = sliding_window is not None and k.shape[2] > sliding_window
+        if softcap is not None:
+            mask = _bottom_right_mask(q.shape[2], k.shape[2], sliding_window, q.device)
+            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+            attended.append(_scores_to_values(q, k, v, bias, scaling, softcap))
+        elif q.shape[2] == k.shape[2] and not windowed:
+            attended.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+        else:
+            mask = _bottom_right_mask(q.shape[2], k.shape[2], sliding_window, q.device)
+            attended.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling))
+    return torch.cat(attended, dim=2).transpose(1, 2).contiguous()
+
+
+def _bottom_right_mask(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    query_position = torch.arange(keys - queries, keys, device=device)[:, None]
+    key_position = torch.arange(keys, device=device)
+    mask = key_position <= query_position
+    if sliding_window is not None:
+        mask &= query_position - key_position < sliding_window
+    return mask
+
+
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    groups = query.shape[1] // key.shape[1]
+    attended = _scores_to_values(
+        query,
+        key.repeat_interleave(groups, dim=1),
+        value.repeat_interleave(groups, dim=1),
+        attention_mask,
+        scaling if scaling is not None else query.shape[-1] ** -0.5,
+        softcap,
+    )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _scores_to_values(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, softcap: float | None
+) -> Tensor:
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    # At least float32: a half-precision softmax loses the small probabilities.
+    probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return probs.to(value.dtype) @ value
