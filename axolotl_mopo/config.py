@@ -1,0 +1,287 @@
+"""The two YAML blocks, every check of them, every error text. Nothing heavy is imported here."""
+
+import difflib
+import math
+from collections.abc import Mapping, MutableMapping
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+INTEGRATED = "integrated"
+"""Name of AMoPO's prompt that asks for all dimensions together."""
+
+WeightingScheme = Literal["gaussian", "mean", "uniform"]
+
+
+class ConfigError(ValueError):
+    """A setting in the YAML that cannot work; the text names the key and says the mend."""
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("input should be a number, not true or false")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class Block(BaseModel):
+    """A YAML block of ours: unknown keys, NaN and infinity are errors."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+B = TypeVar("B", bound=Block)
+
+
+class ColumnMargin(Block):
+    """A margin reward that the data set already holds."""
+
+    source: Literal["column"]
+    field: str | None = Field(None, description="the name of the score in the data set; the margin's own where omitted")
+
+
+class LengthMargin(Block):
+    """Minus the length of the response, for shorter answers."""
+
+    source: Literal["length"]
+    unit: Literal["tokens", "words", "characters"] = Field("tokens", description="one of tokens, words, characters")
+
+
+Margin = Annotated[ColumnMargin | LengthMargin, Field(discriminator="source")]
+
+
+class MODPOConfig(Block):
+    """The `modpo:` block."""
+
+    objective: str = Field(description="the name of what `chosen` over `rejected` means in the data")
+    weights: dict[str, Number] = Field(description="a mapping from the objective and every margin to its weight")
+    beta: Number = Field(0.1, gt=0, description="a positive number; 0.1 is the authors'")
+    loss_type: Literal["sigmoid", "hinge"] = Field("sigmoid", description="sigmoid or hinge")
+    margins: dict[str, Margin] = Field({}, description="a mapping from a name to {source: column} or {source: length}")
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.objective not in self.weights:
+            raise ValueError(
+                f"weights has no entry for the objective {self.objective!r}; add `{self.objective}: 0.5`"
+                f"{_did_you_mean(self.objective, self.weights)}"
+            )
+        if self.objective in self.margins:
+            raise ValueError(
+                f"margins names the objective {self.objective!r} itself; a margin is the reward of another objective"
+            )
+        weighted, given = set(self.weights) - {self.objective}, set(self.margins)
+        if missing := sorted(weighted - given):
+            raise ValueError(
+                f"weights names {', '.join(missing)}, for which margins has no entry; add "
+                f"`{missing[0]}: {{source: column}}` under margins, or drop the weight"
+            )
+        if unweighted := sorted(given - weighted):
+            raise ValueError(
+                f"margins names {', '.join(unweighted)}, for which weights has no entry; add "
+                f"`{unweighted[0]}: 0.5` under weights, or drop the margin"
+            )
+        if self.objective_weight <= 0:
+            raise ValueError(
+                f"the weight of the objective {self.objective!r} is {self.objective_weight:g} but must be positive: "
+                "the loss divides by it; at weight 0 the optimal policy is that of the margins alone, so train that "
+                "one directly on their own preferences"
+            )
+        return self
+
+    @property
+    def objective_weight(self) -> float:
+        """w_k."""
+        return self.weights[self.objective]
+
+    @property
+    def margin_weights(self) -> list[float]:
+        """w_j, in the order of `margins`."""
+        return [self.weights[name] for name in self.margins]
+
+
+class AMoPOConfig(Block):
+    """The `amopo:` block."""
+
+    dimensions: list[str] = Field(min_length=1, description="a list of at least one score name, [helpfulness, ...]")
+    integrated: bool = Field(True, description="true or false")
+    beta: Number = Field(0.8, gt=0, description="a positive number; 0.8 is the authors'")
+    gamma: Number = Field(2.0, ge=0, description="a number of at least 0; 2.0 is the authors'")
+    loss_type: Literal["simpo", "orpo"] = Field("simpo", description="simpo or orpo")
+    weighting: WeightingScheme | dict[str, float] = "gaussian"
+    temperature: Number = Field(1.0, gt=0, description="a positive number; 1.0 is the paper's")
+    score_range: tuple[Number, Number] = Field((1, 5), description="[lowest, highest], two different numbers")
+    sft_coef: Number = Field(0.0, ge=0, description="a number of at least 0; 0.0 leaves the term out")
+
+    @field_validator("dimensions")
+    @classmethod
+    def _distinct(cls, dimensions: list[str]) -> list[str]:
+        if repeated := sorted({name for name in dimensions if dimensions.count(name) > 1}):
+            raise ValueError(f"{', '.join(repeated)} stands there more than once; name every dimension once")
+        if any(not name.strip() for name in dimensions):
+            raise ValueError("a dimension has an empty name; a dimension is the name of a score in the data set")
+        return dimensions
+
+    @field_validator("weighting", mode="before")
+    @classmethod
+    def _known_weighting(cls, weighting: Any) -> Any:
+        schemes = get_args(WeightingScheme)
+        if isinstance(weighting, Mapping):
+            for name, weight in weighting.items():
+                if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+                    raise ValueError(f"the weight of {name} is {weight!r}; it must be a finite number of at least 0")
+            if abs(sum(weighting.values()) - 1) > 1e-6:
+                raise ValueError(f"the weights sum to {sum(weighting.values()):g}; they must sum to 1")
+        elif weighting not in schemes:
+            raise ValueError(
+                f"unknown weighting {weighting!r}; use one of {', '.join(schemes)}, or {{dimension: weight, ...}}"
+                f"{_did_you_mean(str(weighting), schemes)}"
+            )
+        return weighting
+
+    @field_validator("score_range")
+    @classmethod
+    def _ascending(cls, score_range: tuple[float, float]) -> tuple[float, float]:
+        if score_range[0] >= score_range[1]:
+            raise ValueError(f"the lowest score {score_range[0]:g} is not below the highest {score_range[1]:g}")
+        return score_range
+
+    @model_validator(mode="after")
+    def _prompts_fit(self) -> Self:
+        if self.integrated and INTEGRATED in self.dimensions:
+            raise ValueError(
+                f"a dimension is named {INTEGRATED!r}, as the prompt that asks for all of them is; rename the "
+                "dimension or set `integrated: false`"
+            )
+        if isinstance(self.weighting, dict) and set(self.weighting) != set(self.prompt_names):
+            raise ValueError(
+                f"weighting names {', '.join(self.weighting)}, but the prompts are {', '.join(self.prompt_names)}; "
+                "give each of them a weight"
+            )
+        return self
+
+    @property
+    def prompt_names(self) -> list[str]:
+        """The D prompts of every pair, in order."""
+        return [INTEGRATED, *self.dimensions] if self.integrated else list(self.dimensions)
+
+
+BLOCKS: dict[str, type[MODPOConfig] | type[AMoPOConfig]] = {"modpo": MODPOConfig, "amopo": AMoPOConfig}
+
+_OTHER_METHODS_KEYS = {
+    "rl_beta": "beta",
+    "simpo_gamma": "gamma",
+    "cpo_alpha": "sft_coef",
+    "orpo_alpha": "beta",
+    "trl": "beta",
+}
+
+
+class MOPOArgs(BaseModel):
+    """The fields that the plugin adds to Axolotl's configuration."""
+
+    modpo: MODPOConfig | None = None
+    amopo: AMoPOConfig | None = None
+    mopo_data: dict[str, Any] | None = None
+    """What `axolotl_mopo.data.entries` learned of each data set; filled in by the plugin, not by the user."""
+
+
+def fold_dotted_keys(cfg: MutableMapping[str, Any]) -> None:
+    """Move top-level keys such as `modpo.weights` into their block, in place; a sweep replaces top-level keys only."""
+    for dotted in [key for key in cfg if key.partition(".")[0] in BLOCKS and "." in key]:
+        *parents, key = dotted.split(".")
+        block = cfg
+        for parent in parents:
+            if block.get(parent) is None:
+                block[parent] = {}
+            block = block[parent]
+            if not isinstance(block, MutableMapping):
+                raise ConfigError(f"`{dotted}`: `{parent}` is not a mapping, so nothing can be set in it")
+        block[key] = cfg.pop(dotted)
+
+
+def read_method(cfg: Mapping[str, Any], method: str) -> MODPOConfig | AMoPOConfig:
+    """Check the raw YAML of a run of `rl: <method>` and return the method's block.
+
+    Raises:
+        ConfigError: naming every wrong key of the block, or the keys outside it that contradict it.
+    """
+    (other,) = set(BLOCKS) - {method}
+    if cfg.get(other) is not None:
+        raise ConfigError(f"`{other}:` stands beside `rl: {method}`; drop the block, or set `rl: {other}`")
+    if cfg.get(method) is None:
+        required = "objective and weights" if method == "modpo" else "dimensions"
+        raise ConfigError(f"`rl: {method}` needs a block `{method}:` with at least {required}")
+    for key, ours in _OTHER_METHODS_KEYS.items():
+        if cfg.get(key) is not None:
+            raise ConfigError(f"`{key}` has no effect with `rl: {method}`; remove it (see `{method}.{ours}`)")
+    if cfg.get("pad_to_multiple_of"):
+        raise ConfigError(f"`pad_to_multiple_of` has no effect with `rl: {method}`, which packs; remove it")
+    if (cfg.get("context_parallel_size") or 1) > 1:
+        raise ConfigError(f"`context_parallel_size` above 1 does not work with `rl: {method}`; remove it")
+    if cfg.get("remove_unused_columns"):
+        raise ConfigError(f"`remove_unused_columns: true` would drop the columns of `rl: {method}`; remove it")
+    if method == "modpo" and (cfg.get("fsdp") or cfg.get("fsdp_config") or cfg.get("deepspeed")):
+        raise ConfigError(
+            "`rl: modpo` does not run with FSDP or DeepSpeed yet: its reference pass needs the whole model in each "
+            "process; remove `fsdp`, `fsdp_config` and `deepspeed` (plain data parallelism and LoRA do work)"
+        )
+    return parse_block(BLOCKS[method], cfg[method], method)
+
+
+def no_stray_block(cfg: Mapping[str, Any]) -> None:
+    """Refuse a `modpo:` or `amopo:` block under an `rl:` that would ignore it.
+
+    Raises:
+        ConfigError: naming block and `rl`.
+    """
+    for method in BLOCKS:
+        if cfg.get(method) is not None:
+            raise ConfigError(
+                f"the block `{method}:` has no effect with `rl: {cfg.get('rl')}`; set `rl: {method}`, or drop the block"
+            )
+
+
+def parse_block(block: type[B], raw: Any, path: str) -> B:
+    """Validate a YAML mapping as a block of ours.
+
+    Raises:
+        ConfigError: one line for each wrong key: where, what, and the mend.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"`{path}` must be a mapping of keys to values, not {raw!r}")
+    try:
+        return block.model_validate(dict(raw))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(block, path, dict(details)) for details in error.errors())) from None
+
+
+def _explain(block: type[Block], path: str, error: dict[str, Any]) -> str:
+    fields: Any = block
+    keys = [key for key in error["loc"] if key != "[key]"]
+    if keys[:1] == ["margins"] and len(keys) > 2:
+        # pydantic puts the chosen source between the margin's name and its key.
+        fields = {"column": ColumnMargin, "length": LengthMargin}[keys.pop(2)]
+    where = "`" + ".".join([path, *map(str, keys)]) + "`"
+    field = fields.model_fields.get(str(keys[-1])) if keys else None
+    expected = f"; expected {field.description}" if field and field.description else ""
+    match error["type"]:
+        case "extra_forbidden":
+            known = ", ".join(fields.model_fields)
+            return f"{where} is not a known key{_did_you_mean(str(keys[-1]), fields.model_fields)}; known are {known}"
+        case "missing":
+            return f"{where} is missing{expected}"
+        case "union_tag_not_found" | "union_tag_invalid":
+            return f"{where} needs `source: column` or `source: length`, not {error['input']!r}"
+        case "value_error":
+            return f"{where}: {error['ctx']['error']}"
+        case _:
+            message = error["msg"][0].lower() + error["msg"][1:]
+            return f"{where}: {message}, not {error['input']!r}{expected}"
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""

@@ -1,0 +1,67 @@
+"""The plugin itself: the only room that knows Axolotl's hooks."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.dict import DictDefault
+
+from axolotl_mopo.config import BLOCKS, ConfigError, fold_dotted_keys, no_stray_block, read_method
+from axolotl_mopo.data.entries import bind_entries
+
+_TRAINERS = {"modpo": "axolotl_mopo.trainers.MODPOTrainer", "amopo": "axolotl_mopo.trainers.AMoPOTrainer"}
+# ORPO is the host's one preference path that loads no reference model and hands the trainer a model with adapters.
+_HOST_RL = "orpo"
+
+
+@dataclass
+class MOPOTrainingArgs:
+    """The fields that the plugin adds to Axolotl's training arguments: the block of the method in use, as a dict."""
+
+    modpo: dict[str, Any] | None = field(default=None, metadata={"help": "The `modpo:` block."})
+    amopo: dict[str, Any] | None = field(default=None, metadata={"help": "The `amopo:` block."})
+
+
+class MOPOPlugin(BasePlugin):
+    """Adds `rl: modpo` and `rl: amopo` to Axolotl.
+
+    Add `axolotl_mopo.MOPOPlugin` to `plugins:`. Under any other `rl:` the plugin does nothing.
+    """
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Check our part of the raw YAML and turn it into what the host knows; doing so twice changes nothing.
+
+        Raises:
+            ConfigError: before a model or a data set is loaded.
+        """
+        fold_dotted_keys(cfg)
+        method = _method(cfg)
+        if method is None:
+            no_stray_block(cfg)
+            return
+        block = read_method(cfg, method)
+        cfg["rl"], cfg["trainer_cls"] = _HOST_RL, _TRAINERS[method]
+        bind_entries(cfg, method, block)
+
+    def get_input_args(self) -> str:
+        """The pydantic fields that join the host's configuration."""
+        return "axolotl_mopo.config.MOPOArgs"
+
+    def get_training_args_mixin(self) -> str:
+        """The dataclass fields that join the host's training arguments."""
+        return "axolotl_mopo.plugin.MOPOTrainingArgs"
+
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
+        """The block of the method in use, for the trainer."""
+        return {method: cfg[method].to_dict() for method in BLOCKS if cfg.get(method)}
+
+
+def _method(cfg: dict[str, Any]) -> str | None:
+    rl, trainer = cfg.get("rl"), cfg.get("trainer_cls")
+    if rl == _HOST_RL and trainer in _TRAINERS.values():  # registered before
+        return next(method for method, ours in _TRAINERS.items() if ours == trainer)
+    if rl not in BLOCKS:
+        return None
+    if trainer:
+        raise ConfigError(f"`trainer_cls` has no effect with `rl: {rl}`, which brings its own trainer; remove it")
+    return rl
