@@ -1,0 +1,1 @@
+"""Raw data set -> canonical row -> token ids."""

@@ -1,0 +1,70 @@
+"""Conversations -> text -> token ids, through the tokenizer's own chat template."""
+
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from axolotl_mopo.data.rows import DataError, Message, RowError
+
+
+class ChatRenderer:
+    """Renders prompts and completions so that one continues the other, each tokenised apart.
+
+    Args:
+        tokenizer: with a chat template.
+
+    Raises:
+        DataError: where the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                "the tokenizer has no chat template; set `chat_template:` in the YAML, for instance to chatml"
+            )
+        self._tokenizer = tokenizer
+        probe = "a"
+        ending = self._render([{"role": "user", "content": probe}, {"role": "assistant", "content": probe}])
+        ending = ending[ending.rindex(probe) + len(probe) :]
+        self._after_turn = ending[len(ending.rstrip()) :]
+        """What the template writes after the end-of-turn token; no part of the completion."""
+        self._missing_end = "" if ending.strip() else tokenizer.eos_token or ""
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The conversation up to and with the header of the assistant's turn."""
+        return self._render(messages, add_generation_prompt=True)
+
+    def completion(self, messages: Sequence[Message], response: str) -> str:
+        """What follows the prompt's text where the assistant answers `response`, its end-of-turn token included.
+
+        Raises:
+            RowError: where the template writes the conversation differently once it is answered.
+        """
+        prompt = self.prompt(messages)
+        answered = self._render([*messages, {"role": "assistant", "content": response}])
+        if not answered.startswith(prompt):
+            raise RowError(
+                "the chat template writes the prompt differently once the response follows, so the response's tokens "
+                "cannot be told apart; choose another `chat_template:`"
+            )
+        return answered[len(prompt) :].removesuffix(self._after_turn) + self._missing_end
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        rendered = self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        assert isinstance(rendered, str)  # noqa: S101 (tokenize=False)
+        return rendered
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
+    """Token ids of texts that hold their special tokens already."""
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+
+def shorten(tokenizer: PreTrainedTokenizerBase, ids: list[int], limit: int) -> tuple[list[int], str]:
+    """The first tokens, at most `limit`, and a text that is tokenised to no more than that."""
+    ids = ids[:limit]
+    while len(tokenize(tokenizer, [text := str(tokenizer.decode(ids))])[0]) > limit:
+        ids = ids[:-1]
+    return ids, text
