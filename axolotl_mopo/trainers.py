@@ -1,0 +1,328 @@
+"""The trainers: what the two methods share, and the few lines in which they differ.
+
+Imported by the host only after it has prepared TRL and its own training arguments, so nothing else imports this module.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate.utils import gather_object, send_to_device, tqdm
+from axolotl.core.trainers.mixins import DistributedParallelMixin, RngLoaderMixin
+from axolotl.core.trainers.mixins.optimizer import OptimizerInitMixin, OptimizerMixin
+from axolotl.core.trainers.mixins.scheduler import SchedulerMixin
+from axolotl.utils.logging import get_logger
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.utils import disable_dropout_in_model
+
+from axolotl_mopo.config import AMoPOConfig, MODPOConfig
+from axolotl_mopo.engine.layout import accept_trees
+from axolotl_mopo.engine.scoring import CompletionScores, by_side, score
+from axolotl_mopo.engine.trees import Pair, pack, pad
+from axolotl_mopo.losses import adaptive_weights, amopo_loss, modpo_loss
+from axolotl_mopo.metrics import MetricWindow
+
+LOG = get_logger("axolotl.mopo")
+
+Batch = dict[str, Any]
+Features = Sequence[Mapping[str, Any]]
+
+
+class MultiObjectiveTrainer(
+    RngLoaderMixin, SchedulerMixin, OptimizerMixin, OptimizerInitMixin, DistributedParallelMixin, Trainer
+):
+    """What MODPO and AMoPO share: packing, scoring, metrics and the model card.
+
+    A child gives `pair_losses` and, where its batches hold more than token ids, `collate`.
+    """
+
+    tag_names: ClassVar[list[str]]
+    citation: ClassVar[str]
+
+    model: Any
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, train_dataset: Dataset, **kwargs: Any) -> None:
+        disable_dropout_in_model(model)
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        base.add_model_tags(self.tag_names)
+        reason = accept_trees(model, base, _pair(train_dataset[0]))
+        if reason:
+            LOG.warning("%s is trained in padded rows, not in packed trees: %s.", type(base).__name__, reason)
+        else:
+            LOG.info("%s is trained in packed prefix trees.", type(base).__name__)
+        self._packs = reason is None
+        self._metrics = {"train": MetricWindow(), "eval": MetricWindow()}
+        kwargs["data_collator"] = self.collate
+        super().__init__(model=model, train_dataset=train_dataset, **kwargs)
+        # The loss is a mean over pairs; the host divides it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+
+    def pair_losses(self, scores: CompletionScores, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method: scores of the batch's completions -> losses [B] and metrics, each [B]."""
+        raise NotImplementedError
+
+    def collate(self, features: Features) -> Batch:
+        """Rows of the prepared data set -> one batch on the CPU."""
+        pairs = [_pair(row) for row in features]
+        if self._packs:
+            return pack(pairs)
+        tokenizer = self.processing_class
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)  # noqa: S101 (the host passes its tokenizer)
+        return pad(pairs, pad_token_id=tokenizer.pad_token_id or 0)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean loss over the pairs of a micro-batch."""
+        losses, metrics = self.pair_losses(score(model, inputs), inputs)
+        self._metrics["train" if model.training else "eval"].add({"loss": losses, **metrics})
+        loss = losses.mean()
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss and metrics of an evaluation batch; there are no predictions to gather."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The host's loop, with our metrics among its own and a loss that is the mean over pairs."""
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        means = {f"{prefix}_{name}": value for name, value in self._pop_metrics("eval").items()}
+        return output._replace(metrics={**(output.metrics or {}), **means})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the means of the logging window where the host logs the training loss."""
+        if "loss" in logs:
+            # The host's own mean of the loss stays; it is the same number.
+            logs |= {**self._pop_metrics("train"), "loss": logs["loss"]}
+        super().log(logs, start_time)
+
+    def _pop_metrics(self, mode: Literal["train", "eval"]) -> dict[str, float]:
+        statistics = self._metrics[mode].pop(self.accelerator)
+        spreads = {
+            name.replace("weights/", "weights_std/"): statistic.std
+            for name, statistic in statistics.items()
+            if name.startswith("weights/")
+        }
+        return {name: statistic.mean for name, statistic in statistics.items()} | spreads
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The host's card, with the method's tags and citation."""
+        super().create_model_card(*args, **{**kwargs, "tags": list(self.tag_names)})
+        if self.is_world_process_zero():
+            path = Path(str(self.args.output_dir)) / "README.md"
+            card = ModelCard.load(path)
+            card.text += f"\n\n### Citation\n\n```bibtex\n{self.citation}\n```\n"
+            card.save(path)
+
+
+class AMoPOTrainer(MultiObjectiveTrainer):
+    """`rl: amopo` (arXiv 2506.07165): a prompt for every dimension, no reward model and no reference model."""
+
+    tag_names: ClassVar = ["axolotl", "amopo"]
+    citation: ClassVar = """@inproceedings{liu2025amopo,
+  title     = {{AMoPO}: Adaptive Multi-objective Preference Optimization without Reward Models and Reference Models},
+  author    = {Liu, Qi and Ruan, Jingqing and Li, Hao and Zhao, Haodong and Wang, Desheng and Chen, Jiansong and
+               Guanglu, Wan and Cai, Xunliang and Zheng, Zhi and Xu, Tong},
+  booktitle = {Findings of the Association for Computational Linguistics: ACL 2025},
+  year      = {2025},
+  note      = {arXiv:2506.07165}
+}"""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, args: Any, **kwargs: Any) -> None:
+        self.method = AMoPOConfig.model_validate(args.amopo)
+        self._draw_step, self._draws = -1, 0
+        super().__init__(model, args=args, **kwargs)
+
+    def pair_losses(self, scores: CompletionScores, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `losses.amopo_loss`.
+
+        A dimension's reward is beta * logp / length; rewards that name no dimension are the sum weighted by alpha.
+        """
+        method, names = self.method, self.method.prompt_names
+        chosen, rejected = by_side(scores, len(names))
+        weights = self._weights(chosen, rejected)
+        losses, _ = amopo_loss(
+            chosen.logps,
+            rejected.logps,
+            chosen.lengths,
+            rejected.lengths,
+            weights,
+            beta=method.beta,
+            gamma=method.gamma,
+            loss_type=method.loss_type,
+        )
+        if method.sft_coef:
+            losses = losses - method.sft_coef * (chosen.logps / chosen.lengths).mean(-1)
+        chosen_rewards = method.beta * chosen.logps.detach() / chosen.lengths
+        rejected_rewards = method.beta * rejected.logps.detach() / rejected.lengths
+        margins = chosen_rewards - rejected_rewards
+        metrics = {
+            **_reward_metrics((weights * chosen_rewards).sum(-1), (weights * rejected_rewards).sum(-1)),
+            "logps/chosen": chosen.logps.mean(-1),
+            "logps/rejected": rejected.logps.mean(-1),
+        }
+        for dimension, name in enumerate(names):
+            metrics[f"rewards/margins/{name}"] = margins[:, dimension]
+            metrics[f"rewards/accuracies/{name}"] = margins[:, dimension] > 0
+            metrics[f"weights/{name}"] = weights[:, dimension]
+        return losses, metrics
+
+    def _weights(self, chosen: CompletionScores, rejected: CompletionScores) -> Tensor:
+        weighting, names = self.method.weighting, self.method.prompt_names
+        if weighting == "gaussian" or weighting == "mean":
+            drawn = weighting == "gaussian" and self.model.training
+            return adaptive_weights(
+                chosen.prob_mean,
+                chosen.prob_std,
+                rejected.prob_mean,
+                rejected.prob_std,
+                scheme="gaussian" if drawn else "mean",
+                temperature=self.method.temperature,
+                generator=self._draw_generator() if drawn else None,
+            )
+        fixed = [1 / len(names)] * len(names) if weighting == "uniform" else [weighting[name] for name in names]
+        return torch.tensor(fixed, device=chosen.prob_mean.device).expand_as(chosen.prob_mean)
+
+    def _draw_generator(self) -> torch.Generator:
+        """A generator for this micro-batch alone, so that a resumed run draws what an undisturbed one would."""
+        if self.state.global_step != self._draw_step:
+            self._draw_step, self._draws = self.state.global_step, 0
+        self._draws += 1
+        moment = f"{self.args.seed} {self.args.process_index} {self._draw_step} {self._draws}"
+        seed = random.Random(moment).getrandbits(63)  # noqa: S311 (no secret)
+        return torch.Generator(device=self.args.device).manual_seed(seed)
+
+
+class MODPOTrainer(MultiObjectiveTrainer):
+    """`rl: modpo` (arXiv 2310.03708): DPO on one objective, with the other objectives as a margin.
+
+    The reference is the policy before its first step; its log-probs are computed once, so one model is enough.
+    """
+
+    tag_names: ClassVar = ["axolotl", "modpo"]
+    citation: ClassVar = """@inproceedings{zhou2024modpo,
+  title     = {Beyond One-Preference-Fits-All Alignment: Multi-Objective Direct Preference Optimization},
+  author    = {Zhou, Zhanhui and Liu, Jie and Shao, Jing and Yue, Xiangyu and Yang, Chao and Ouyang, Wanli and
+               Qiao, Yu},
+  booktitle = {Findings of the Association for Computational Linguistics: ACL 2024},
+  year      = {2024},
+  note      = {arXiv:2310.03708}
+}"""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, args: Any, **kwargs: Any) -> None:
+        self.method = MODPOConfig.model_validate(args.modpo)
+        super().__init__(model, args=args, **kwargs)
+        LOG.info("MODPO's effective beta / w_k is %g.", self.method.beta / self.method.objective_weight)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the reference log-probs, then train."""
+        self.train_dataset = self._with_reference(self.train_dataset)
+        if self.eval_dataset is not None:
+            self.eval_dataset = self._with_reference(self.eval_dataset)
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; before any training the policy as it stands is its own reference."""
+        dataset = self._with_reference(self.eval_dataset if eval_dataset is None else eval_dataset)
+        return super().evaluate(dataset, *args, **kwargs)
+
+    def collate(self, features: Features) -> Batch:
+        """As the parent's, with the reference log-probs [B] and the margin rewards [B, J] of the pairs."""
+        columns = ("ref_chosen_logps", "ref_rejected_logps", "chosen_margins", "rejected_margins")
+        return super().collate(features) | {
+            column: torch.tensor([row[column] for row in features], dtype=torch.float32)
+            for column in columns
+            if column in features[0]
+        }
+
+    def pair_losses(self, scores: CompletionScores, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `losses.modpo_loss`.
+
+        `rewards/...` are the implied rewards of the objective that orders the pairs, `rewards/collective_...` are
+        beta * (logp - ref_logp), the reward of all objectives together.
+        """
+        method = self.method
+        policy_chosen_logps, policy_rejected_logps = scores.logps.view(-1, 2).unbind(-1)
+        chosen_margins, rejected_margins = inputs["chosen_margins"], inputs["rejected_margins"]
+        losses, chosen_rewards, rejected_rewards = modpo_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            inputs["ref_chosen_logps"],
+            inputs["ref_rejected_logps"],
+            chosen_margins,
+            rejected_margins,
+            beta=method.beta,
+            objective_weight=method.objective_weight,
+            margin_weights=chosen_margins.new_tensor(method.margin_weights),
+            loss_type=method.loss_type,
+        )
+        collective_chosen = method.beta * (policy_chosen_logps - inputs["ref_chosen_logps"])
+        collective_rejected = method.beta * (policy_rejected_logps - inputs["ref_rejected_logps"])
+        metrics = {
+            **_reward_metrics(chosen_rewards, rejected_rewards),
+            "rewards/collective_chosen": collective_chosen,
+            "rewards/collective_rejected": collective_rejected,
+            "rewards/collective_margins": collective_chosen - collective_rejected,
+            "logps/chosen": policy_chosen_logps,
+            "logps/rejected": policy_rejected_logps,
+        }
+        for margin, name in enumerate(method.margins):
+            metrics[f"margins/{name}/chosen"] = chosen_margins[:, margin]
+            metrics[f"margins/{name}/rejected"] = rejected_margins[:, margin]
+            metrics[f"margins/{name}"] = chosen_margins[:, margin] - rejected_margins[:, margin]
+        return losses, metrics
+
+    @torch.no_grad()
+    def _with_reference(self, dataset: Dataset) -> Dataset:
+        """The data set with the log-probs that the policy gives it now; every rank computes its share."""
+        if "ref_chosen_logps" in dataset.column_names:
+            return dataset
+        world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
+        share = dataset if world_size == 1 else dataset.shard(world_size, rank, contiguous=True)
+        loader = DataLoader(
+            share,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=super().collate,
+        )
+        logps: list[list[float]] = []
+        was_training = self.model.training
+        self.model.eval()
+        for batch in tqdm(loader, desc="Reference log-probs", disable=rank != 0):
+            with self.accelerator.autocast():
+                scores = score(self.model, send_to_device(batch, self.args.device))
+            logps += scores.logps.view(-1, 2).tolist()
+        self.model.train(was_training)
+        if world_size > 1:
+            logps = gather_object(logps)
+        return dataset.add_column("ref_chosen_logps", [chosen for chosen, _ in logps]).add_column(
+            "ref_rejected_logps", [rejected for _, rejected in logps]
+        )
+
+
+def _pair(row: Mapping[str, Any]) -> Pair:
+    return Pair(row["prompt_input_ids"], row["chosen_input_ids"], row["rejected_input_ids"])
+
+
+def _reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": chosen > rejected,
+    }
