@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-
 _SUMS_DTYPE = torch.float64
 """A spread is a small difference of large sums."""
 
