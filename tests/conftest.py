@@ -1,0 +1,79 @@
+"""Tiny real models, the embedded tokenizer, and rows to train on."""
+
+import copy
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from axolotl_mopo.engine.trees import Pair
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ROOT / "example_configs" / "smoke"
+
+_SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# A window of 5 is shorter than every prompt but the shortest.
+CONFIGS = {
+    "llama": LlamaConfig(**_SHAPE),
+    "qwen2": Qwen2Config(**_SHAPE),
+    "mistral": MistralConfig(**_SHAPE, sliding_window=5),
+    "gemma": GemmaConfig(**_SHAPE, head_dim=8),
+    "gemma2": Gemma2Config(**_SHAPE, head_dim=8, sliding_window=5, attn_logit_softcapping=0.5),
+    "gemma3": Gemma3TextConfig(**_SHAPE, head_dim=8, sliding_window=5),
+    "gpt2": GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    ),
+}
+
+
+def build_model(config, attention="sdpa", dtype=torch.float32):
+    """A model with random weights, large enough that attention matters, and no dropout."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "norm" not in name:
+                parameter.normal_(0, 0.25)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def ragged_pairs(dimensions=2):
+    """Pairs of very different lengths, one-token completions among them."""
+    rng = random.Random(0)
+
+    def tokens(count):
+        return [rng.randrange(3, 97) for _ in range(count)]
+
+    shapes = [([7, 12, 3, 9], 9, 1), ([20, 1, 6, 4], 2, 14), ([5, 5, 5, 5], 1, 1)]
+    return [Pair([tokens(n) for n in prompts[:dimensions]], tokens(c), tokens(r)) for prompts, c, r in shapes]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(SMOKE / "model")

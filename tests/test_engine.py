@@ -1,0 +1,219 @@
+"""Packed trees give exactly what one padded row for each prompt and completion gives."""
+
+import copy
+
+import pytest
+import torch
+from conftest import CONFIGS, build_model, ragged_pairs
+from torch import nn
+from transformers import GptOssConfig, LlamaForCausalLM, MambaConfig, MixtralConfig
+
+from axolotl_mopo.engine.attention import TREE_PREFIX, use_plain_attention, use_tree_attention
+from axolotl_mopo.engine.layout import accept_trees, why_not_trees
+from axolotl_mopo.engine.scoring import completion_scores, score, token_logps
+from axolotl_mopo.engine.trees import Pair, pack, pad
+
+ARCHITECTURES = list(CONFIGS)
+
+
+class FineNorm(nn.Module):
+    """An RMSNorm that stays in float64; transformers' own rounds to float32, which hides what is below 1e-6."""
+
+    def __init__(self, norm, gemma):
+        super().__init__()
+        self.weight, self.offset = norm.weight, 1.0 if gemma else 0.0
+        self.eps = norm.eps if gemma else norm.variance_epsilon
+
+    def forward(self, hidden):
+        scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
+        return hidden * scale * (self.weight + self.offset)
+
+
+def build_float64(architecture, attention="sdpa"):
+    model = build_model(CONFIGS[architecture], attention, torch.float64)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(parent, name, FineNorm(child, gemma=architecture.startswith("gemma")))
+    return model
+
+
+def scores_and_gradients(model, batch):
+    model.zero_grad()
+    scores = score(model, batch)
+    # Every completion has a gradient of its own.
+    (scores.logps * torch.linspace(-1, 1, len(scores.logps), dtype=scores.logps.dtype)).sum().backward()
+    return scores, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(one, other, tolerance):
+    (scores, gradients), (other_scores, other_gradients) = one, other
+    for values, other_values in zip(scores, other_scores, strict=True):
+        assert torch.allclose(values, other_values, rtol=0, atol=tolerance)
+    assert gradients.keys() == other_gradients.keys()
+    assert gradients
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, other_gradients[name], rtol=tolerance, atol=tolerance), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gemma2"])
+def test_packed_equals_padded_in_float64(architecture, checkpointing):
+    model = build_float64(architecture)
+    padded = scores_and_gradients(model, pad(ragged_pairs(), 0))
+    assert why_not_trees(model) is None
+    use_tree_attention(model)
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_same(scores_and_gradients(model, pack(ragged_pairs())), padded, 1e-8)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_equals_padded_with_eager_attention(architecture):
+    """float32: in float64 transformers' own eager mask overflows for padded rows. Gemma 2's cap needs eager."""
+    model = build_model(CONFIGS[architecture], "eager")
+    padded = scores_and_gradients(model, pad(ragged_pairs(), 0))
+    use_tree_attention(model)
+    assert_same(scores_and_gradients(model, pack(ragged_pairs())), padded, 2e-4)
+
+
+def test_attention_matters_in_these_models():
+    """The parity above would show a wrong window, a wrong cap or a wrong key."""
+    pairs = ragged_pairs()
+    for architecture, change in (("mistral", {"sliding_window": 6}), ("gemma2", {"attn_logit_softcapping": 1.0})):
+        model = build_model(CONFIGS[architecture], "eager")
+        changed = build_model(type(CONFIGS[architecture])(**{**CONFIGS[architecture].to_dict(), **change}), "eager")
+        difference = score(model, pad(pairs, 0)).logps - score(changed, pad(pairs, 0)).logps
+        assert difference.abs().max() > 1e-2
+
+
+def test_padded_equals_one_plain_forward_for_each_sequence():
+    model = build_model(CONFIGS["llama"], dtype=torch.float64)
+    scores = score(model, pad(ragged_pairs(), 0))
+    sequences = [(p, c) for pair in ragged_pairs() for p in pair.prompts for c in (pair.chosen, pair.rejected)]
+    for completion, (prompt, tokens) in enumerate(sequences):
+        logps = model(torch.tensor([prompt + tokens])).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+        per_token = logps.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        probs = per_token.exp()
+        std = probs.std() if len(tokens) > 1 else torch.tensor(0.0)
+        assert scores.lengths[completion] == len(tokens)
+        assert scores.logps[completion].item() == pytest.approx(per_token.sum().item(), abs=1e-6)
+        assert scores.prob_mean[completion].item() == pytest.approx(probs.mean().item(), abs=1e-8)
+        assert scores.prob_std[completion].item() == pytest.approx(std.item(), abs=1e-8)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_completion_does_not_see_the_other_one(architecture):
+    model = build_model(CONFIGS[architecture])
+    use_tree_attention(model)
+    (pair, *rest) = ragged_pairs()
+    before = score(model, pack([pair, *rest])).logps.view(-1, 2, 2)
+    other_rejected = pair._replace(rejected=[5] * 11)
+    after = score(model, pack([other_rejected, *rest])).logps.view(-1, 2, 2)
+    assert torch.equal(before[0, :, 0], after[0, :, 0])
+    assert not torch.isclose(before[0, :, 1], after[0, :, 1]).any()
+    other_chosen = pair._replace(chosen=[5] * 3)
+    after = score(model, pack([other_chosen, *rest])).logps.view(-1, 2, 2)
+    assert torch.allclose(before[0, :, 1], after[0, :, 1], atol=1e-5)
+    assert not torch.isclose(before[0, :, 0], after[0, :, 0]).any()
+
+
+def test_a_packed_row_has_no_padding_and_every_prompt_once():
+    pairs = ragged_pairs()
+    batch = pack(pairs)
+    tokens = sum(len(prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs for prompt in pair.prompts)
+    assert batch["input_ids"].shape == (1, tokens)
+    assert len(batch["targets"]) == len(batch["logits_to_keep"]) == batch["lengths"].sum()
+
+
+def test_only_completion_logits_are_computed():
+    model = build_model(CONFIGS["llama"])
+    use_tree_attention(model)
+    shapes = []
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    batch = pack(ragged_pairs())
+    score(model, batch)
+    assert shapes == [(1, len(batch["targets"]), 97)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_without_segments_the_model_is_as_it_was(attention):
+    prompt = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    for architecture in ("llama", "gemma2"):
+        config = CONFIGS[architecture]
+        model = build_model(config, attention if architecture == "llama" else "eager").eval()
+
+        def generate(model=model):
+            return model.generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False)
+
+        before = generate()
+        use_tree_attention(model)
+        assert model.config._attn_implementation.startswith(TREE_PREFIX)
+        assert torch.equal(before, generate())
+        assert TREE_PREFIX not in model.config.to_json_string()
+        use_plain_attention(model)
+        assert not model.config._attn_implementation.startswith(TREE_PREFIX)
+        assert torch.equal(before, generate())
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    logits = torch.randn(7, 50, dtype=torch.bfloat16)
+    targets = torch.arange(7)
+    logps = token_logps(logits, targets)
+    assert logps.dtype == torch.float32
+    assert torch.allclose(logps, logits.float().log_softmax(-1)[targets, targets], atol=1e-6)
+
+
+def test_a_single_token_has_no_spread():
+    scores = completion_scores(torch.tensor([-0.3, -0.5, -0.7]), torch.tensor([0, 1, 1]), torch.tensor([1, 2]))
+    assert scores.prob_std[0] == 0
+    assert scores.prob_std[1] == pytest.approx(torch.tensor([-0.5, -0.7]).exp().std().item())
+
+
+def test_a_mixture_of_experts_takes_trees():
+    config = MixtralConfig(**{**CONFIGS["llama"].to_dict(), "num_local_experts": 4, "sliding_window": None})
+    model = build_model(config)
+    padded = scores_and_gradients(model, pad(ragged_pairs(), 0))
+    assert why_not_trees(model) is None
+    use_tree_attention(model)
+    assert_same(scores_and_gradients(model, pack(ragged_pairs())), padded, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MambaConfig(vocab_size=97, hidden_size=32), "AttentionInterface"),
+        (GptOssConfig(vocab_size=97, hidden_size=32, intermediate_size=48, head_dim=8, num_local_experts=4), "sinks"),
+    ],
+    ids=["mamba", "gpt_oss"],
+)
+def test_an_architecture_that_cannot_take_trees_is_told(config, reason):
+    config.num_hidden_layers = 2
+    model = build_model(config, "eager")
+    assert reason in why_not_trees(model)
+    assert reason in accept_trees(model, model, ragged_pairs()[0])
+    assert score(model, pad(ragged_pairs(), 0)).logps.isfinite().all()
+
+
+def test_an_attention_implementation_that_cannot_carry_trees_is_told():
+    model = build_model(CONFIGS["llama"])
+    model.config._attn_implementation = "flex_attention"
+    assert "flex_attention" in why_not_trees(model)
+
+
+def test_a_model_whose_numbers_differ_falls_back_to_padded_rows():
+    class Leaky(LlamaForCausalLM):
+        """Mixes neighbouring tokens outside attention, where segments cannot keep them apart."""
+
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0, **kwargs):
+            embedded = self.get_input_embeddings()(input_ids).cumsum(1)
+            return super().forward(
+                None, attention_mask, position_ids, inputs_embeds=embedded, logits_to_keep=logits_to_keep, **kwargs
+            )
+
+    model = Leaky(copy.deepcopy(CONFIGS["llama"]))
+    assert why_not_trees(model) is None
+    assert "differ" in accept_trees(model, model, Pair([[5, 6, 7]], [8, 9, 10], [11, 12]))
+    assert not model.config._attn_implementation.startswith(TREE_PREFIX)
