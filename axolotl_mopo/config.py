@@ -261,11 +261,13 @@ def parse_block(block: type[B], raw: Any, path: str) -> B:
 def _explain(block: type[Block], path: str, error: dict[str, Any]) -> str:
     fields: Any = block
     keys = [key for key in error["loc"] if key != "[key]"]
+    where = path
     if keys[:1] == ["margins"] and len(keys) > 2:
         # pydantic puts the chosen source between the margin's name and its key.
-        fields = {"column": ColumnMargin, "length": LengthMargin}[keys.pop(2)]
-    where = "`" + ".".join([path, *map(str, keys)]) + "`"
-    field = fields.model_fields.get(str(keys[-1])) if keys else None
+        _, name, source, *keys = keys
+        where, fields = f"{path}.margins.{name}", {"column": ColumnMargin, "length": LengthMargin}[source]
+    where = "`" + ".".join([where, *map(str, keys)]) + "`"
+    field = fields.model_fields.get(str(keys[0])) if keys else None
     expected = f"; expected {field.description}" if field and field.description else ""
     match error["type"]:
         case "extra_forbidden":

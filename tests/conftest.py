@@ -1,11 +1,16 @@
 """Tiny real models, the embedded tokenizer, and rows to train on."""
 
 import copy
+import os
 import random
 from pathlib import Path
 
+os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
 import pytest
 import torch
+import yaml
+from axolotl.utils.dict import DictDefault
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -77,3 +82,28 @@ def ragged_pairs(dimensions=2):
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(SMOKE / "model")
+
+
+def smoke_config(method, output_dir, **overrides):
+    """The smoke YAML of a method, on absolute paths, with top-level keys replaced (None removes one)."""
+    cfg = yaml.safe_load((ROOT / "example_configs" / f"smoke-{method}.yaml").read_text())
+    cfg["base_model"] = str(SMOKE / "model")
+    for section in ("datasets", "test_datasets"):
+        cfg[section][0]["path"] = str(ROOT / cfg[section][0]["path"])
+    cfg |= {"output_dir": str(output_dir / "out"), "dataset_prepared_path": str(output_dir / "prepared")}
+    cfg |= {"logging_steps": 1, "save_strategy": "no", "dataset_num_proc": 1, **overrides}
+    for key in ("evals_per_epoch", "saves_per_epoch"):
+        cfg.pop(key)
+    return {key: value for key, value in cfg.items() if value is not None}
+
+
+def host_trainer(cfg):
+    """The trainer that Axolotl builds from a configuration, by its own config, data, model and builder code."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_preference_datasets
+    from axolotl.train import setup_model_and_trainer
+
+    validated = load_cfg(DictDefault(copy.deepcopy(cfg)))
+    data = load_preference_datasets(cfg=validated, cli_args=TrainerCliArgs())
+    return setup_model_and_trainer(validated, data)[0]

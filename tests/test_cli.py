@@ -1,0 +1,121 @@
+"""The real `axolotl` command on the smoke configs: train, sweep, preprocess, and what they leave on disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, SMOKE, build_model, smoke_config
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+AXOLOTL = Path(sys.executable).parent / "axolotl"
+
+
+def axolotl(*arguments, cwd=ROOT, fails=False):
+    done = subprocess.run(
+        [AXOLOTL, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PATH": f"{AXOLOTL.parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) is fails, output[-5000:]
+    return output
+
+
+def log_history(output_dir):
+    (checkpoint,) = output_dir.glob("checkpoint-*")
+    return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+
+
+def check_run(output_dir, method):
+    """A model that loads, a card that says the method, finite metrics, and a loss that went down."""
+    model = AutoModelForCausalLM.from_pretrained(output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 2 plus 3?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+    card = ModelCard.load(output_dir / "README.md")
+    assert {"axolotl", method} <= set(card.data.tags)
+    assert f"rl: {method}" in card.text
+    assert {"amopo": "liu2025amopo", "modpo": "zhou2024modpo"}[method] in card.text
+    assert "mopo_tree" not in (output_dir / "config.json").read_text()
+    history = log_history(output_dir)
+    for entry in history:
+        assert all(abs(value) < 1e9 for value in entry.values())
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert losses[-1] < losses[0]
+    return history
+
+
+def test_train_amopo(tmp_path):
+    output = axolotl("train", "example_configs/smoke-amopo.yaml", "--output-dir", tmp_path / "out")
+    assert "packed prefix trees" in output
+    history = check_run(tmp_path / "out", "amopo")
+    logged = {name for entry in history for name in entry}
+    for name in ("integrated", "helpfulness", "correctness", "instruction_following"):
+        assert {f"weights/{name}", f"rewards/margins/{name}", f"eval_rewards/accuracies/{name}"} <= logged
+
+
+def test_sweep_modpo(tmp_path):
+    cfg = yaml.safe_load((ROOT / "example_configs" / "smoke-modpo.yaml").read_text())
+    config = tmp_path / "modpo.yaml"
+    config.write_text(yaml.safe_dump({**cfg, "output_dir": str(tmp_path / "out")}))
+    axolotl("train", config, "--sweep", "example_configs/smoke-modpo-sweep.yaml")
+    sweep = yaml.safe_load((ROOT / "example_configs" / "smoke-modpo-sweep.yaml").read_text())["modpo.weights"]
+    runs = sorted((tmp_path / "out").glob("sweep*"))
+    trained = []
+    for run in runs:
+        check_run(run, "modpo")
+        config_in_card = (run / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+        trained.append(yaml.safe_load(config_in_card)["modpo.weights"])
+    assert sorted(trained, key=str) == sorted(sweep, key=str)  # the host shuffles a sweep
+    embeddings = [load_file(run / "model.safetensors")["model.embed_tokens.weight"] for run in runs]
+    assert not embeddings[0].equal(embeddings[1])
+    assert not embeddings[1].equal(embeddings[2])
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """A config file of two steps, with its own folder of prepared rows."""
+
+    def write(method, **overrides):
+        cfg = smoke_config(method, tmp_path, max_steps=2, **overrides)
+        path = tmp_path / f"{method}.yaml"
+        path.write_text(yaml.safe_dump(cfg))
+        return path
+
+    return write
+
+
+def test_preprocess_then_train_with_lora_then_merge(quick, tmp_path):
+    lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+    base = tmp_path / "base"  # an adapter is merged into weights that are on disk
+    build_model(AutoConfig.from_pretrained(SMOKE / "model")).save_pretrained(base)
+    AutoTokenizer.from_pretrained(SMOKE / "model").save_pretrained(base)
+    config = quick("amopo", base_model=str(base), reinit_weights=None, **lora)
+    assert "Success! Preprocessed data path" in axolotl("preprocess", config)
+    assert "Loading prepared dataset from disk" in axolotl("train", config)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    axolotl("merge-lora", config)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").num_parameters() > 0
+
+    changed = quick("amopo", base_model=str(base), reinit_weights=None, amopo={"dimensions": ["helpfulness"]}, **lora)
+    output = axolotl("train", changed)
+    assert "Loading prepared dataset from disk" not in output
+    assert "Unable to find prepared dataset" in output
+
+
+def test_a_config_error_stops_before_anything_is_loaded(quick):
+    output = axolotl("train", quick("amopo", amopo={"dimensions": ["helpfulness"], "betta": 1}), fails=True)
+    assert "`amopo.betta` is not a known key; did you mean `beta`?" in output
+    assert "Loading model" not in output
+    assert "Mapping RL Dataset" not in output

@@ -1,0 +1,217 @@
+"""Every setting that cannot work is refused with the key, the fault and the mend."""
+
+import copy
+import math
+
+import pytest
+
+from axolotl_mopo.config import AMoPOConfig, ConfigError, MODPOConfig, fold_dotted_keys, parse_block
+from axolotl_mopo.plugin import MOPOPlugin
+
+AMOPO = {
+    "rl": "amopo",
+    "amopo": {"dimensions": ["helpfulness", "correctness"]},
+    "datasets": [{"path": "pairs.jsonl", "type": "axolotl_mopo.pairs"}],
+}
+MODPO = {
+    "rl": "modpo",
+    "modpo": {
+        "objective": "better",
+        "weights": {"better": 0.5, "safer": 0.5},
+        "margins": {"safer": {"source": "column"}},
+    },
+    "datasets": [{"path": "pairs.jsonl", "type": "axolotl_mopo.pairs"}],
+}
+
+
+def changed(base, **changes):
+    """A copy of the configuration with `block__key` or `key` replaced."""
+    cfg = copy.deepcopy(base)
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        target = cfg
+        for parent in parents:
+            target = target[parent]
+        target[last] = value
+    return cfg
+
+
+def refusal(cfg):
+    with pytest.raises(ConfigError) as caught:
+        MOPOPlugin().register(cfg)
+    return str(caught.value)
+
+
+def test_the_two_bases_are_accepted():
+    for cfg in (AMOPO, MODPO):
+        MOPOPlugin().register(copy.deepcopy(cfg))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "words"),
+    [
+        (changed(AMOPO, amopo__betta=1), ["`amopo.betta` is not a known key", "did you mean `beta`?", "known are"]),
+        (changed(MODPO, modpo__objektive="x"), ["`modpo.objektive` is not a known key", "did you mean `objective`?"]),
+        (
+            changed(MODPO, modpo__margins={"safer": {"source": "column", "feild": "x"}}),
+            ["`modpo.margins.safer.feild` is not a known key", "did you mean `field`?"],
+        ),
+        (changed(AMOPO, modpo={"objective": "x"}), ["`modpo:` stands beside `rl: amopo`", "drop the block"]),
+        (changed(MODPO, amopo={"dimensions": ["x"]}), ["`amopo:` stands beside `rl: modpo`", "drop the block"]),
+        ({"rl": "amopo"}, ["`rl: amopo` needs a block `amopo:`", "dimensions"]),
+        ({"rl": "modpo"}, ["`rl: modpo` needs a block `modpo:`", "objective and weights"]),
+        (changed(AMOPO, rl="dpo"), ["`amopo:` has no effect with `rl: dpo`", "set `rl: amopo`"]),
+        (changed(MODPO, rl="orpo"), ["`modpo:` has no effect with `rl: orpo`", "set `rl: modpo`"]),
+        (changed(MODPO, rl=None), ["`modpo:` has no effect with `rl: None`"]),
+        (changed(AMOPO, amopo=["helpfulness"]), ["`amopo` must be a mapping", "['helpfulness']"]),
+        ({**AMOPO, "amopo": {"beta": 1}}, ["`amopo.dimensions` is missing", "a list of at least one score name"]),
+        ({**MODPO, "modpo": {"objective": "better"}}, ["`modpo.weights` is missing", "a mapping from the objective"]),
+        (
+            changed(MODPO, modpo__weights={"safer": 0.5}),
+            ["weights has no entry for the objective 'better'", "add `better: 0.5`"],
+        ),
+        (
+            changed(MODPO, modpo__weights={"beter": 0.5, "safer": 0.5}),
+            ["weights has no entry for the objective 'better'", "did you mean `beter`?"],
+        ),
+        (
+            changed(MODPO, modpo__weights={"better": 0.5, "safe": 0.5}),
+            ["weights names safe", "margins has no entry", "add `safe: {source: column}`"],
+        ),
+        (
+            changed(MODPO, modpo__weights={"better": 0.5}),
+            ["margins names safer", "weights has no entry", "add `safer: 0.5`"],
+        ),
+        (
+            changed(MODPO, modpo__margins={"safer": {"source": "column"}, "better": {"source": "column"}}),
+            ["margins names the objective 'better' itself"],
+        ),
+        (
+            changed(MODPO, modpo__weights={"better": 0, "safer": 1}),
+            ["the weight of the objective 'better' is 0", "must be positive", "margins alone"],
+        ),
+        (changed(MODPO, modpo__weights={"better": -1, "safer": 1}), ["is -1", "must be positive"]),
+        (changed(MODPO, modpo__weights={"better": math.nan, "safer": 1}), ["`modpo.weights.better`", "finite", "nan"]),
+        (changed(MODPO, modpo__weights={"better": 1, "safer": math.inf}), ["`modpo.weights.safer`", "finite", "inf"]),
+        (changed(MODPO, modpo__weights={"better": True, "safer": 1}), ["`modpo.weights.better`", "not true or false"]),
+        (changed(MODPO, modpo__beta=0), ["`modpo.beta`", "greater than 0", "a positive number"]),
+        (changed(MODPO, modpo__beta=math.nan), ["`modpo.beta`", "finite", "nan"]),
+        (changed(MODPO, modpo__loss_type="ipo"), ["`modpo.loss_type`", "'ipo'", "sigmoid or hinge"]),
+        (changed(MODPO, modpo__margins={"safer": {"source": "colum"}}), ["`modpo.margins.safer`", "source: column"]),
+        (changed(MODPO, modpo__margins={"safer": {}}), ["`modpo.margins.safer`", "needs `source: column`"]),
+        (
+            changed(MODPO, modpo__margins={"safer": {"source": "length", "unit": "lines"}}),
+            ["`modpo.margins.safer.unit`", "'lines'", "one of tokens, words, characters"],
+        ),
+        (changed(AMOPO, amopo__beta=-0.5), ["`amopo.beta`", "greater than 0", "-0.5"]),
+        (changed(AMOPO, amopo__beta="strong"), ["`amopo.beta`", "a positive number", "'strong'"]),
+        (changed(AMOPO, amopo__gamma=-1), ["`amopo.gamma`", "greater than or equal to 0", "-1"]),
+        (changed(AMOPO, amopo__gamma=math.inf), ["`amopo.gamma`", "finite", "inf"]),
+        (changed(AMOPO, amopo__temperature=0), ["`amopo.temperature`", "greater than 0", "1.0 is the paper's"]),
+        (changed(AMOPO, amopo__temperature=-1), ["`amopo.temperature`", "greater than 0", "-1"]),
+        (changed(AMOPO, amopo__sft_coef=-1), ["`amopo.sft_coef`", "greater than or equal to 0"]),
+        (changed(AMOPO, amopo__dimensions=[]), ["`amopo.dimensions`", "at least 1", "a list of at least one"]),
+        (changed(AMOPO, amopo__dimensions=["a", "b", "a"]), ["`amopo.dimensions`", "a stands there more than once"]),
+        (changed(AMOPO, amopo__dimensions=["a", " "]), ["`amopo.dimensions`", "empty name"]),
+        (
+            changed(AMOPO, amopo__dimensions=["integrated"]),
+            ["'integrated'", "rename the dimension", "integrated: false"],
+        ),
+        (changed(AMOPO, amopo__loss_type="dpo"), ["`amopo.loss_type`", "'dpo'", "simpo or orpo"]),
+        (
+            changed(AMOPO, amopo__weighting="gausian"),
+            ["unknown weighting 'gausian'", "gaussian, mean, uniform", "did you mean `gaussian`?"],
+        ),
+        (changed(AMOPO, amopo__weighting=3), ["`amopo.weighting`", "unknown weighting 3"]),
+        (
+            changed(AMOPO, amopo__weighting={"helpfulness": 0.5, "correctness": 0.5}),
+            [
+                "weighting names helpfulness, correctness",
+                "integrated, helpfulness, correctness",
+                "each of them a weight",
+            ],
+        ),
+        (
+            changed(AMOPO, amopo__weighting={"helpfulness": 1, "correctness": 1, "integrated": 0}),
+            ["the weights sum to 2", "must sum to 1"],
+        ),
+        (
+            changed(AMOPO, amopo__weighting={"helpfulness": math.nan, "correctness": 0.5, "integrated": 0.5}),
+            ["the weight of helpfulness is nan", "finite number"],
+        ),
+        (
+            changed(AMOPO, amopo__weighting={"helpfulness": -0.5, "correctness": 1, "integrated": 0.5}),
+            ["the weight of helpfulness is -0.5", "at least 0"],
+        ),
+        (changed(AMOPO, amopo__score_range=[5, 1]), ["`amopo.score_range`", "the lowest score 5 is not below"]),
+        (changed(AMOPO, amopo__score_range=[1]), ["`amopo.score_range", "missing", "[lowest, highest]"]),
+        (changed(AMOPO, amopo__integrated="maybe"), ["`amopo.integrated`", "true or false"]),
+        (changed(AMOPO, rl_beta=0.1), ["`rl_beta` has no effect with `rl: amopo`", "amopo.beta"]),
+        (changed(MODPO, trl={"beta": 0.1}), ["`trl` has no effect with `rl: modpo`", "modpo.beta"]),
+        (changed(AMOPO, pad_to_multiple_of=8), ["`pad_to_multiple_of` has no effect", "remove it"]),
+        (changed(AMOPO, context_parallel_size=2), ["`context_parallel_size` above 1 does not work", "remove it"]),
+        (changed(AMOPO, remove_unused_columns=True), ["`remove_unused_columns: true`", "remove it"]),
+        (changed(MODPO, deepspeed="zero3.json"), ["does not run with FSDP or DeepSpeed yet", "remove"]),
+        (changed(AMOPO, trainer_cls="my.Trainer"), ["`trainer_cls` has no effect with `rl: amopo`", "remove it"]),
+        (changed(AMOPO, datasets=["pairs.jsonl"]), ["`datasets[0]` must be a mapping", "'pairs.jsonl'"]),
+        (
+            changed(AMOPO, datasets=[{"path": "p", "type": "chatml.intel"}]),
+            ["`datasets[0].type` is 'chatml.intel'", "axolotl_mopo.pairs"],
+        ),
+        (changed(AMOPO, datasets=[{"path": "p"}]), ["`datasets[0].type` is None", "axolotl_mopo.pairs"]),
+        (
+            changed(AMOPO, test_datasets=[{"path": "p", "type": "axolotl_mopo.pears"}]),
+            ["`test_datasets[0].type` is 'axolotl_mopo.pears'"],
+        ),
+        (
+            changed(AMOPO, datasets=[{"path": "p", "type": "axolotl_mopo.pairs", "field_choosen": "x"}]),
+            ["`datasets[0].field_choosen` is not a known key", "did you mean `field_chosen`?"],
+        ),
+        (
+            changed(AMOPO, datasets=[{"path": "p", "type": "axolotl_mopo.pairs", "score_scale": [4, 0]}]),
+            ["`datasets[0]`", "score_scale [4.0, 0.0] must be [lowest, highest]"],
+        ),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(cfg, words):
+    text = refusal(copy.deepcopy(cfg))
+    for word in words:
+        assert word in text
+
+
+def test_every_fault_is_told_at_once():
+    text = refusal(changed(AMOPO, amopo__beta=0, amopo__gamma=-1, amopo__lossy=1))
+    assert len(text.splitlines()) == 3
+
+
+def test_the_defaults_are_the_papers():
+    amopo = parse_block(AMoPOConfig, AMOPO["amopo"], "amopo")
+    assert (amopo.beta, amopo.gamma, amopo.weighting, amopo.temperature) == (0.8, 2.0, "gaussian", 1.0)
+    assert amopo.prompt_names == ["integrated", "helpfulness", "correctness"]
+    assert parse_block(AMoPOConfig, {**AMOPO["amopo"], "integrated": False}, "amopo").prompt_names == [
+        "helpfulness",
+        "correctness",
+    ]
+    modpo = parse_block(MODPOConfig, MODPO["modpo"], "modpo")
+    assert (modpo.beta, modpo.loss_type) == (0.1, "sigmoid")
+    assert (modpo.objective_weight, modpo.margin_weights) == (0.5, [0.5])
+
+
+def test_weights_need_not_sum_to_one():
+    modpo = parse_block(MODPOConfig, {**MODPO["modpo"], "weights": {"better": 1, "safer": -0.1}}, "modpo")
+    assert modpo.margin_weights == [-0.1]
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    assert parse_block(MODPOConfig, {**MODPO["modpo"], "beta": "1e-1"}, "modpo").beta == 0.1
+
+
+def test_dotted_keys_fold_into_their_block():
+    cfg = {"modpo.weights": {"a": 1}, "modpo.margins.safer.source": "column", "amopo.beta": 2, "amopo": {"gamma": 1}}
+    fold_dotted_keys(cfg)
+    assert cfg == {
+        "modpo": {"weights": {"a": 1}, "margins": {"safer": {"source": "column"}}},
+        "amopo": {"beta": 2, "gamma": 1},
+    }
+    with pytest.raises(ConfigError, match=r"`modpo.beta.x`: `beta` is not a mapping"):
+        fold_dotted_keys({"modpo": {"beta": 1}, "modpo.beta.x": 2})

@@ -1,0 +1,290 @@
+"""From raw rows to token ids: shapes, directives, lengths, margins, and errors that name data set and row."""
+
+import copy
+import json
+
+import pytest
+from axolotl.utils.data.rl import _drop_long_sequences, _map_dataset
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.enums import RLType
+from conftest import SMOKE
+from datasets import Dataset
+
+import axolotl_mopo
+from axolotl_mopo import MOPOPlugin
+from axolotl_mopo.data.directives import dimension_directive, integrated_directive
+from axolotl_mopo.data.rows import DataError
+
+ROW = {
+    "prompt": "Which is bigger?",
+    "chosen": "The sun is bigger.",
+    "rejected": "Moon.",
+    "chosen_scores": {"helpfulness": 4, "correctness": 3},
+    "rejected_scores": {"helpfulness": 1, "correctness": 0},
+}
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def prepare(rows, tokenizer, *, method="amopo", entry=None, sequence_len=512, num_proc=1, **block):
+    """The rows as the host's own map leaves them."""
+    blocks = {
+        "amopo": {"dimensions": ["helpfulness"], "score_range": [0, 4]},
+        "modpo": {"objective": "better", "weights": {"better": 1}},
+    }
+    cfg = DictDefault(
+        {
+            "rl": method,
+            method: {**blocks[method], **block},
+            "sequence_len": sequence_len,
+            "dataset_num_proc": num_proc,
+            "datasets": [{"path": "pairs.jsonl", "type": "axolotl_mopo.pairs", **(entry or {})}],
+        }
+    )
+    if isinstance(entry, dict) and "excess_length_strategy" in entry:
+        cfg["excess_length_strategy"] = cfg["datasets"][0].pop("excess_length_strategy")
+    MOPOPlugin().register(cfg)
+    strategy = getattr(axolotl_mopo, cfg["datasets"][0]["type"].removeprefix("axolotl_mopo."))
+    transform, arguments = strategy(cfg, dataset_idx=0)
+    data = Dataset.from_list(rows)
+    arguments["remove_columns"] = data.column_names
+    return _map_dataset(cfg, data, transform, tokenizer, **arguments)
+
+
+def texts(row, tokenizer):
+    prompts = [tokenizer.decode(ids) for ids in row["prompt_input_ids"]]
+    return prompts, tokenizer.decode(row["chosen_input_ids"]), tokenizer.decode(row["rejected_input_ids"])
+
+
+def test_a_pair_for_modpo(tokenizer):
+    (row,) = prepare([ROW], tokenizer, method="modpo")
+    expected = [CHAT.format("Which is bigger?")], "The sun is bigger.<|im_end|>", "Moon.<|im_end|>"
+    assert texts(row, tokenizer) == expected
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (expected[0][0], *expected[1:])
+    assert row["chosen_input_ids"][-1] == tokenizer.eos_token_id
+    assert row["chosen_margins"] == []
+
+
+def test_every_dimension_has_a_prompt_of_its_own(tokenizer):
+    (row,) = prepare([ROW], tokenizer, dimensions=["helpfulness", "correctness"])
+    directives = [
+        integrated_directive(["helpfulness", "correctness"]),
+        dimension_directive("helpfulness", 4, 0, 4),
+        dimension_directive("correctness", 3, 0, 4),
+    ]
+    prompts, chosen, rejected = texts(row, tokenizer)
+    # No directive piles up on another, and both responses stand under the same prompts.
+    assert prompts == [CHAT.format(f"{directive}\n\nWhich is bigger?") for directive in directives]
+    assert (chosen, rejected) == ("The sun is bigger.<|im_end|>", "Moon.<|im_end|>")
+    assert row["prompt"] == max(prompts, key=lambda prompt: len(tokenizer(prompt)["input_ids"]))
+
+
+def test_without_the_integrated_prompt(tokenizer):
+    (row,) = prepare([ROW], tokenizer, integrated=False)
+    assert len(row["prompt_input_ids"]) == 1
+
+
+def test_the_directive_names_the_chosen_score_on_the_methods_scale(tokenizer):
+    row = {**ROW, "chosen_scores": {"instruction_following": 2}, "rejected_scores": {"instruction_following": 4}}
+    (made,) = prepare(
+        [row], tokenizer, dimensions=["instruction_following"], score_range=[1, 5], entry={"score_scale": [0, 4]}
+    )
+    directive = tokenizer.decode(made["prompt_input_ids"][1])
+    assert "whose instruction following rates 3." in directive
+    assert "from 1 (" in directive
+    assert "to 5 (" in directive
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"role": "user", "content": "Which is bigger?"}]},
+        {"prompt": None, "messages": [{"role": "user", "content": "Which is bigger?"}]},
+        {
+            "chosen": {"role": "assistant", "content": ROW["chosen"]},
+            "rejected": [{"role": "assistant", "content": "Moon."}],
+        },
+        {
+            "prompt": None,
+            "chosen": [{"role": "user", "content": ROW["prompt"]}, {"role": "assistant", "content": ROW["chosen"]}],
+            "rejected": [{"role": "user", "content": ROW["prompt"]}, {"role": "assistant", "content": "Moon."}],
+        },
+        {
+            "chosen": [{"role": "user", "content": ROW["prompt"]}, {"role": "assistant", "content": ROW["chosen"]}],
+            "rejected": "Moon.",
+        },
+        {"chosen_scores": None, "chosen_helpfulness": 4},
+        {"chosen_scores": {"helpfulness": "4"}},
+    ],
+    ids=["messages", "messages column", "message", "dialogues", "prompt and dialogue", "flat scores", "scores as text"],
+)
+def test_every_shape_gives_the_same_tokens(tokenizer, row):
+    expected = prepare([ROW], tokenizer)[0]
+    raw = {key: value for key, value in {**ROW, **row}.items() if value is not None}
+    if "chosen_helpfulness" in raw:
+        raw.pop("chosen_scores", None)
+    assert prepare([raw], tokenizer)[0] == expected
+
+
+def test_fields_have_any_name(tokenizer):
+    raw = {"question": ROW["prompt"], "good": ROW["chosen"], "bad": ROW["rejected"], "helpfulness of good": 4}
+    entry = {
+        "field_prompt": "question",
+        "field_chosen": "good",
+        "field_rejected": "bad",
+        "field_chosen_scores": "{} of good",
+    }
+    assert prepare([raw], tokenizer, entry=entry)[0] == prepare([ROW], tokenizer)[0]
+
+
+def test_a_conversation_keeps_its_turns_and_the_last_one_carries_the_directive(tokenizer):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "Which is bigger?"},
+    ]
+    (row,) = prepare([{**ROW, "prompt": messages}], tokenizer, integrated=False)
+    earlier = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi.")]
+    start = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in earlier)
+    question = f"{dimension_directive('helpfulness', 4, 0, 4)}\n\nWhich is bigger?"
+    assert texts(row, tokenizer)[0] == [start + CHAT.format(question)]
+
+
+def test_margins_from_columns_and_lengths(tokenizer):
+    (row,) = prepare(
+        [ROW],
+        tokenizer,
+        method="modpo",
+        weights={"better": 1, "correctness": 0.1, "help": 0.2, "w": 0.3, "c": 0.4, "t": 0.5},
+        margins={
+            "correctness": {"source": "column"},
+            "help": {"source": "column", "field": "helpfulness"},
+            "w": {"source": "length", "unit": "words"},
+            "c": {"source": "length", "unit": "characters"},
+            "t": {"source": "length"},
+        },
+    )
+    assert row["chosen_margins"] == [3, 4, -4, -18, -len(row["chosen_input_ids"])]
+    assert row["rejected_margins"] == [0, 1, -1, -5, -len(row["rejected_input_ids"])]
+
+
+@pytest.mark.parametrize(
+    ("row", "entry", "words"),
+    [
+        ({"prompt": None}, {}, ["has no prompt", "field_prompt"]),
+        ({"prompt": "  "}, {}, ["its `prompt` is empty"]),
+        ({"prompt": [{"role": "assistant", "content": "x"}]}, {}, ["role 'assistant'", "must end with the user's"]),
+        ({"prompt": [{"role": "user"}]}, {}, ["lacks a `role` or a `content`"]),
+        ({"prompt": 3}, {}, ["neither a string nor messages", "int"]),
+        ({"chosen": ""}, {}, ["`chosen` is an empty response"]),
+        ({"rejected": None}, {}, ["`rejected` is empty"]),
+        ({}, {"field_chosen": "better"}, ["no column `better`", "name the right one with field_chosen"]),
+        ({"chosen": [{"role": "user", "content": "x"}]}, {}, ["must end with a turn of role 'assistant'"]),
+        (
+            {"chosen": [{"role": "user", "content": "Another?"}, {"role": "assistant", "content": "x"}]},
+            {},
+            ["turns of `chosen` before its last one are not the prompt"],
+        ),
+        ({"chosen_scores": {"helpfulness": None}}, {}, ["score of helpfulness for the chosen response is None"]),
+        ({"chosen_scores": {"helpfulness": "N/A"}}, {}, ["'N/A', not a finite number"]),
+        ({"chosen_scores": {"helpfulness": float("nan")}}, {}, ["nan, not a finite number"]),
+        ({"chosen_scores": {"other": 1}}, {}, ["no `helpfulness` in `chosen_scores`", "field_chosen_scores"]),
+        ({}, {"field_chosen_scores": "{}_x"}, ["no column `helpfulness_x`"]),
+        ({"chosen_scores": {"helpfulness": 5}}, {}, ["score of helpfulness, 5, is outside 0 to 4", "score_scale"]),
+    ],
+)
+def test_a_bad_row_is_named(tokenizer, row, entry, words):
+    bad = {key: value for key, value in {**copy.deepcopy(ROW), **row}.items() if value is not None or key == "rejected"}
+    with pytest.raises(DataError) as caught:
+        prepare([bad], tokenizer, entry=entry)
+    for word in ["datasets[0] (pairs.jsonl), row 0", *words]:
+        assert word in str(caught.value)
+
+
+def test_the_number_of_a_bad_row_counts_over_all_processes(tokenizer):
+    rows = [ROW] * 30
+    rows[23] = {**ROW, "chosen": " "}
+    for num_proc in (1, 2):
+        with pytest.raises(DataError, match=r"pairs.jsonl\), row 23: its `chosen` is an empty response"):
+            prepare(rows, tokenizer, num_proc=num_proc)
+
+
+def test_a_missing_margin_score_is_named(tokenizer):
+    with pytest.raises(DataError, match=r"row 0: it has no `safer` in `chosen_scores`"):
+        prepare(
+            [ROW],
+            tokenizer,
+            method="modpo",
+            weights={"better": 1, "safer": 1},
+            margins={"safer": {"source": "column"}},
+        )
+
+
+def test_a_tokenizer_without_a_chat_template_is_named(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    with pytest.raises(DataError, match=r"no chat template; set `chat_template:`"):
+        prepare([ROW], plain)
+
+
+def test_a_template_without_an_end_of_turn_gets_the_eos_token(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    (row,) = prepare([ROW], bare, method="modpo")
+    assert row["chosen"] == "The sun is bigger.<|im_end|>"
+    assert row["prompt"] == "[user] Which is bigger? [assistant] "
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
+    rewriting = copy.deepcopy(tokenizer)
+    rewriting.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(DataError, match="row 0: the chat template writes the prompt differently"):
+        prepare([ROW], rewriting)
+
+
+def fits(row, tokenizer, sequence_len):
+    return _drop_long_sequences(row, RLType.ORPO, tokenizer, sequence_len)
+
+
+def test_the_hosts_length_filter_counts_the_directive_in(tokenizer):
+    (row,) = prepare([ROW], tokenizer, dimensions=["helpfulness", "correctness"])
+    longest = max(len(ids) for ids in row["prompt_input_ids"])
+    needed = longest + max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"]))
+    assert fits(row, tokenizer, needed)
+    assert not fits(row, tokenizer, needed - 1)
+    (plain,) = prepare([ROW], tokenizer, method="modpo")
+    assert fits(plain, tokenizer, needed - 1)
+
+
+def test_over_long_rows_raise_with_their_number(tokenizer):
+    rows = [ROW, {**ROW, "chosen": "very " * 400}]
+    with pytest.raises(
+        DataError, match=r"row 1: it needs \d+ tokens, its directive included, more than sequence_len: 200"
+    ):
+        prepare(rows, tokenizer, sequence_len=200, entry={"excess_length_strategy": "raise"})
+
+
+def test_over_long_completions_are_truncated_to_what_the_directive_leaves(tokenizer):
+    long = {**ROW, "chosen": "very naïve 日本 " * 100}
+    (row,) = prepare([long], tokenizer, sequence_len=200, entry={"excess_length_strategy": "truncate"})
+    longest = max(len(ids) for ids in row["prompt_input_ids"])
+    assert len(row["chosen_input_ids"]) in range(200 - longest - 4, 200 - longest + 1)
+    assert row["rejected"] == "Moon.<|im_end|>"
+    assert fits(row, tokenizer, 200)
+
+
+def test_a_prompt_that_is_too_long_is_left_to_the_hosts_filter(tokenizer):
+    long = {**ROW, "prompt": "why " * 400}
+    for strategy in ("truncate", "drop"):
+        (row,) = prepare([long], tokenizer, sequence_len=200, entry={"excess_length_strategy": strategy})
+        assert not fits(row, tokenizer, 200)
+
+
+def test_the_embedded_pairs_are_prepared_alike_by_one_and_two_processes(tokenizer):
+    rows = [json.loads(line) for line in (SMOKE / "pairs.jsonl").read_text().splitlines()]
+    one, two = (prepare(rows, tokenizer, num_proc=n).to_list() for n in (1, 2))
+    assert one == two
+    assert len(one) == 320

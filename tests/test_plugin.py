@@ -1,0 +1,157 @@
+"""The plugin meets the host by its official hooks, and only lightly."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+from axolotl.utils.config import validate_config
+from axolotl.utils.dict import DictDefault
+from conftest import ROOT, SMOKE
+from test_config import AMOPO, MODPO
+
+from axolotl_mopo import MOPOPlugin, pairs
+from axolotl_mopo.data.entries import DataSpec
+
+
+def registered(cfg):
+    cfg = DictDefault(copy.deepcopy(cfg))
+    MOPOPlugin().register(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize(("cfg", "trainer"), [(AMOPO, "AMoPOTrainer"), (MODPO, "MODPOTrainer")])
+def test_register_turns_the_method_into_what_the_host_knows(cfg, trainer):
+    once = registered(cfg)
+    assert once["rl"] == "orpo"
+    assert once["trainer_cls"] == f"axolotl_mopo.trainers.{trainer}"
+    twice = registered(once)
+    assert twice == once
+
+
+def test_another_method_is_left_alone():
+    cfg = DictDefault({"rl": "dpo", "datasets": [{"path": "p", "type": "chatml.intel"}]})
+    before = copy.deepcopy(cfg)
+    MOPOPlugin().register(cfg)
+    assert cfg == before
+
+
+def test_a_sweeps_dotted_key_reaches_the_block():
+    cfg = registered({**MODPO, "modpo.weights": {"better": 0.9, "safer": 0.1}})
+    assert cfg["modpo"]["weights"] == {"better": 0.9, "safer": 0.1}
+    assert "modpo.weights" not in cfg
+
+
+def entry_type(cfg):
+    return registered(cfg)["datasets"][0]["type"]
+
+
+def with_changes(base, **changes):
+    cfg = copy.deepcopy(base)
+    for key, value in changes.items():
+        if key in ("amopo", "modpo"):
+            cfg[key].update(value)
+        elif key == "entry":
+            cfg["datasets"][0].update(value)
+        else:
+            cfg[key] = value
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        (AMOPO, {"amopo": {"dimensions": ["helpfulness"]}}),
+        (AMOPO, {"amopo": {"integrated": False}}),
+        (AMOPO, {"amopo": {"score_range": [0, 9]}}),
+        (AMOPO, {"entry": {"score_scale": [0, 4]}}),
+        (AMOPO, {"entry": {"field_prompt": "question"}}),
+        (AMOPO, {"excess_length_strategy": "truncate"}),
+        (MODPO, {"modpo": {"margins": {"safer": {"source": "length"}}}}),
+        (MODPO, {"modpo": {"margins": {"safer": {"source": "column", "field": "harmless"}}}}),
+    ],
+)
+def test_settings_that_change_the_rows_change_the_name_of_the_prepared_rows(base, changes):
+    assert entry_type(base) == entry_type(copy.deepcopy(base))
+    assert entry_type(with_changes(base, **changes)) != entry_type(base)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        (AMOPO, {"amopo": {"beta": 1, "gamma": 0, "weighting": "uniform"}}),
+        (MODPO, {"modpo": {"weights": {"better": 0.9, "safer": 0.1}, "beta": 0.5}}),
+    ],
+)
+def test_settings_that_do_not_change_the_rows_share_them(base, changes):
+    assert entry_type(with_changes(base, **changes)) == entry_type(base)
+
+
+def test_the_methods_never_share_rows():
+    assert entry_type(AMOPO) != entry_type(MODPO)
+
+
+def test_a_bound_type_resolves_to_its_strategy():
+    cfg = registered(AMOPO)
+    module, name = cfg["datasets"][0]["type"].split(".")
+    import axolotl_mopo
+
+    assert module == "axolotl_mopo"
+    transform, arguments = getattr(axolotl_mopo, name)({**cfg, "sequence_len": 512}, dataset_idx=0)
+    assert callable(transform)
+    assert arguments == {"batched": True, "with_indices": True, "remove_columns": "__all__"}
+    (key,) = cfg["mopo_data"]
+    assert DataSpec.model_validate(cfg["mopo_data"][key]).key == key
+    assert axolotl_mopo.pairs is pairs
+    with pytest.raises(AttributeError, match="pears"):
+        _ = axolotl_mopo.pears
+
+
+def test_the_hosts_schema_keeps_our_fields(monkeypatch):
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.integrations.base import PluginManager
+
+    cfg = DictDefault(
+        {
+            **copy.deepcopy(AMOPO),
+            "base_model": str(SMOKE / "model"),
+            "plugins": ["axolotl_mopo.MOPOPlugin"],
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "num_epochs": 1,
+            "learning_rate": 1e-3,
+            "output_dir": "outputs/x",
+        }
+    )
+    monkeypatch.setattr(PluginManager.get_instance(), "plugins", {})
+    prepare_plugins(cfg)
+    bound = cfg["datasets"][0]["type"]
+    validated = validate_config(
+        cfg,
+        capabilities={"bf16": False, "n_gpu": 1, "compute_capability": None},
+        env_capabilities={"torch_version": "2.13.0"},
+    )
+    assert validated.amopo.dimensions == ["helpfulness", "correctness"]
+    assert validated.datasets[0].type == bound
+    arguments = PluginManager.get_instance().get_training_args(validated)
+    assert set(arguments) == {"amopo"}
+    assert arguments["amopo"]["beta"] == 0.8
+
+
+def test_naming_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, axolotl_mopo; "
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'peft', 'pydantic'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_plugin_leaves_the_trainers_unimported():
+    code = (
+        "import sys, axolotl.integrations.base; before = set(sys.modules); from axolotl_mopo import MOPOPlugin; "
+        "new = set(sys.modules) - before; "
+        "assert not {name for name in new if name.startswith(('trl', 'axolotl.core'))}, new; "
+        "assert 'axolotl_mopo.trainers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

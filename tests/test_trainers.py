@@ -1,0 +1,276 @@
+"""Both trainers as Axolotl builds them: steps, adapters, metrics, evaluation, resume, several processes."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, host_trainer, smoke_config
+from transformers import MambaConfig, TrainerCallback
+
+from axolotl_mopo.metrics import MetricWindow
+
+LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.1}
+FIXED = {"amopo": {"amopo": {"dimensions": ["helpfulness", "correctness"], "weighting": "uniform"}}, "modpo": {}}
+METHODS = ["amopo", "modpo"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture
+def build(tmp_path, prepared):
+    """Build a method's trainer from its smoke YAML with some keys replaced."""
+
+    def build(method, name="run", **overrides):
+        cfg = smoke_config(method, tmp_path / name, **{"dataset_prepared_path": str(prepared), **overrides})
+        random.seed(0)
+        torch.manual_seed(0)  # the host does not seed random initial weights
+        return host_trainer(cfg)
+
+    return build
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first optimizer step."""
+
+    def __init__(self):
+        self.first = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.first is None:
+            self.first = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def first_step(trainer):
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    return training_logs(trainer)[0], gradients.first
+
+
+def training_logs(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same_gradients(one, other):
+    assert one.keys() == other.keys()
+    for name, gradient in one.items():
+        assert torch.allclose(gradient, other[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulating_two_batches_of_two_is_one_batch_of_four(build, method, adapter):
+    steps = {"max_steps": 1, "max_grad_norm": 1e9, **FIXED[method], **adapter}
+    log, gradients = first_step(build(method, "two", micro_batch_size=2, gradient_accumulation_steps=2, **steps))
+    other_log, other_gradients = first_step(
+        build(method, "four", micro_batch_size=4, gradient_accumulation_steps=1, **steps)
+    )
+    assert log["loss"] == pytest.approx(other_log["loss"], abs=1e-6)
+    for name in ("rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/rejected"):
+        assert log[name] == pytest.approx(other_log[name], rel=1e-5, abs=1e-5)
+    assert_same_gradients(gradients, other_gradients)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_changes_no_gradient(build, method):
+    _, gradients = first_step(build(method, "plain", max_steps=1, **FIXED[method]))
+    _, other = first_step(build(method, "checkpointing", max_steps=1, gradient_checkpointing=True, **FIXED[method]))
+    assert_same_gradients(gradients, other)
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
+def test_training_lowers_the_loss_of_held_out_pairs(build, method, adapter):
+    trainer = build(method, max_steps=12, learning_rate=0.005, **adapter)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    loss_before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < loss_before
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved) if adapter else len(moved) == len(before)
+
+
+def test_modpos_reference_is_the_policy_before_its_first_step(build):
+    trainer = build("modpo", max_steps=2, **LORA)
+    with torch.no_grad():  # an adapter that is not at its neutral start
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5)
+    trainer.train()
+    first = training_logs(trainer)[0]
+    assert first["rewards/collective_margins"] == pytest.approx(0, abs=1e-6)
+    assert first["rewards/margins"] == pytest.approx(-first["margins/correctness"], rel=1e-5)
+    models = [m for m in vars(trainer).values() if isinstance(m, torch.nn.Module)]
+    assert all(m is trainer.model for m in models)
+
+
+def test_modpos_log_explains_its_rewards(build):
+    trainer = build("modpo", max_steps=4, modpo={**modpo_block(), "weights": {"overall": 0.25, "correctness": 0.5}})
+    trainer.train()
+    last = training_logs(trainer)[-1]
+    for side in ("chosen", "rejected"):
+        implied = (last[f"rewards/collective_{side}"] - 0.5 * last[f"margins/correctness/{side}"]) / 0.25
+        assert last[f"rewards/{side}"] == pytest.approx(implied, rel=1e-4)
+    assert last["rewards/collective_margins"] != 0
+
+
+def modpo_block():
+    return {"objective": "overall", "beta": 0.1, "margins": {"correctness": {"source": "column"}}}
+
+
+def test_dropout_is_off_in_training(build):
+    trainer = build("amopo", **LORA)
+    assert all(m.p == 0 for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_is_the_mean_over_pairs_for_any_batch_size(build, method):
+    one, ragged = (build(method, str(size), eval_batch_size=size).evaluate() for size in (1, 7))
+    metrics = {name for name in one if not name.endswith(("runtime", "per_second", "epoch", "preparation_time"))}
+    assert {"eval_loss", "eval_rewards/chosen", "eval_rewards/accuracies", "eval_logps/chosen"} <= metrics
+    for name in metrics:
+        assert one[name] == pytest.approx(ragged[name], rel=1e-4, abs=1e-5), name
+
+
+def test_amopos_metrics_of_each_dimension(build):
+    metrics = build("amopo").evaluate()
+    names = ["integrated", "helpfulness", "correctness", "instruction_following"]
+    assert sum(metrics[f"eval_weights/{name}"] for name in names) == pytest.approx(1)
+    for name in names:
+        assert 0 <= metrics[f"eval_rewards/accuracies/{name}"] <= 1
+        assert f"eval_rewards/margins/{name}" in metrics
+        assert metrics[f"eval_weights_std/{name}"] >= 0
+
+
+def test_amopos_draws_are_only_in_training(build):
+    trainer = build("amopo", max_steps=1)
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+    batch = trainer.collate([trainer.train_dataset[0], trainer.train_dataset[1]])
+    trainer.model.train()
+    assert trainer.compute_loss(trainer.model, batch) != trainer.compute_loss(trainer.model, batch)
+    trainer.model.eval()
+    assert trainer.compute_loss(trainer.model, batch) == trainer.compute_loss(trainer.model, batch)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_where_an_undisturbed_one_does(build, method):
+    steps = {"max_steps": 6, "save_strategy": None, "save_steps": 3, "gradient_accumulation_steps": 2}
+    trainer = build(method, **steps)
+    trainer.train()
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-3"
+    resumed = build(method, **steps)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 6
+    for (name, p), (_, q) in zip(trainer.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_every_dimension_and_option_of_amopo_trains(build):
+    for block in (
+        {"weighting": "mean", "temperature": 0.1},
+        {"weighting": {"integrated": 0.5, "helpfulness": 0.5}},
+        {"loss_type": "orpo", "beta": 0.1},
+        {"sft_coef": 0.5, "gamma": 0},
+        {"integrated": False},
+    ):
+        trainer = build("amopo", max_steps=1, amopo={"dimensions": ["helpfulness"], **block})
+        trainer.train()
+        assert training_logs(trainer)[0]["loss"] > 0
+
+
+def test_the_sft_term_is_the_mean_nll_of_a_chosen_token(build):
+    without, doubled = (
+        build("amopo", str(coef), amopo={"dimensions": ["helpfulness"], "sft_coef": coef}).evaluate() for coef in (0, 2)
+    )
+    trainer = build("amopo", amopo={"dimensions": ["helpfulness"]})
+    nll = [
+        trainer.evaluate(trainer.eval_dataset.select([i]))["eval_logps/chosen"]
+        / len(trainer.eval_dataset[i]["chosen_input_ids"])
+        for i in range(len(trainer.eval_dataset))
+    ]
+    assert doubled["eval_loss"] - without["eval_loss"] == pytest.approx(-2 * sum(nll) / len(nll), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_stays_close_to_float32(build, method):
+    trainer = build(method)
+    dataset = trainer.eval_dataset
+    exact = trainer.evaluate()
+    trainer.model.to(torch.bfloat16)
+    if method == "modpo":
+        trainer.eval_dataset = dataset
+    rounded = trainer.evaluate()
+    assert rounded["eval_loss"] == pytest.approx(exact["eval_loss"], rel=0.02)
+    assert rounded["eval_logps/chosen"] == pytest.approx(exact["eval_logps/chosen"], rel=0.01)
+
+
+def test_a_model_that_cannot_take_trees_trains_in_padded_rows(build, tmp_path, tokenizer, caplog):
+    folder = tmp_path / "mamba"
+    MambaConfig(
+        vocab_size=1024, hidden_size=32, num_hidden_layers=1, pad_token_id=0, eos_token_id=2, bos_token_id=1
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    trainer = build("amopo", base_model=str(folder), max_steps=1, attn_implementation=None)
+    assert "padded rows" in caplog.text
+    assert "MambaForCausalLM" in caplog.text
+    trainer.train()
+    assert training_logs(trainer)[0]["loss"] > 0
+
+
+def test_a_window_averages_over_pairs():
+    window, accelerator = MetricWindow(), Accelerator(cpu=True)
+    assert window.pop(accelerator) == {}
+    window.add({"loss": torch.tensor([1.0, 2.0, 3.0]), "accuracy": torch.tensor([True, False, True])})
+    window.add({"loss": torch.tensor([6.0]), "accuracy": torch.tensor([True])})
+    popped = window.pop(accelerator)
+    assert popped["loss"].mean == 3
+    assert popped["loss"].std == pytest.approx(3.5**0.5)
+    assert popped["accuracy"].mean == 0.75
+    assert window.pop(accelerator) == {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_as_one_with_the_same_batch(tmp_path, method):
+    results = []
+    for processes in (1, 2):
+        cfg = smoke_config(
+            method,
+            tmp_path / str(processes),
+            seed=7,
+            max_steps=3,
+            eval_strategy="steps",
+            eval_steps=3,
+            micro_batch_size=4 // processes,
+            gradient_accumulation_steps=1,
+            eval_batch_size=4 // processes,
+            **FIXED[method],
+        )
+        config, result = tmp_path / f"{processes}.json", tmp_path / f"{processes}.pt"
+        config.write_text(json.dumps(cfg))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        subprocess.run(
+            [sys.executable, *launch, "tests/ddp_worker.py", str(config), str(result)],
+            check=True,
+            cwd=ROOT,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+        )
+        results.append(torch.load(result, weights_only=True))
+    (one, two) = results
+    assert len(one["log"]) == len(two["log"])
+    for entry, other in zip(one["log"], two["log"], strict=True):
+        for name in entry.keys() - {"epoch"}:
+            if not name.endswith(("runtime", "per_second", "time")) and name != "total_flos":
+                assert entry[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+    for name, parameter in one["parameters"].items():
+        assert torch.allclose(parameter, two["parameters"][name], atol=1e-5), name
