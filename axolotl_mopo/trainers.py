@@ -4,7 +4,6 @@ Imported by the host only after it has prepared TRL and its own training argumen
 """
 
 import random
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,59 +23,63 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import disable_dropout_in_model
 
 from axolotl_mopo.config import AMoPOConfig, MODPOConfig
+from axolotl_mopo.data.collating import PairCollator, read_tokens
 from axolotl_mopo.engine.layout import accept_trees
 from axolotl_mopo.engine.scoring import CompletionScores, by_side, score
-from axolotl_mopo.engine.trees import Pair, pack, pad
 from axolotl_mopo.losses import adaptive_weights, amopo_loss, modpo_loss
 from axolotl_mopo.metrics import MetricWindow
 
 LOG = get_logger("axolotl.mopo")
 
 Batch = dict[str, Any]
-Features = Sequence[Mapping[str, Any]]
+
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 class MultiObjectiveTrainer(
     RngLoaderMixin, SchedulerMixin, OptimizerMixin, OptimizerInitMixin, DistributedParallelMixin, Trainer
 ):
-    """What MODPO and AMoPO share: packing, scoring, metrics and the model card.
-
-    A child gives `pair_losses` and, where its batches hold more than token ids, `collate`.
-    """
+    """What MODPO and AMoPO share: packing, scoring, metrics and the model card. A child gives `pair_losses`."""
 
     tag_names: ClassVar[list[str]]
     citation: ClassVar[str]
 
     model: Any
 
-    def __init__(self, model: PreTrainedModel | PeftModel, *, train_dataset: Dataset, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        **kwargs: Any,
+    ) -> None:
         disable_dropout_in_model(model)
+        collator = PairCollator(pad_token_id=processing_class.pad_token_id or 0)
+        super().__init__(
+            model=model,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            data_collator=collator,
+            **kwargs,
+        )
+        # The loss is a mean over pairs; the host divides it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self._metrics = {"train": MetricWindow(), "eval": MetricWindow()}
+
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         base.add_model_tags(self.tag_names)
-        reason = accept_trees(model, base, _pair(train_dataset[0]))
+        with self.accelerator.autocast():
+            reason = accept_trees(model, base, read_tokens(train_dataset[0]))
+        collator.packed = reason is None
         if reason:
             LOG.warning("%s is trained in padded rows, not in packed trees: %s.", type(base).__name__, reason)
         else:
             LOG.info("%s is trained in packed prefix trees.", type(base).__name__)
-        self._packs = reason is None
-        self._metrics = {"train": MetricWindow(), "eval": MetricWindow()}
-        kwargs["data_collator"] = self.collate
-        super().__init__(model=model, train_dataset=train_dataset, **kwargs)
-        # The loss is a mean over pairs; the host divides it by the accumulation steps.
-        self.model_accepts_loss_kwargs = False
 
     def pair_losses(self, scores: CompletionScores, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The method: scores of the batch's completions -> losses [B] and metrics, each [B]."""
         raise NotImplementedError
-
-    def collate(self, features: Features) -> Batch:
-        """Rows of the prepared data set -> one batch on the CPU."""
-        pairs = [_pair(row) for row in features]
-        if self._packs:
-            return pack(pairs)
-        tokenizer = self.processing_class
-        assert isinstance(tokenizer, PreTrainedTokenizerBase)  # noqa: S101 (the host passes its tokenizer)
-        return pad(pairs, pad_token_id=tokenizer.pad_token_id or 0)
 
     def compute_loss(
         self,
@@ -145,9 +148,15 @@ class AMoPOTrainer(MultiObjectiveTrainer):
 }"""
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, args: Any, **kwargs: Any) -> None:
+        super().__init__(model, args=args, **kwargs)
         self.method = AMoPOConfig.model_validate(args.amopo)
         self._draw_step, self._draws = -1, 0
-        super().__init__(model, args=args, **kwargs)
+        weighting, names = self.method.weighting, self.method.prompt_names
+        self._fixed_weights = None
+        if isinstance(weighting, dict):
+            self._fixed_weights = torch.tensor([weighting[name] for name in names], device=args.device)
+        elif weighting == "uniform":
+            self._fixed_weights = torch.full((len(names),), 1 / len(names), device=args.device)
 
     def pair_losses(self, scores: CompletionScores, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """See `losses.amopo_loss`.
@@ -184,20 +193,18 @@ class AMoPOTrainer(MultiObjectiveTrainer):
         return losses, metrics
 
     def _weights(self, chosen: CompletionScores, rejected: CompletionScores) -> Tensor:
-        weighting, names = self.method.weighting, self.method.prompt_names
-        if weighting == "gaussian" or weighting == "mean":
-            drawn = weighting == "gaussian" and self.model.training
-            return adaptive_weights(
-                chosen.prob_mean,
-                chosen.prob_std,
-                rejected.prob_mean,
-                rejected.prob_std,
-                scheme="gaussian" if drawn else "mean",
-                temperature=self.method.temperature,
-                generator=self._draw_generator() if drawn else None,
-            )
-        fixed = [1 / len(names)] * len(names) if weighting == "uniform" else [weighting[name] for name in names]
-        return torch.tensor(fixed, device=chosen.prob_mean.device).expand_as(chosen.prob_mean)
+        if self._fixed_weights is not None:
+            return self._fixed_weights.expand_as(chosen.prob_mean)
+        drawn = self.method.weighting == "gaussian" and self.model.training
+        return adaptive_weights(
+            chosen.prob_mean,
+            chosen.prob_std,
+            rejected.prob_mean,
+            rejected.prob_std,
+            scheme="gaussian" if drawn else "mean",
+            temperature=self.method.temperature,
+            generator=self._draw_generator() if drawn else None,
+        )
 
     def _draw_generator(self) -> torch.Generator:
         """A generator for this micro-batch alone, so that a resumed run draws what an undisturbed one would."""
@@ -226,8 +233,9 @@ class MODPOTrainer(MultiObjectiveTrainer):
 }"""
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, args: Any, **kwargs: Any) -> None:
-        self.method = MODPOConfig.model_validate(args.modpo)
         super().__init__(model, args=args, **kwargs)
+        self.method = MODPOConfig.model_validate(args.modpo)
+        self._margin_weights = torch.tensor(self.method.margin_weights, device=args.device)
         LOG.info("MODPO's effective beta / w_k is %g.", self.method.beta / self.method.objective_weight)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -239,17 +247,10 @@ class MODPOTrainer(MultiObjectiveTrainer):
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; before any training the policy as it stands is its own reference."""
-        dataset = self._with_reference(self.eval_dataset if eval_dataset is None else eval_dataset)
-        return super().evaluate(dataset, *args, **kwargs)
-
-    def collate(self, features: Features) -> Batch:
-        """As the parent's, with the reference log-probs [B] and the margin rewards [B, J] of the pairs."""
-        columns = ("ref_chosen_logps", "ref_rejected_logps", "chosen_margins", "rejected_margins")
-        return super().collate(features) | {
-            column: torch.tensor([row[column] for row in features], dtype=torch.float32)
-            for column in columns
-            if column in features[0]
-        }
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if _REFERENCE[0] not in dataset.column_names:
+            LOG.warning("The policy is evaluated against itself as it stands now: no reference was computed before.")
+        return super().evaluate(self._with_reference(dataset), *args, **kwargs)
 
     def pair_losses(self, scores: CompletionScores, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """See `losses.modpo_loss`.
@@ -269,7 +270,7 @@ class MODPOTrainer(MultiObjectiveTrainer):
             rejected_margins,
             beta=method.beta,
             objective_weight=method.objective_weight,
-            margin_weights=chosen_margins.new_tensor(method.margin_weights),
+            margin_weights=self._margin_weights,
             loss_type=method.loss_type,
         )
         collective_chosen = method.beta * (policy_chosen_logps - inputs["ref_chosen_logps"])
@@ -291,14 +292,14 @@ class MODPOTrainer(MultiObjectiveTrainer):
     @torch.no_grad()
     def _with_reference(self, dataset: Dataset) -> Dataset:
         """The data set with the log-probs that the policy gives it now; every rank computes its share."""
-        if "ref_chosen_logps" in dataset.column_names:
+        if _REFERENCE[0] in dataset.column_names:
             return dataset
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
         share = dataset if world_size == 1 else dataset.shard(world_size, rank, contiguous=True)
         loader = DataLoader(
             share,
             batch_size=self.args.per_device_train_batch_size,
-            collate_fn=super().collate,
+            collate_fn=self.data_collator,
         )
         logps: list[list[float]] = []
         was_training = self.model.training
@@ -310,13 +311,9 @@ class MODPOTrainer(MultiObjectiveTrainer):
         self.model.train(was_training)
         if world_size > 1:
             logps = gather_object(logps)
-        return dataset.add_column("ref_chosen_logps", [chosen for chosen, _ in logps]).add_column(
-            "ref_rejected_logps", [rejected for _, rejected in logps]
-        )
-
-
-def _pair(row: Mapping[str, Any]) -> Pair:
-    return Pair(row["prompt_input_ids"], row["chosen_input_ids"], row["rejected_input_ids"])
+        for name, column in zip(_REFERENCE, zip(*logps, strict=True), strict=True):
+            dataset = dataset.add_column(name, list(column))
+        return dataset
 
 
 def _reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

@@ -155,7 +155,7 @@ def test_amopos_metrics_of_each_dimension(build):
 def test_amopos_draws_are_only_in_training(build):
     trainer = build("amopo", max_steps=1)
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
-    batch = trainer.collate([trainer.train_dataset[0], trainer.train_dataset[1]])
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
     trainer.model.train()
     assert trainer.compute_loss(trainer.model, batch) != trainer.compute_loss(trainer.model, batch)
     trainer.model.eval()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -89,7 +90,7 @@ def tree_attention(
     key, value = key[:, :, segments.key_index], value[:, :, segments.key_index]
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
     if implementation.startswith("flash_attention"):
-        attended = _flash(query, key, value, segments, implementation, scaling, sliding_window, softcap)
+        attended = _flash(module, query, key, value, segments, implementation, scaling, sliding_window, softcap)
     elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None:
         attended = _varlen(query, key, value, segments, scaling, sliding_window)
     else:
@@ -98,6 +99,7 @@ def tree_attention(
 
 
 def _flash(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -121,6 +123,7 @@ def _flash(
         cu_seq_lens_k=segments.cu_seq_k,  # type: ignore[arg-type]
         max_length_q=max(segments.query_lengths),
         max_length_k=max(segments.key_lengths),
+        target_dtype=get_target_dtype(query, module),  # adapters may have turned half precision into float32
         attn_implementation=implementation,
     )
 
