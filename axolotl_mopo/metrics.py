@@ -7,9 +7,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-_SUMS_DTYPE = torch.float64
-"""A spread is a small difference of large sums."""
-
 
 class Statistic(NamedTuple):
     """A metric over every pair of a window."""
@@ -29,7 +26,9 @@ class MetricWindow:
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Add a micro-batch of B pairs: every metric is a tensor [B]; the names are the same at every call."""
         self._names = list(metrics)
-        columns = torch.stack([values.detach().to(_SUMS_DTYPE) for values in metrics.values()])
+        # A spread is a small difference of large sums; only Apple's devices lack float64.
+        dtype = torch.float32 if next(iter(metrics.values())).device.type == "mps" else torch.float64
+        columns = torch.stack([values.detach().to(dtype) for values in metrics.values()])
         pairs = columns.new_full((1,), columns.shape[1])
         sums = torch.cat([columns.sum(1), columns.square().sum(1), pairs])
         self._sums = sums if self._sums is None else self._sums + sums

@@ -1,6 +1,7 @@
 """Both trainers as Axolotl builds them: steps, adapters, metrics, evaluation, resume, several processes."""
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -122,6 +123,14 @@ def test_modpos_log_explains_its_rewards(build):
         implied = (last[f"rewards/collective_{side}"] - 0.5 * last[f"margins/correctness/{side}"]) / 0.25
         assert last[f"rewards/{side}"] == pytest.approx(implied, rel=1e-4)
     assert last["rewards/collective_margins"] != 0
+
+
+def test_modpo_without_margins_is_dpo(build):
+    trainer = build("modpo", max_steps=3, modpo={"objective": "overall", "weights": {"overall": 1}})
+    trainer.train()
+    first, _, last = training_logs(trainer)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert last["rewards/margins"] == last["rewards/collective_margins"] != 0
 
 
 def modpo_block():
