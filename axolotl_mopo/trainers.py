@@ -24,6 +24,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from axolotl_mopo.config import AMoPOConfig, MODPOConfig
 from axolotl_mopo.data.collating import PairCollator, read_tokens
+from axolotl_mopo.data.rows import DataError
 from axolotl_mopo.engine.layout import accept_trees
 from axolotl_mopo.engine.scoring import CompletionScores, by_side, score
 from axolotl_mopo.losses import adaptive_weights, amopo_loss, modpo_loss
@@ -54,6 +55,11 @@ class MultiObjectiveTrainer(
         processing_class: PreTrainedTokenizerBase,
         **kwargs: Any,
     ) -> None:
+        if len(train_dataset) == 0:
+            raise DataError(
+                "the training set has no rows left; look in the log for how many were longer than sequence_len, and "
+                "raise it, or set excess_length_strategy: truncate"
+            )
         disable_dropout_in_model(model)
         collator = PairCollator(pad_token_id=processing_class.pad_token_id or 0)
         super().__init__(

@@ -245,6 +245,17 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
         prepare([ROW], rewriting)
 
 
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    strict.chat_template = refusal + tokenizer.chat_template
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+    with pytest.raises(
+        DataError, match="row 0: the chat template refuses a conversation of the roles system, user: no"
+    ):
+        prepare([{**ROW, "prompt": messages}], strict)
+
+
 def fits(row, tokenizer, sequence_len):
     return _drop_long_sequences(row, RLType.ORPO, tokenizer, sequence_len)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from axolotl_mopo.data.rows import DataError, Message, RowError
@@ -23,7 +24,7 @@ class ChatRenderer:
                 "the tokenizer has no chat template; set `chat_template:` in the YAML, for instance to chatml"
             )
         self._tokenizer = tokenizer
-        probe = "a"
+        probe = "Zyzzyva"
         ending = self._render([{"role": "user", "content": probe}, {"role": "assistant", "content": probe}])
         ending = ending[ending.rindex(probe) + len(probe) :]
         self._after_turn = ending[len(ending.rstrip()) :]
@@ -50,9 +51,13 @@ class ChatRenderer:
         return answered[len(prompt) :].removesuffix(self._after_turn) + self._missing_end
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        rendered = self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise RowError(f"the chat template refuses a conversation of the roles {roles}: {error}") from None
         assert isinstance(rendered, str)  # noqa: S101 (tokenize=False)
         return rendered
 
