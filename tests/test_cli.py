@@ -77,7 +77,7 @@ def test_sweep_modpo(tmp_path):
         check_run(run, "modpo")
         config_in_card = (run / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
         trained.append(yaml.safe_load(config_in_card)["modpo.weights"])
-    assert sorted(trained, key=str) == sorted(sweep, key=str)  # the host shuffles a sweep
+    assert sorted(trained, key=lambda weights: weights["overall"]) == sweep  # the host shuffles a sweep
     embeddings = [load_file(run / "model.safetensors")["model.embed_tokens.weight"] for run in runs]
     assert not embeddings[0].equal(embeddings[1])
     assert not embeddings[1].equal(embeddings[2])
@@ -112,6 +112,16 @@ def test_preprocess_then_train_with_lora_then_merge(quick, tmp_path):
     output = axolotl("train", changed)
     assert "Loading prepared dataset from disk" not in output
     assert "Unable to find prepared dataset" in output
+
+
+def test_resume_and_evaluate(quick, tmp_path):
+    config = quick("modpo", save_strategy=None, save_steps=1)
+    axolotl("train", config)
+    output = axolotl("train", config, "--resume-from-checkpoint", tmp_path / "out" / "checkpoint-1")
+    assert "Resuming" in output or "resume" in output
+    trained = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert trained["global_step"] == 2
+    assert "eval_rewards/accuracies" in axolotl("evaluate", config)
 
 
 def test_a_config_error_stops_before_anything_is_loaded(quick):

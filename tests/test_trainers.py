@@ -1,5 +1,7 @@
 """Both trainers as Axolotl builds them: steps, adapters, metrics, evaluation, resume, several processes."""
 
+import copy
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import ROOT, host_trainer, smoke_config
 from transformers import MambaConfig, TrainerCallback
 
@@ -221,6 +224,27 @@ def test_bf16_stays_close_to_float32(build, method):
     rounded = trainer.evaluate()
     assert rounded["eval_loss"] == pytest.approx(exact["eval_loss"], rel=0.02)
     assert rounded["eval_logps/chosen"] == pytest.approx(exact["eval_logps/chosen"], rel=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_mixed_precision_trains_float32_weights(build, method):
+    """The host refuses `bf16: true` on a CPU, so its trainer is built once more with the argument changed."""
+    plain = build(method, max_steps=3, gradient_checkpointing=True, **FIXED[method])
+    model, data = copy.deepcopy(plain.model), plain.train_dataset
+    plain.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = type(plain)(
+        model,
+        args=dataclasses.replace(plain.args, bf16=True, use_cpu=True),
+        train_dataset=data,
+        processing_class=plain.processing_class,
+    )
+    assert trainer.accelerator.mixed_precision == "bf16"
+    trainer.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    for entry, exact in zip(training_logs(trainer), training_logs(plain), strict=True):
+        assert entry["loss"] == pytest.approx(exact["loss"], rel=0.03)
 
 
 def test_a_model_that_cannot_take_trees_trains_in_padded_rows(build, tmp_path, tokenizer, caplog):
