@@ -219,8 +219,8 @@ def read_method(cfg: Mapping[str, Any], method: str) -> MODPOConfig | AMoPOConfi
             raise ConfigError(f"`{key}` has no effect with `rl: {method}`; remove it (see `{method}.{ours}`)")
     if cfg.get("pad_to_multiple_of"):
         raise ConfigError(f"`pad_to_multiple_of` has no effect with `rl: {method}`, which packs; remove it")
-    if (cfg.get("context_parallel_size") or 1) > 1:
-        raise ConfigError(f"`context_parallel_size` above 1 does not work with `rl: {method}`; remove it")
+    if cfg.get("context_parallel_size") not in (None, 1):
+        raise ConfigError(f"`context_parallel_size` other than 1 does not work with `rl: {method}`; remove it")
     if cfg.get("remove_unused_columns"):
         raise ConfigError(f"`remove_unused_columns: true` would drop the columns of `rl: {method}`; remove it")
     if method == "modpo" and (cfg.get("fsdp") or cfg.get("fsdp_config") or cfg.get("deepspeed")):

@@ -60,7 +60,7 @@ def _method(cfg: dict[str, Any]) -> str | None:
     rl, trainer = cfg.get("rl"), cfg.get("trainer_cls")
     if rl == _HOST_RL and trainer in _TRAINERS.values():  # registered before
         return next(method for method, ours in _TRAINERS.items() if ours == trainer)
-    if rl not in BLOCKS:
+    if not isinstance(rl, str) or rl not in BLOCKS:
         return None
     if trainer:
         raise ConfigError(f"`trainer_cls` has no effect with `rl: {rl}`, which brings its own trainer; remove it")

@@ -149,10 +149,16 @@ def test_the_two_bases_are_accepted():
         (changed(AMOPO, rl_beta=0.1), ["`rl_beta` has no effect with `rl: amopo`", "amopo.beta"]),
         (changed(MODPO, trl={"beta": 0.1}), ["`trl` has no effect with `rl: modpo`", "modpo.beta"]),
         (changed(AMOPO, pad_to_multiple_of=8), ["`pad_to_multiple_of` has no effect", "remove it"]),
-        (changed(AMOPO, context_parallel_size=2), ["`context_parallel_size` above 1 does not work", "remove it"]),
+        (changed(AMOPO, context_parallel_size=2), ["`context_parallel_size` other than 1 does not work", "remove it"]),
         (changed(AMOPO, remove_unused_columns=True), ["`remove_unused_columns: true`", "remove it"]),
         (changed(MODPO, deepspeed="zero3.json"), ["does not run with FSDP or DeepSpeed yet", "remove"]),
         (changed(AMOPO, trainer_cls="my.Trainer"), ["`trainer_cls` has no effect with `rl: amopo`", "remove it"]),
+        (changed(AMOPO, datasets=3), ["`datasets` must be a list of mappings", "not 3"]),
+        (changed(AMOPO, mopo_data=[1]), ["`mopo_data` is what the plugin fills in itself", "remove it"]),
+        (
+            changed(AMOPO, datasets=[{"path": "p", "type": "axolotl_mopo.pairs@0123"}]),
+            ["`datasets[0].type` is 'axolotl_mopo.pairs@0123'"],
+        ),
         (changed(AMOPO, datasets=["pairs.jsonl"]), ["`datasets[0]` must be a mapping", "'pairs.jsonl'"]),
         (
             changed(AMOPO, datasets=[{"path": "p", "type": "chatml.intel"}]),

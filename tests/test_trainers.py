@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ddp_worker
 import pytest
 import torch
 from accelerate import Accelerator
@@ -290,14 +291,17 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path, method):
         )
         config, result = tmp_path / f"{processes}.json", tmp_path / f"{processes}.pt"
         config.write_text(json.dumps(cfg))
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        subprocess.run(
-            [sys.executable, *launch, "tests/ddp_worker.py", str(config), str(result)],
-            check=True,
-            cwd=ROOT,
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-        )
+        if processes == 1:
+            ddp_worker.main(str(config), str(result))
+        else:
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            subprocess.run(
+                [sys.executable, *launch, "tests/ddp_worker.py", str(config), str(result)],
+                check=True,
+                cwd=ROOT,
+                env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+            )
         results.append(torch.load(result, weights_only=True))
     (one, two) = results
     assert len(one["log"]) == len(two["log"])

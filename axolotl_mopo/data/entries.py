@@ -7,7 +7,7 @@ and that key joins the entry's `type`: rows prepared under other settings have a
 
 import hashlib
 import json
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -94,13 +94,19 @@ def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig 
     Raises:
         ConfigError: naming entry and key.
     """
-    specs: dict[str, Any] = dict(cfg.get("mopo_data") or {})
+    specs = cfg.get("mopo_data") or {}
+    if not isinstance(specs, Mapping):
+        raise ConfigError("`mopo_data` is what the plugin fills in itself; remove it")
+    specs = dict(specs)
     for section in ("datasets", "test_datasets"):
-        for index, entry in enumerate(cfg.get(section) or []):
+        entries = cfg.get(section) or []
+        if not isinstance(entries, list):
+            raise ConfigError(f"`{section}` must be a list of mappings with `path` and `type`, not {entries!r}")
+        for index, entry in enumerate(entries):
             where = f"{section}[{index}]"
             if not isinstance(entry, MutableMapping):
                 raise ConfigError(f"`{where}` must be a mapping with `path` and `type`, not {entry!r}")
-            if "@" in str(entry.get("type")):  # bound before
+            if str(entry.get("type")).partition("@")[2] in specs:  # bound before
                 continue
             spec = _spec(cfg, method, block, entry, where)
             specs[spec.key] = spec.model_dump(mode="json")
