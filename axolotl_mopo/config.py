@@ -3,9 +3,12 @@
 import difflib
 import math
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from axolotl_mopo.data import templates
 
 INTEGRATED = "integrated"
 """Name of AMoPO's prompt that asks for all dimensions together."""
@@ -102,6 +105,40 @@ class MODPOConfig(Block):
         return [self.weights[name] for name in self.margins]
 
 
+def _template(value: Any) -> Any:
+    """The template's text, from the file where the YAML names one."""
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) != {"file"} or not isinstance(value["file"], str):
+        raise ValueError(f"it is {dict(value)!r}; write the template itself, or {{file: PATH}}")
+    try:
+        return Path(value["file"]).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the file {value['file']} cannot be read: {error}") from None
+
+
+Template = Annotated[str, BeforeValidator(_template)]
+
+
+class Directives(Block):
+    """What AMoPO's prompts say before the question: Jinja templates, rendered in a sandbox."""
+
+    dimension: Template = Field(default=templates.DIMENSION, description="a Jinja template, or {file: PATH}")
+    integrated: Template = Field(default=templates.INTEGRATED, description="a Jinja template, or {file: PATH}")
+
+    @field_validator("dimension")
+    @classmethod
+    def _dimension_renders(cls, template: str) -> str:
+        templates.check(template, templates.DIMENSION_VARIABLES)
+        return template
+
+    @field_validator("integrated")
+    @classmethod
+    def _integrated_renders(cls, template: str) -> str:
+        templates.check(template, templates.INTEGRATED_VARIABLES)
+        return template
+
+
 class AMoPOConfig(Block):
     """The `amopo:` block."""
 
@@ -113,6 +150,7 @@ class AMoPOConfig(Block):
     weighting: WeightingScheme | dict[str, float] = "gaussian"
     temperature: Number = Field(1.0, gt=0, description="a positive number; 1.0 is the paper's")
     score_range: tuple[Number, Number] = Field((1, 5), description="[lowest, highest], two different numbers")
+    directives: Directives = Field(Directives(), description="{dimension: TEMPLATE, integrated: TEMPLATE}")
     sft_coef: Number = Field(0.0, ge=0, description="a number of at least 0; 0.0 leaves the term out")
 
     @field_validator("dimensions")
@@ -266,6 +304,9 @@ def _explain(block: type[Block], path: str, error: dict[str, Any]) -> str:
         # pydantic puts the chosen source between the margin's name and its key.
         _, name, source, *keys = keys
         where, fields = f"{path}.margins.{name}", {"column": ColumnMargin, "length": LengthMargin}[source]
+    if keys[:1] == ["directives"] and len(keys) > 1:
+        _, *keys = keys
+        where, fields = f"{path}.directives", Directives
     where = "`" + ".".join([where, *map(str, keys)]) + "`"
     field = fields.model_fields.get(str(keys[0])) if keys else None
     expected = f"; expected {field.description}" if field and field.description else ""

@@ -146,6 +146,41 @@ def test_the_two_bases_are_accepted():
         (changed(AMOPO, amopo__score_range=[5, 1]), ["`amopo.score_range`", "the lowest score 5 is not below"]),
         (changed(AMOPO, amopo__score_range=[1]), ["`amopo.score_range", "missing", "[lowest, highest]"]),
         (changed(AMOPO, amopo__integrated="maybe"), ["`amopo.integrated`", "true or false"]),
+        (
+            changed(AMOPO, amopo__directives={"dimension": "Mind {{ dimesion }}."}),
+            ["`amopo.directives.dimension`", "unknown variable dimesion", "known are dimension, dimensions, high"],
+        ),
+        (
+            changed(AMOPO, amopo__directives={"integrated": "Score {{ score }}."}),
+            ["`amopo.directives.integrated`", "unknown variable score", "known are dimensions, high, low"],
+        ),
+        (changed(AMOPO, amopo__directives={"integrated": "{% if %}"}), ["it is no Jinja template", "in line 1"]),
+        (changed(AMOPO, amopo__directives={"integrated": "  "}), ["`amopo.directives.integrated`", "says nothing"]),
+        (
+            changed(AMOPO, amopo__directives={"integratd": "x"}),
+            ["`amopo.directives.integratd`", "did you mean `integrated`"],
+        ),
+        (changed(AMOPO, amopo__directives="x"), ["`amopo.directives`", "{dimension: TEMPLATE, integrated: TEMPLATE}"]),
+        (
+            changed(AMOPO, amopo__directives={"dimension": {"file": "no/such.jinja"}}),
+            ["the file no/such.jinja cannot be read"],
+        ),
+        (
+            changed(AMOPO, amopo__directives={"dimension": {"path": "x"}}),
+            ["write the template itself, or {file: PATH}"],
+        ),
+        (
+            changed(AMOPO, amopo__directives={"integrated": "{{ dimensions.__class__.__mro__ }}"}),
+            ["cannot be rendered", "unsafe"],
+        ),
+        (
+            changed(AMOPO, amopo__directives={"integrated": "{% include '/etc/passwd' %}"}),
+            ["`amopo.directives.integrated`", "cannot be rendered"],
+        ),
+        (
+            changed(AMOPO, amopo__directives={"integrated": "{{ dimensions.append(1) }}"}),
+            ["cannot be rendered", "unsafe"],
+        ),
         (changed(AMOPO, rl_beta=0.1), ["`rl_beta` has no effect with `rl: amopo`", "amopo.beta"]),
         (changed(MODPO, trl={"beta": 0.1}), ["`trl` has no effect with `rl: modpo`", "modpo.beta"]),
         (changed(AMOPO, pad_to_multiple_of=8), ["`pad_to_multiple_of` has no effect", "remove it"]),

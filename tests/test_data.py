@@ -12,6 +12,7 @@ from datasets import Dataset
 
 import axolotl_mopo
 from axolotl_mopo import MOPOPlugin
+from axolotl_mopo.config import Directives
 from axolotl_mopo.data.directives import dimension_directive, integrated_directive
 from axolotl_mopo.data.rows import DataError
 
@@ -66,16 +67,37 @@ def test_a_pair_for_modpo(tokenizer):
 
 def test_every_dimension_has_a_prompt_of_its_own(tokenizer):
     (row,) = prepare([ROW], tokenizer, dimensions=["helpfulness", "correctness"])
+    dimensions, score_range = ["helpfulness", "correctness"], (0, 4)
     directives = [
-        integrated_directive(["helpfulness", "correctness"]),
-        dimension_directive("helpfulness", 4, 0, 4),
-        dimension_directive("correctness", 3, 0, 4),
+        integrated_directive(Directives(), dimensions, score_range),
+        dimension_directive(Directives(), "helpfulness", 4, dimensions, score_range),
+        dimension_directive(Directives(), "correctness", 3, dimensions, score_range),
     ]
     prompts, chosen, rejected = texts(row, tokenizer)
     # No directive piles up on another, and both responses stand under the same prompts.
     assert prompts == [CHAT.format(f"{directive}\n\nWhich is bigger?") for directive in directives]
     assert (chosen, rejected) == ("The sun is bigger.<|im_end|>", "Moon.<|im_end|>")
     assert row["prompt"] == max(prompts, key=lambda prompt: len(tokenizer(prompt)["input_ids"]))
+
+
+def test_directives_are_templates_of_the_users(tokenizer, tmp_path):
+    file = tmp_path / "dimension.jinja"
+    file.write_text("{{ dimension | upper }}: {{ score }} of {{ low }} to {{ high }}.\n")
+    (row,) = prepare(
+        [ROW],
+        tokenizer,
+        dimensions=["helpfulness", "correctness"],
+        score_range=[1, 2.5],
+        directives={"dimension": {"file": str(file)}, "integrated": "Mind {{ dimensions | join(' and ') }}."},
+        entry={"score_scale": [0, 4]},
+    )
+    directives = [
+        "Mind helpfulness and correctness.",
+        "HELPFULNESS: 2.5 of 1 to 2.5.",
+        "CORRECTNESS: 2.12 of 1 to 2.5.",
+    ]
+    prompts, _, _ = texts(row, tokenizer)
+    assert prompts == [CHAT.format(f"{directive}\n\nWhich is bigger?") for directive in directives]
 
 
 def test_without_the_integrated_prompt(tokenizer):
@@ -146,7 +168,8 @@ def test_a_conversation_keeps_its_turns_and_the_last_one_carries_the_directive(t
     (row,) = prepare([{**ROW, "prompt": messages}], tokenizer, integrated=False)
     earlier = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi.")]
     start = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in earlier)
-    question = f"{dimension_directive('helpfulness', 4, 0, 4)}\n\nWhich is bigger?"
+    directive = dimension_directive(Directives(), "helpfulness", 4, ["helpfulness"], (0, 4))
+    question = f"{directive}\n\nWhich is bigger?"
     assert texts(row, tokenizer)[0] == [start + CHAT.format(question)]
 
 

@@ -64,6 +64,7 @@ def with_changes(base, **changes):
         (AMOPO, {"amopo": {"dimensions": ["helpfulness"]}}),
         (AMOPO, {"amopo": {"integrated": False}}),
         (AMOPO, {"amopo": {"score_range": [0, 9]}}),
+        (AMOPO, {"amopo": {"directives": {"integrated": "Mind {{ dimensions }}."}}}),
         (AMOPO, {"entry": {"score_scale": [0, 4]}}),
         (AMOPO, {"entry": {"field_prompt": "question"}}),
         (AMOPO, {"excess_length_strategy": "truncate"}),

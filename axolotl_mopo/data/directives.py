@@ -2,20 +2,34 @@
 
 from collections.abc import Sequence
 
+from axolotl_mopo.config import Directives
 from axolotl_mopo.data.rows import Message
+from axolotl_mopo.data.templates import render
 
 
-def integrated_directive(dimensions: Sequence[str]) -> str:
+def integrated_directive(directives: Directives, dimensions: Sequence[str], score_range: tuple[float, float]) -> str:
     """Ask for all dimensions together, without a score."""
-    return f"As an expert, give the answer that does best on all of these together: {_listed(dimensions)}."
+    low, high = map(_number, score_range)
+    return render(directives.integrated, dimensions=_readable(dimensions), low=low, high=high)
 
 
-def dimension_directive(dimension: str, score: float, low: float, high: float) -> str:
-    """Ask for one dimension at a score between `low`, the worst, and `high`, the best."""
-    name = _readable(dimension)
-    return (
-        f"Pay attention to one quality above all: {name}. On a scale from {low:g} (fails on {name}) to {high:g} "
-        f"(nothing left to wish for), give an answer whose {name} rates {score:.3g}."
+def dimension_directive(
+    directives: Directives,
+    dimension: str,
+    score: float,
+    dimensions: Sequence[str],
+    score_range: tuple[float, float],
+) -> str:
+    """Ask for one dimension at a score within `score_range`, the worst and the best."""
+    low, high = map(_number, score_range)
+    (name,) = _readable([dimension])
+    return render(
+        directives.dimension,
+        dimension=name,
+        score=_number(score),
+        dimensions=_readable(dimensions),
+        low=low,
+        high=high,
     )
 
 
@@ -26,10 +40,11 @@ def with_directive(messages: Sequence[Message], directive: str) -> list[Message]
     return [*messages[:last], turn, *messages[last + 1 :]]
 
 
-def _readable(dimension: str) -> str:
-    return dimension.replace("_", " ")
+def _readable(dimensions: Sequence[str]) -> list[str]:
+    return [dimension.replace("_", " ") for dimension in dimensions]
 
 
-def _listed(dimensions: Sequence[str]) -> str:
-    names = [_readable(dimension) for dimension in dimensions]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _number(value: float) -> float:
+    """A score as one would write it: 4 and not 4.0, 3.33 and not 3.3333333."""
+    rounded = round(value, 2)
+    return int(rounded) if rounded == int(rounded) else rounded

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from axolotl_mopo.config import AMoPOConfig, Block, ConfigError, Margin, MODPOConfig, Number, parse_block
+from axolotl_mopo.config import AMoPOConfig, Block, ConfigError, Directives, Margin, MODPOConfig, Number, parse_block
 from axolotl_mopo.version import __version__
 
 PREFIX = "axolotl_mopo."
@@ -56,6 +56,7 @@ class AMoPOData(BaseModel):
     dimensions: list[str]
     integrated: bool
     score_range: tuple[float, float]
+    directives: Directives
 
 
 class MODPOData(BaseModel):
@@ -142,5 +143,10 @@ def _spec(
 
 def _data_settings(block: MODPOConfig | AMoPOConfig) -> MODPOData | AMoPOData:
     if isinstance(block, AMoPOConfig):
-        return AMoPOData(dimensions=block.dimensions, integrated=block.integrated, score_range=block.score_range)
+        return AMoPOData(
+            dimensions=block.dimensions,
+            integrated=block.integrated,
+            score_range=block.score_range,
+            directives=block.directives,
+        )
     return MODPOData(margins=block.margins)

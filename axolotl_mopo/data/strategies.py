@@ -108,12 +108,11 @@ def _read(row: Mapping[str, Any], renderer: ChatRenderer, spec: DataSpec) -> tup
 
 
 def _directives(pair: PreferencePair, data: AMoPOData, spec: DataSpec) -> Iterator[str]:
-    low, high = data.score_range
     if data.integrated:
-        yield integrated_directive(data.dimensions)
+        yield integrated_directive(data.directives, data.dimensions, data.score_range)
     for dimension in data.dimensions:
         score = rescale(pair.chosen_score(dimension), spec.options.score_scale, data.score_range, dimension)
-        yield dimension_directive(dimension, score, low, high)
+        yield dimension_directive(data.directives, dimension, score, data.dimensions, data.score_range)
 
 
 def _fit(
