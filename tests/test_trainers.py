@@ -241,6 +241,7 @@ def test_bf16_mixed_precision_trains_float32_weights(build, method):
         processing_class=plain.processing_class,
     )
     assert trainer.accelerator.mixed_precision == "bf16"
+    assert trainer.data_collator.packed
     trainer.train()
     AcceleratorState._reset_state(reset_partial_state=True)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
