@@ -35,6 +35,8 @@ class MOPOPlugin(BasePlugin):
             ConfigError: before a model or a data set is loaded.
         """
         fold_dotted_keys(cfg)
+        if _registered(cfg):
+            return
         method = _method(cfg)
         if method is None:
             no_stray_block(cfg)
@@ -56,12 +58,15 @@ class MOPOPlugin(BasePlugin):
         return {method: cfg[method].to_dict() for method in BLOCKS if cfg.get(method)}
 
 
+def _registered(cfg: dict[str, Any]) -> bool:
+    ours = cfg.get("rl") == _HOST_RL and cfg.get("trainer_cls") in _TRAINERS.values()
+    return ours and cfg.get("mopo_data") is not None
+
+
 def _method(cfg: dict[str, Any]) -> str | None:
-    rl, trainer = cfg.get("rl"), cfg.get("trainer_cls")
-    if rl == _HOST_RL and trainer in _TRAINERS.values():  # registered before
-        return next(method for method, ours in _TRAINERS.items() if ours == trainer)
+    rl = cfg.get("rl")
     if not isinstance(rl, str) or rl not in BLOCKS:
         return None
-    if trainer:
+    if cfg.get("trainer_cls"):
         raise ConfigError(f"`trainer_cls` has no effect with `rl: {rl}`, which brings its own trainer; remove it")
     return rl

@@ -134,6 +134,9 @@ def test_the_hosts_schema_keeps_our_fields(monkeypatch):
     )
     assert validated.amopo.dimensions == ["helpfulness", "correctness"]
     assert validated.datasets[0].type == bound
+    again = copy.deepcopy(validated)
+    MOPOPlugin().register(again)  # as a Ray worker does, with the host's defaults filled in
+    assert again == validated
     arguments = PluginManager.get_instance().get_training_args(validated)
     assert set(arguments) == {"amopo"}
     assert arguments["amopo"]["beta"] == 0.8

@@ -7,7 +7,7 @@ and that key joins the entry's `type`: rows prepared under other settings have a
 
 import hashlib
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -95,10 +95,9 @@ def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig 
     Raises:
         ConfigError: naming entry and key.
     """
-    specs = cfg.get("mopo_data") or {}
-    if not isinstance(specs, Mapping):
+    if cfg.get("mopo_data") is not None:
         raise ConfigError("`mopo_data` is what the plugin fills in itself; remove it")
-    specs = dict(specs)
+    specs: dict[str, Any] = {}
     for section in ("datasets", "test_datasets"):
         entries = cfg.get(section) or []
         if not isinstance(entries, list):
@@ -107,8 +106,6 @@ def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig 
             where = f"{section}[{index}]"
             if not isinstance(entry, MutableMapping):
                 raise ConfigError(f"`{where}` must be a mapping with `path` and `type`, not {entry!r}")
-            if str(entry.get("type")).partition("@")[2] in specs:  # bound before
-                continue
             spec = _spec(cfg, method, block, entry, where)
             specs[spec.key] = spec.model_dump(mode="json")
             for key in spec.options.model_fields_set:
