@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 from axolotl_mopo.version import __version__
 
 if TYPE_CHECKING:
-    from axolotl_mopo.data.strategies import pairs
     from axolotl_mopo.plugin import MOPOPlugin
 
-__all__ = ["MOPOPlugin", "__version__", "pairs"]
+__all__ = ["MOPOPlugin", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,21 @@
 """The plugin itself: the only room that knows Axolotl's hooks."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 
-from axolotl_mopo.config import BLOCKS, ConfigError, fold_dotted_keys, no_stray_block, read_method
+from axolotl_mopo.config import (
+    BLOCKS,
+    AMoPOConfig,
+    ConfigError,
+    MODPOConfig,
+    fold_dotted_keys,
+    no_stray_block,
+    read_method,
+)
 from axolotl_mopo.data.entries import bind_entries
 
 _TRAINERS = {"modpo": "axolotl_mopo.trainers.MODPOTrainer", "amopo": "axolotl_mopo.trainers.AMoPOTrainer"}
@@ -56,6 +65,27 @@ class MOPOPlugin(BasePlugin):
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
         """The block of the method in use, for the trainer."""
         return {method: cfg[method].to_dict() for method in BLOCKS if cfg.get(method)}
+
+    def add_callbacks_pre_trainer(self, cfg: DictDefault, model: Any) -> list[Any]:
+        """What writes `mopo.json` beside every checkpoint."""
+        from axolotl_mopo.manifest import ManifestCallback
+
+        return [ManifestCallback(block) for block in _blocks(cfg)]
+
+    def post_train(self, cfg: DictDefault, model: Any) -> None:
+        """Write `mopo.json` beside the final model."""
+        from axolotl.utils.distributed import is_main_process
+
+        from axolotl_mopo.manifest import write_manifest
+
+        for block in _blocks(cfg):
+            if is_main_process():
+                write_manifest(block, Path(cfg.output_dir))
+
+
+def _blocks(cfg: DictDefault) -> list[MODPOConfig | AMoPOConfig]:
+    """The block of the method in use, if it is one of ours."""
+    return [block.model_validate(cfg[method].to_dict()) for method, block in BLOCKS.items() if cfg.get(method)]
 
 
 def _registered(cfg: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import tempfile
 from pathlib import Path
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from axolotl.utils.dict import DictDefault
+from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +25,7 @@ from transformers import (
     Qwen2Config,
 )
 
+import axolotl_mopo
 from axolotl_mopo.engine.trees import Pair
 
 ROOT = Path(__file__).parent.parent
@@ -107,3 +110,36 @@ def host_trainer(cfg):
     validated = load_cfg(DictDefault(copy.deepcopy(cfg)))
     data = load_preference_datasets(cfg=validated, cli_args=TrainerCliArgs())
     return setup_model_and_trainer(validated, data)[0]
+
+
+def prepare(rows, tokenizer, *, method="amopo", kind="pairs", entry=None, num_proc=1, **settings):
+    """The rows as the host's own map leaves them; `settings` go to the method's block, or to the YAML where known."""
+    blocks = {
+        "amopo": {"dimensions": ["helpfulness"], "score_range": [0, 4]},
+        "modpo": {"objective": "better", "weights": {"better": 1}},
+    }
+    top = {key: settings.pop(key) for key in ("sequence_len", "excess_length_strategy", "seed") if key in settings}
+    from axolotl.utils.data.rl import _map_dataset
+    from axolotl.utils.data.shared import load_dataset_with_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/rows.parquet"
+        Dataset.from_list(rows).to_parquet(path)
+        cfg = DictDefault(
+            {
+                "rl": method,
+                method: {**blocks[method], **settings},
+                "sequence_len": 512,
+                "dataset_num_proc": num_proc,
+                "dataset_prepared_path": f"{folder}/prepared",
+                "datasets": [{"path": path, "type": f"axolotl_mopo.{kind}", **(entry or {})}],
+                **top,
+            }
+        )
+        axolotl_mopo.MOPOPlugin().register(cfg)
+        strategy = getattr(axolotl_mopo, cfg["datasets"][0]["type"].removeprefix("axolotl_mopo."))
+        transform, arguments = strategy(cfg, dataset_idx=0)
+        table = load_dataset_with_config(cfg["datasets"][0], False)
+        arguments["remove_columns"] = table.column_names
+        prepared = _map_dataset(cfg, table, transform, tokenizer, **arguments)
+        return prepared.to_list()

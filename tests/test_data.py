@@ -4,14 +4,10 @@ import copy
 import json
 
 import pytest
-from axolotl.utils.data.rl import _drop_long_sequences, _map_dataset
-from axolotl.utils.dict import DictDefault
+from axolotl.utils.data.rl import _drop_long_sequences
 from axolotl.utils.schemas.enums import RLType
-from conftest import SMOKE
-from datasets import Dataset
+from conftest import SMOKE, prepare
 
-import axolotl_mopo
-from axolotl_mopo import MOPOPlugin
 from axolotl_mopo.config import Directives
 from axolotl_mopo.data.directives import dimension_directive, integrated_directive
 from axolotl_mopo.data.rows import DataError
@@ -24,31 +20,6 @@ ROW = {
     "rejected_scores": {"helpfulness": 1, "correctness": 0},
 }
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def prepare(rows, tokenizer, *, method="amopo", entry=None, sequence_len=512, num_proc=1, **block):
-    """The rows as the host's own map leaves them."""
-    blocks = {
-        "amopo": {"dimensions": ["helpfulness"], "score_range": [0, 4]},
-        "modpo": {"objective": "better", "weights": {"better": 1}},
-    }
-    cfg = DictDefault(
-        {
-            "rl": method,
-            method: {**blocks[method], **block},
-            "sequence_len": sequence_len,
-            "dataset_num_proc": num_proc,
-            "datasets": [{"path": "pairs.jsonl", "type": "axolotl_mopo.pairs", **(entry or {})}],
-        }
-    )
-    if isinstance(entry, dict) and "excess_length_strategy" in entry:
-        cfg["excess_length_strategy"] = cfg["datasets"][0].pop("excess_length_strategy")
-    MOPOPlugin().register(cfg)
-    strategy = getattr(axolotl_mopo, cfg["datasets"][0]["type"].removeprefix("axolotl_mopo."))
-    transform, arguments = strategy(cfg, dataset_idx=0)
-    data = Dataset.from_list(rows)
-    arguments["remove_columns"] = data.column_names
-    return _map_dataset(cfg, data, transform, tokenizer, **arguments)
 
 
 def texts(row, tokenizer):
@@ -195,7 +166,7 @@ def test_margins_from_columns_and_lengths(tokenizer):
     ("row", "entry", "words"),
     [
         ({"prompt": None}, {}, ["has no prompt", "field_prompt"]),
-        ({"prompt": "  "}, {}, ["its `prompt` is empty"]),
+        ({"prompt": "  "}, {}, ["its prompt is empty"]),
         ({"prompt": [{"role": "assistant", "content": "x"}]}, {}, ["role 'assistant'", "must end with the user's"]),
         ({"prompt": [{"role": "user"}]}, {}, ["lacks a `role` or a `content`"]),
         ({"prompt": 3}, {}, ["neither a string nor messages", "int"]),
@@ -208,11 +179,17 @@ def test_margins_from_columns_and_lengths(tokenizer):
             {},
             ["turns of `chosen` before its last one are not the prompt"],
         ),
-        ({"chosen_scores": {"helpfulness": None}}, {}, ["score of helpfulness for the chosen response is None"]),
-        ({"chosen_scores": {"helpfulness": "N/A"}}, {}, ["'N/A', not a finite number"]),
-        ({"chosen_scores": {"helpfulness": float("nan")}}, {}, ["nan, not a finite number"]),
-        ({"chosen_scores": {"other": 1}}, {}, ["no `helpfulness` in `chosen_scores`", "field_chosen_scores"]),
-        ({}, {"field_chosen_scores": "{}_x"}, ["no column `helpfulness_x`"]),
+        ({"rejected": ROW["chosen"] + " "}, {}, ["chosen and rejected responses are the same text"]),
+        ({"chosen_scores": {"helpfulness": None}}, {}, ["score of helpfulness for the chosen", "no finite number"]),
+        ({"chosen_scores": {"helpfulness": "N/A"}}, {}, ["score of helpfulness for the chosen", "no finite number"]),
+        ({"chosen_scores": {"helpfulness": float("nan")}}, {}, ["score of helpfulness", "no finite number"]),
+        ({"chosen_scores": {"helpfulness": float("inf")}}, {}, ["score of helpfulness", "no finite number"]),
+        (
+            {"chosen_scores": {"other": 1}},
+            {},
+            ["no score of helpfulness", "found were", "field_chosen_scores"],
+        ),
+        ({}, {"field_chosen_scores": "{}_x"}, ["no score of helpfulness for the chosen response;"]),
         ({"chosen_scores": {"helpfulness": 5}}, {}, ["score of helpfulness, 5, is outside 0 to 4", "score_scale"]),
     ],
 )
@@ -220,7 +197,7 @@ def test_a_bad_row_is_named(tokenizer, row, entry, words):
     bad = {key: value for key, value in {**copy.deepcopy(ROW), **row}.items() if value is not None or key == "rejected"}
     with pytest.raises(DataError) as caught:
         prepare([bad], tokenizer, entry=entry)
-    for word in ["datasets[0] (pairs.jsonl), row 0", *words]:
+    for word in ["datasets[0] (", "rows.parquet), row 0", "on_bad_row: drop", *words]:
         assert word in str(caught.value)
 
 
@@ -228,12 +205,12 @@ def test_the_number_of_a_bad_row_counts_over_all_processes(tokenizer):
     rows = [ROW] * 30
     rows[23] = {**ROW, "chosen": " "}
     for num_proc in (1, 2):
-        with pytest.raises(DataError, match=r"pairs.jsonl\), row 23: its `chosen` is an empty response"):
+        with pytest.raises(DataError, match=r"rows.parquet\), row 23: its `chosen` is an empty response"):
             prepare(rows, tokenizer, num_proc=num_proc)
 
 
 def test_a_missing_margin_score_is_named(tokenizer):
-    with pytest.raises(DataError, match=r"row 0: it has no `safer` in `chosen_scores`"):
+    with pytest.raises(DataError, match=r"row 0: it has no score of safer for the chosen response"):
         prepare(
             [ROW],
             tokenizer,
@@ -298,27 +275,65 @@ def test_over_long_rows_raise_with_their_number(tokenizer):
     with pytest.raises(
         DataError, match=r"row 1: it needs \d+ tokens, its directive included, more than sequence_len: 200"
     ):
-        prepare(rows, tokenizer, sequence_len=200, entry={"excess_length_strategy": "raise"})
+        prepare(rows, tokenizer, sequence_len=200, excess_length_strategy="raise")
 
 
 def test_over_long_completions_are_truncated_to_what_the_directive_leaves(tokenizer):
     long = {**ROW, "chosen": "very naïve 日本 " * 100}
-    (row,) = prepare([long], tokenizer, sequence_len=200, entry={"excess_length_strategy": "truncate"})
+    (row,) = prepare([long], tokenizer, sequence_len=200, excess_length_strategy="truncate")
     longest = max(len(ids) for ids in row["prompt_input_ids"])
     assert len(row["chosen_input_ids"]) in range(200 - longest - 4, 200 - longest + 1)
     assert row["rejected"] == "Moon.<|im_end|>"
     assert fits(row, tokenizer, 200)
 
 
-def test_a_prompt_that_is_too_long_is_left_to_the_hosts_filter(tokenizer):
-    long = {**ROW, "prompt": "why " * 400}
-    for strategy in ("truncate", "drop"):
-        (row,) = prepare([long], tokenizer, sequence_len=200, entry={"excess_length_strategy": strategy})
-        assert not fits(row, tokenizer, 200)
+def test_a_question_that_is_too_long_loses_its_oldest_part_and_keeps_directive_and_header(tokenizer):
+    question = " ".join(f"word{index}" for index in range(300))
+    directives = ("<|im_start|>user\nAs an expert,", "<|im_start|>user\nPay attention")
+    for strategy in ("drop", "truncate"):
+        (row,) = prepare([{**ROW, "prompt": question}], tokenizer, sequence_len=200, excess_length_strategy=strategy)
+        prompts, chosen, _ = texts(row, tokenizer)
+        assert chosen == "The sun is bigger.<|im_end|>"
+        kept = {prompt.split("\n\n", 1)[1] for prompt in prompts}
+        (rest,) = kept  # the same part of the question under every directive
+        assert question.endswith(rest.removesuffix("<|im_end|>\n<|im_start|>assistant\n"))
+        for prompt, directive in zip(prompts, directives, strict=True):
+            assert prompt.startswith(directive)
+            assert prompt.endswith("word299<|im_end|>\n<|im_start|>assistant\n")
+        used = max(map(len, row["prompt_input_ids"])) + len(row["chosen_input_ids"])
+        assert used in range(195, 201)  # no more is cut than must be
+        assert row["cut_prompt_tokens"] > 100
+        assert row["cut_completion_tokens"] == 0
+        assert fits(row, tokenizer, 200)
+
+
+def test_the_oldest_turns_go_before_any_part_of_the_last_one(tokenizer):
+    old = [{"role": "user", "content": "old " * 90}, {"role": "assistant", "content": "older " * 90}]
+    recent = [{"role": "user", "content": "recent"}, {"role": "assistant", "content": "reply"}]
+    system, question = {"role": "system", "content": "Be brief."}, {"role": "user", "content": ROW["prompt"]}
+    (row,) = prepare([{**ROW, "prompt": [system, *old, *recent, question]}], tokenizer, sequence_len=200)
+    (short,) = prepare([{**ROW, "prompt": [system, *recent, question]}], tokenizer, sequence_len=200)
+    assert row["prompt_input_ids"] == short["prompt_input_ids"]
+    assert row["cut_prompt_tokens"] > 180 > short["cut_prompt_tokens"] == 0
+
+
+def test_completions_that_leave_a_question_no_room_follow_the_strategy(tokenizer):
+    long = {**ROW, "prompt": "why " * 100, "chosen": "very " * 190}
+    (dropped,) = prepare([long], tokenizer, sequence_len=200, excess_length_strategy="drop")
+    assert not fits(dropped, tokenizer, 200)
+    (cut,) = prepare([long], tokenizer, sequence_len=200, excess_length_strategy="truncate")
+    assert fits(cut, tokenizer, 200)
+    assert cut["prompt"].endswith("why why <|im_end|>\n<|im_start|>assistant\n")
+    assert min(cut["cut_prompt_tokens"], cut["cut_completion_tokens"]) > 20
+
+
+def test_a_directive_that_leaves_no_room_at_all_is_left_to_the_hosts_filter(tokenizer):
+    (row,) = prepare([ROW], tokenizer, sequence_len=40, excess_length_strategy="truncate")
+    assert not fits(row, tokenizer, 40)
 
 
 def test_the_embedded_pairs_are_prepared_alike_by_one_and_two_processes(tokenizer):
     rows = [json.loads(line) for line in (SMOKE / "pairs.jsonl").read_text().splitlines()]
-    one, two = (prepare(rows, tokenizer, num_proc=n).to_list() for n in (1, 2))
+    one, two = (prepare(rows, tokenizer, num_proc=n) for n in (1, 2))
     assert one == two
     assert len(one) == 320

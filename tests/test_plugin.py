@@ -10,8 +10,10 @@ from axolotl.utils.dict import DictDefault
 from conftest import ROOT, SMOKE
 from test_config import AMOPO, MODPO
 
-from axolotl_mopo import MOPOPlugin, pairs
+import axolotl_mopo
+from axolotl_mopo import MOPOPlugin
 from axolotl_mopo.data.entries import DataSpec
+from axolotl_mopo.data.formats import FORMATS
 
 
 def registered(cfg):
@@ -95,15 +97,12 @@ def test_the_methods_never_share_rows():
 def test_a_bound_type_resolves_to_its_strategy():
     cfg = registered(AMOPO)
     module, name = cfg["datasets"][0]["type"].split(".")
-    import axolotl_mopo
-
     assert module == "axolotl_mopo"
-    transform, arguments = getattr(axolotl_mopo, name)({**cfg, "sequence_len": 512}, dataset_idx=0)
-    assert callable(transform)
-    assert arguments == {"batched": True, "with_indices": True, "remove_columns": "__all__"}
+    strategy = getattr(axolotl_mopo, name)
     (key,) = cfg["mopo_data"]
+    assert strategy.keywords == {"key": key}
     assert DataSpec.model_validate(cfg["mopo_data"][key]).key == key
-    assert axolotl_mopo.pairs is pairs
+    assert all(callable(getattr(axolotl_mopo, name)) for name in FORMATS)
     with pytest.raises(AttributeError, match="pears"):
         _ = axolotl_mopo.pears
 

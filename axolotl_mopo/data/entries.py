@@ -7,46 +7,24 @@ and that key joins the entry's `type`: rows prepared under other settings have a
 
 import hashlib
 import json
-from collections.abc import MutableMapping
-from typing import Annotated, Any, Literal, Self
+import re
+from collections.abc import Iterable, MutableMapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from axolotl_mopo.config import AMoPOConfig, Block, ConfigError, Directives, Margin, MODPOConfig, Number, parse_block
+from axolotl_mopo.config import AMoPOConfig, ColumnMargin, ConfigError, Directives, Margin, MODPOConfig, parse_block
+from axolotl_mopo.data.formats import FORMATS, Format
+from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, ScoredOptions
+from axolotl_mopo.data.reading import Reading
 from axolotl_mopo.version import __version__
 
 PREFIX = "axolotl_mopo."
 
-_HOST_KEYS = (
-    "path",
-    "name",
-    "split",
-    "data_files",
-    "revision",
-    "ds_type",
-    "shards",
-    "shards_idx",
-    "preprocess_shards",
-    "trust_remote_code",
-    "type",
-)
-
-
-class PairsOptions(Block):
-    """What an entry with `type: axolotl_mopo.pairs` may say besides where its data is."""
-
-    field_prompt: str | None = Field(None, description="the column of the prompt or its messages")
-    field_chosen: str = Field("chosen", description="the column of the preferred response")
-    field_rejected: str = Field("rejected", description="the column of the other response")
-    field_chosen_scores: str | None = Field(None, description="a column, or a pattern such as chosen_{}")
-    field_rejected_scores: str | None = Field(None, description="a column, or a pattern such as rejected_{}")
-    score_scale: tuple[Number, Number] | None = Field(None, description="[lowest, highest] score of the data set")
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Self:
-        if self.score_scale and self.score_scale[0] >= self.score_scale[1]:
-            raise ValueError(f"score_scale {list(self.score_scale)} must be [lowest, highest]")
-        return self
+_HOST_KEYS = ("path", "name", "split", "data_files", "revision", "ds_type", "trust_remote_code", "type")
+_IGNORED_HOST_KEYS = ("shards", "shards_idx", "preprocess_shards")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.parquet)(?<!\.csv)")
 
 
 class AMoPOData(BaseModel):
@@ -65,6 +43,11 @@ class MODPOData(BaseModel):
     method: Literal["modpo"] = "modpo"
     margins: dict[str, Margin]
 
+    @property
+    def columns(self) -> list[str]:
+        """The scores that the margins read."""
+        return [margin.field or name for name, margin in self.margins.items() if isinstance(margin, ColumnMargin)]
+
 
 class DataSpec(BaseModel):
     """Everything that decides how the rows of one data set become training examples."""
@@ -74,7 +57,11 @@ class DataSpec(BaseModel):
     where: str
     """The entry in the YAML and its path, for messages."""
     strategy: str
-    options: PairsOptions
+    options: dict[str, Any]
+    objective: tuple[str, ...]
+    """What orders responses that no label orders."""
+    seed: int | None
+    """Set where it decides which pairs are kept."""
     data: Annotated[AMoPOData | MODPOData, Field(discriminator="method")]
     excess_length_strategy: str
     """The host's own key; the host leaves it out of the name of prepared rows."""
@@ -85,8 +72,32 @@ class DataSpec(BaseModel):
         """A name made of the content."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def format(self) -> Format:
+        """How the rows are laid out."""
+        return FORMATS[self.strategy]
 
-STRATEGY_OPTIONS = {"pairs": PairsOptions}
+    @property
+    def scales(self) -> dict[str, tuple[float, float]]:
+        """AMoPO: the data set's own scale of every dimension, `score_range` where nothing says another."""
+        if not isinstance(self.data, AMoPOData):
+            return {}
+        if own := self.options.get("score_scale"):
+            return dict.fromkeys(self.data.dimensions, tuple(own))
+        return {name: self.format.scales.get(name, self.data.score_range) for name in self.data.dimensions}
+
+    @property
+    def reading(self) -> Reading:
+        """What is needed of the rows."""
+        names = self.data.dimensions if isinstance(self.data, AMoPOData) else self.data.columns
+        return Reading(
+            self.format.options.model_validate(self.options),
+            self.objective,
+            chosen_scores=tuple(names),
+            rejected_scores=tuple(names) if isinstance(self.data, MODPOData) else (),
+            scales=self.scales,
+            **({} if self.seed is None else {"seed": self.seed}),
+        )
 
 
 def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig | AMoPOConfig) -> None:
@@ -108,7 +119,7 @@ def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig 
                 raise ConfigError(f"`{where}` must be a mapping with `path` and `type`, not {entry!r}")
             spec = _spec(cfg, method, block, entry, where)
             specs[spec.key] = spec.model_dump(mode="json")
-            for key in spec.options.model_fields_set:
+            for key in set(entry) - set(_HOST_KEYS):
                 del entry[key]
             entry["type"] = f"{PREFIX}{spec.strategy}@{spec.key}"
     cfg["mopo_data"] = specs
@@ -121,21 +132,89 @@ def _spec(
     entry: MutableMapping[str, Any],
     where: str,
 ) -> DataSpec:
-    known = ", ".join(PREFIX + name for name in STRATEGY_OPTIONS)
+    known = ", ".join(PREFIX + name for name in FORMATS)
     kind = entry.get("type")
     strategy = kind.removeprefix(PREFIX) if isinstance(kind, str) and kind.startswith(PREFIX) else None
-    if strategy not in STRATEGY_OPTIONS:
+    if strategy not in FORMATS:
         raise ConfigError(f"`{where}.type` is {kind!r}; with `rl: {method}` it must be one of {known}")
-    options = parse_block(
-        STRATEGY_OPTIONS[strategy], {key: value for key, value in entry.items() if key not in _HOST_KEYS}, where
-    )
+    _check_host_keys(entry, where, method)
+    format = FORMATS[strategy]
+    options = parse_block(format.options, {key: value for key, value in entry.items() if key not in _HOST_KEYS}, where)
+    data = _data_settings(block)
+    _check_scores(data, options, format, where, strategy)
     return DataSpec(
         where=f"{where} ({entry.get('path')})",
         strategy=strategy,
-        options=options,
-        data=_data_settings(block),
-        excess_length_strategy=str(cfg.get("excess_length_strategy") or "drop"),
+        options=options.model_dump(mode="json"),
+        objective=_objective(block, options, format, where),
+        seed=_seed(cfg) if options.max_pairs_per_prompt else None,
+        data=data,
+        excess_length_strategy=str(cfg.get("excess_length_strategy") or "drop").lower(),
     )
+
+
+def _check_host_keys(entry: MutableMapping[str, Any], where: str, method: str) -> None:
+    for key in _IGNORED_HOST_KEYS:
+        if entry.get(key) is not None:
+            raise ConfigError(
+                f"`{where}.{key}` has no effect with `rl: {method}`, whose data the host does not shard; take a part "
+                "with `split: train[:10%]`"
+            )
+    if isinstance(entry.get("name"), list):
+        raise ConfigError(f"`{where}.name` is a list; write one entry for each name")
+    path = str(entry.get("path"))
+    hub = _HUB_ID.fullmatch(path) and not Path(path).exists() and not entry.get("data_files")
+    if where.startswith("test_datasets") and hub and not entry.get("split"):
+        raise ConfigError(
+            f"`{where}.split` is missing; the host would evaluate on the train split of {path}; say `split: test` or "
+            "what the data set calls it"
+        )
+
+
+def _objective(block: MODPOConfig | AMoPOConfig, options: EntryOptions, format: Format, where: str) -> tuple[str, ...]:
+    """What orders responses that no label orders: the entry's own word, or else what the method trains for."""
+    if not isinstance(options, ObjectiveOptions):
+        return ()
+    if options.objective is not None:
+        given = [options.objective] if isinstance(options.objective, str) else options.objective
+        if fault := format.objective_fault(given):
+            raise ConfigError(f"`{where}.objective`: {fault}")
+        return tuple(given)
+    if isinstance(block, MODPOConfig):
+        key, names = "modpo.objective", [block.objective]
+    else:
+        key, names = "amopo.dimensions", block.dimensions
+    if not (fault := format.objective_fault(names)):
+        return tuple(names)
+    if format.read_pair and format.read_responses:
+        # Only the data's columns tell whether a label orders its pairs.
+        return ()
+    raise ConfigError(f"`{where}.objective` is missing, and `{key}` does not say what orders the pairs: {fault}")
+
+
+def _check_scores(
+    data: AMoPOData | MODPOData, options: EntryOptions, format: Format, where: str, strategy: str
+) -> None:
+    """Refuse scores that data of this kind never holds."""
+    names = data.dimensions if isinstance(data, AMoPOData) else data.columns
+    possible: Iterable[str] | None = format.scales or None
+    if possible is None and not isinstance(options, ScoredOptions):
+        possible = ()
+    if possible is not None and (unknown := [name for name in names if name not in possible]):
+        key = "amopo.dimensions" if isinstance(data, AMoPOData) else "modpo.margins"
+        raise ConfigError(
+            f"`{key}` needs a score of {', '.join(unknown)} from `{where}`, but {strategy} holds "
+            f"{', '.join(possible) or 'no scores'}"
+        )
+
+
+def _seed(cfg: MutableMapping[str, Any]) -> int:
+    seed = cfg.get("seed")
+    if seed is None:
+        return 42
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"`seed` is {seed!r}; it must be a whole number")
+    return seed
 
 
 def _data_settings(block: MODPOConfig | AMoPOConfig) -> MODPOData | AMoPOData:

@@ -1,26 +1,44 @@
 """The strategies that a data set's `type:` names: from the host's rows to token ids."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
+from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
+from axolotl.utils.data.shared import load_dataset_with_config
+from axolotl.utils.logging import get_logger
+from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_mopo.data.directives import dimension_directive, integrated_directive, with_directive
-from axolotl_mopo.data.entries import AMoPOData, DataSpec, MODPOData
-from axolotl_mopo.data.rows import DataError, PreferencePair, RowError, read_pair, rescale
-from axolotl_mopo.data.tokenizing import ChatRenderer, shorten, tokenize
+from axolotl_mopo.data.directives import training_directives, with_directive
+from axolotl_mopo.data.entries import PREFIX, AMoPOData, DataSpec, MODPOData
+from axolotl_mopo.data.fitting import Render, TokenizedPair, fit
+from axolotl_mopo.data.formats import FORMATS
+from axolotl_mopo.data.pairing import PairReader
+from axolotl_mopo.data.rows import DataError, Message, PreferencePair, RowError, rescale
+from axolotl_mopo.data.store import PairStore
+from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
 from axolotl_mopo.margins import Response, build_margin
 
-Strategy = tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]
+LOG = get_logger("axolotl.mopo")
+
+Columns = dict[str, list[Any]]
+Strategy = tuple[Callable[..., Columns], dict[str, Any]]
 
 
-class _Texts(NamedTuple):
-    """One pair as text: D prompts that share both completions."""
-
-    prompts: list[str]
-    chosen: str
-    rejected: str
+_COLUMNS = {
+    "prompt": Value("string"),
+    "chosen": Value("string"),
+    "rejected": Value("string"),
+    "prompt_input_ids": List(List(Value("int32"))),
+    "chosen_input_ids": List(Value("int32")),
+    "rejected_input_ids": List(Value("int32")),
+    "prompt_key": Value("int64"),
+    "cut_prompt_tokens": Value("int32"),
+    "cut_completion_tokens": Value("int32"),
+}
+_MARGINS = {"chosen_margins": List(Value("float64")), "rejected_margins": List(Value("float64"))}
 
 
 def find_strategy(name: str) -> Callable[..., Strategy]:
@@ -30,13 +48,16 @@ def find_strategy(name: str) -> Callable[..., Strategy]:
         AttributeError: where there is no such strategy.
     """
     strategy, _, key = name.partition("@")
-    if strategy not in _STRATEGIES:
+    if strategy not in FORMATS:
         raise AttributeError(f"module 'axolotl_mopo' has no attribute {name!r}")
-    return partial(_STRATEGIES[strategy], key=key) if key else _STRATEGIES[strategy]
+    return partial(_strategy, key=key) if key else partial(_strategy)
 
 
-def pairs(cfg: Mapping[str, Any], dataset_idx: int | None = None, *, key: str, **_: Any) -> Strategy:
-    """Preference pairs of the general shape: a prompt or messages, a chosen and a rejected response, scores.
+def _strategy(cfg: Mapping[str, Any], dataset_idx: int | None = None, *, key: str, **_: Any) -> Strategy:
+    """Read a data set as pairs, and give the host what turns them into token ids.
+
+    The pairs are made here, in one pass, and put aside under the number of the row that completed them; the host's map
+    over the rows then fetches those of its own rows. So they are the same for every number of processes and batch size.
 
     Args:
         cfg: the host's configuration.
@@ -46,15 +67,56 @@ def pairs(cfg: Mapping[str, Any], dataset_idx: int | None = None, *, key: str, *
     Returns:
         The transform of a batch of rows, and the arguments of the `datasets.map` that applies it. The rows hold token
         ids (`prompt_input_ids`: a list for each prompt; `chosen_input_ids`, `rejected_input_ids`), MODPO's margin
-        rewards (`chosen_margins`, `rejected_margins`), and for the host's length filter the strings `prompt` (the
-        longest one), `chosen`, `rejected`.
+        rewards (`chosen_margins`, `rejected_margins`), for the host's length filter the strings `prompt` (the longest
+        one), `chosen`, `rejected`, and for the log `prompt_key`, `cut_prompt_tokens`, `cut_completion_tokens`.
     """
     spec = DataSpec.model_validate(dict(cfg["mopo_data"][key]))
-    transform = partial(_transform, spec=spec, sequence_len=cfg["sequence_len"])
-    return transform, {"batched": True, "with_indices": True, "remove_columns": "__all__"}
+    try:
+        transform = partial(_transform, store=_read(cfg, spec), spec=spec, sequence_len=cfg["sequence_len"])
+    except DataError as error:
+        # The host turns what is raised here into a warning; what its map raises stops the run.
+        transform = partial(_refuse, message=str(error))
+    features = Features(_COLUMNS | (_MARGINS if isinstance(spec.data, MODPOData) else {}))
+    return transform, {"batched": True, "with_indices": True, "remove_columns": "__all__", "features": features}
 
 
-_STRATEGIES: dict[str, Callable[..., Strategy]] = {"pairs": pairs}
+def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
+    reader = PairReader(raw_table(cfg, spec), spec.format, spec.reading, spec.where)
+    folder = Path(cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH)
+    store = PairStore.write(reader.pairs(), folder)
+    tally = reader.tally
+    LOG.info("%s: %s.", spec.where, "; ".join(tally.lines()))
+    if not tally.pairs:
+        raise DataError(f"{spec.where}: no pair could be made of it: {'; '.join(tally.lines())}")
+    below = {name: tally.below(name) for name in tally.names}
+    LOG.info(
+        "%s: the chosen response scores lower than the rejected one on %s.",
+        spec.where,
+        ", ".join(f"{name} in {count:,} pairs" for name, count in below.items() if count) or "nothing",
+    )
+    return store
+
+
+def raw_table(cfg: Mapping[str, Any], spec: DataSpec) -> Dataset:
+    """The rows that the host maps over, loaded as the host does it."""
+    kind = f"{PREFIX}{spec.strategy}@{spec.key}"
+    entries = [*(cfg["datasets"] or []), *(cfg.get("test_datasets") or [])]
+    entry = next(entry for entry in entries if entry["type"] == kind)
+    table: Any = load_dataset_with_config(entry, cfg.get("hf_use_auth_token"), streaming=False)
+    return table["train"] if isinstance(table, DatasetDict) else table
+
+
+def directive_scores(pair: PreferencePair, spec: DataSpec) -> dict[str, float]:
+    """The chosen response's score of every dimension, on the scale that AMoPO's directives speak of."""
+    assert isinstance(spec.data, AMoPOData)  # noqa: S101
+    return {
+        name: rescale(pair.chosen.score(name), scale, spec.data.score_range, name)
+        for name, scale in spec.scales.items()
+    }
+
+
+def _refuse(batch: Mapping[str, list[Any]], indices: Sequence[int], *, message: str) -> Columns:
+    raise DataError(message)
 
 
 def _transform(
@@ -62,99 +124,74 @@ def _transform(
     indices: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    store: PairStore,
     spec: DataSpec,
     sequence_len: int,
-) -> dict[str, list[Any]]:
+) -> Columns:
     try:
         renderer = ChatRenderer(tokenizer)
     except DataError as error:
         raise DataError(f"{spec.where}: {error}") from None
-    raw = zip(indices, _rows(batch), strict=True)
-    read = [_locating(spec, index, _read, row, renderer, spec) for index, row in raw]
-    texts_in_order = (text for _, texts in read for text in (*texts.prompts, texts.chosen, texts.rejected))
-    ids = iter(tokenize(tokenizer, texts_in_order))
+    names = _COLUMNS | (_MARGINS if isinstance(spec.data, MODPOData) else {})
+    pairs = store.between(indices[0], indices[-1])
+    if not pairs:
+        return {name: [] for name in names}
+    renders = [partial(_prompts, renderer=renderer, directives=_directives(pair, spec)) for _, pair in pairs]
+    texts = [
+        _located(spec, number, _texts, pair, render, renderer)
+        for (number, pair), render in zip(pairs, renders, strict=True)
+    ]
+    ids = iter(tokenize(tokenizer, [text for prompts, *sides in texts for text in (*prompts, *sides)]))
     rows = []
-    for index, (pair, texts) in zip(indices, read, strict=True):
-        prompt_ids = [next(ids) for _ in texts.prompts]
-        row = _locating(spec, index, _fit, texts, prompt_ids, next(ids), next(ids), tokenizer, spec, sequence_len)
-        if isinstance(spec.data, MODPOData):
-            row |= _locating(spec, index, _margins, pair, row, spec.data)
-        rows.append(row)
-    return {column: [row[column] for row in rows] for column in rows[0]}
+    for (number, pair), render, (prompts, chosen, rejected) in zip(pairs, renders, texts, strict=True):
+        whole = TokenizedPair(prompts, chosen, rejected, [next(ids) for _ in prompts], next(ids), next(ids))
+        limits = (tokenizer, sequence_len, spec.excess_length_strategy)
+        rows.append(_row(pair, _located(spec, number, fit, whole, pair.prompt, render, *limits), spec.data))
+    return {name: [row[name] for row in rows] for name in names}
 
 
-def _rows(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-
-
-def _locating(spec: DataSpec, index: int, function: Callable[..., Any], *args: Any) -> Any:
+def _located(spec: DataSpec, number: int, function: Callable[..., Any], *args: Any) -> Any:
     """Call `function`; what it says of a row is told with data set and row number."""
     try:
         return function(*args)
     except RowError as error:
-        raise DataError(f"{spec.where}, row {index}: {error}") from None
+        raise DataError(f"{spec.where}, row {number}: {error}") from None
 
 
-def _read(row: Mapping[str, Any], renderer: ChatRenderer, spec: DataSpec) -> tuple[PreferencePair, _Texts]:
-    pair = read_pair(row, spec.options)
-    conversations = [pair.prompt]
-    if isinstance(spec.data, AMoPOData):
-        conversations = [with_directive(pair.prompt, directive) for directive in _directives(pair, spec.data, spec)]
-    return pair, _Texts(
-        [renderer.prompt(messages) for messages in conversations],
-        renderer.completion(pair.prompt, pair.chosen),
-        renderer.completion(pair.prompt, pair.rejected),
-    )
+def _directives(pair: PreferencePair, spec: DataSpec) -> Sequence[str | None]:
+    """What each of the D prompts says before the question; MODPO's one says nothing."""
+    data, scales = spec.data, spec.scales
+    if isinstance(data, MODPOData):
+        return [None]
+    scores = {name: rescale(pair.chosen.score(name), scales[name], data.score_range, name) for name in data.dimensions}
+    return training_directives(data, scores)
 
 
-def _directives(pair: PreferencePair, data: AMoPOData, spec: DataSpec) -> Iterator[str]:
-    if data.integrated:
-        yield integrated_directive(data.directives, data.dimensions, data.score_range)
-    for dimension in data.dimensions:
-        score = rescale(pair.chosen_score(dimension), spec.options.score_scale, data.score_range, dimension)
-        yield dimension_directive(data.directives, dimension, score, data.dimensions, data.score_range)
+def _prompts(messages: list[Message], *, renderer: ChatRenderer, directives: Sequence[str | None]) -> list[str]:
+    return [renderer.prompt(messages if text is None else with_directive(messages, text)) for text in directives]
 
 
-def _fit(
-    texts: _Texts,
-    prompt_ids: list[list[int]],
-    chosen_ids: list[int],
-    rejected_ids: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    spec: DataSpec,
-    sequence_len: int,
-) -> dict[str, Any]:
-    """The row as the host wants it; the longest prompt, its directive included, decides whether the row fits."""
-    longest = max(range(len(prompt_ids)), key=lambda prompt: len(prompt_ids[prompt]))
-    limit = sequence_len - len(prompt_ids[longest])
-    chosen, rejected = texts.chosen, texts.rejected
-    if spec.excess_length_strategy == "raise" and max(len(chosen_ids), len(rejected_ids)) > limit:
-        raise RowError(
-            f"it needs {len(prompt_ids[longest]) + max(len(chosen_ids), len(rejected_ids))} tokens, its directive "
-            f"included, more than sequence_len: {sequence_len}; raise that, or set excess_length_strategy to drop or "
-            "truncate"
-        )
-    if spec.excess_length_strategy == "truncate" and limit > 0:
-        # A row whose prompt alone is too long stays as it is: the host drops and counts it.
-        if len(chosen_ids) > limit:
-            chosen_ids, chosen = shorten(tokenizer, chosen_ids, limit)
-        if len(rejected_ids) > limit:
-            rejected_ids, rejected = shorten(tokenizer, rejected_ids, limit)
-    return {
-        "prompt": texts.prompts[longest],
-        "chosen": chosen,
-        "rejected": rejected,
-        "prompt_input_ids": prompt_ids,
-        "chosen_input_ids": chosen_ids,
-        "rejected_input_ids": rejected_ids,
+def _texts(pair: PreferencePair, render: Render, renderer: ChatRenderer) -> tuple[list[str], str, str]:
+    chosen, rejected = (renderer.completion(pair.prompt, side.text) for side in (pair.chosen, pair.rejected))
+    return render(pair.prompt), chosen, rejected
+
+
+def _row(pair: PreferencePair, tokens: TokenizedPair, data: AMoPOData | MODPOData) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "prompt": tokens.prompts[tokens.longest],
+        "chosen": tokens.chosen,
+        "rejected": tokens.rejected,
+        "prompt_input_ids": tokens.prompt_ids,
+        "chosen_input_ids": tokens.chosen_ids,
+        "rejected_input_ids": tokens.rejected_ids,
+        "prompt_key": pair.prompt_key,
+        "cut_prompt_tokens": tokens.cut_prompt_tokens,
+        "cut_completion_tokens": tokens.cut_completion_tokens,
     }
-
-
-def _margins(pair: PreferencePair, row: Mapping[str, Any], data: MODPOData) -> dict[str, list[float]]:
-    rewards = [build_margin(name, margin) for name, margin in data.margins.items()]
-    chosen = Response(pair.chosen, len(row["chosen_input_ids"]), pair.chosen_score)
-    rejected = Response(pair.rejected, len(row["rejected_input_ids"]), pair.rejected_score)
-    return {
-        "chosen_margins": [reward(chosen) for reward in rewards],
-        "rejected_margins": [reward(rejected) for reward in rewards],
-    }
+    if isinstance(data, MODPOData):
+        rewards = [build_margin(name, margin) for name, margin in data.margins.items()]
+        chosen = Response(pair.chosen.text, len(tokens.chosen_ids), pair.chosen.score)
+        rejected = Response(pair.rejected.text, len(tokens.rejected_ids), pair.rejected.score)
+        row["chosen_margins"] = [reward(chosen) for reward in rewards]
+        row["rejected_margins"] = [reward(rejected) for reward in rewards]
+    return row

@@ -1,0 +1,138 @@
+"""`axolotl mopo ...`: what one does before and after training."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from axolotl_mopo.config import ConfigError, parse_block
+from axolotl_mopo.data.formats import FORMATS
+from axolotl_mopo.data.options import PairsOptions, ScoredOptions
+from axolotl_mopo.data.rows import DataError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_FIELDS = [name for name in PairsOptions.model_fields if name.startswith("field_")]
+
+
+@click.group()
+def mopo() -> None:
+    """Multi-objective preference tuning: its data and its prompts."""
+
+
+def _field_options(command: F) -> F:
+    for name in reversed(_FIELDS):
+        help = f"{PairsOptions.model_fields[name].description} (--type pairs)"
+        command = click.option(f"--{name.replace('_', '-')}", name, help=help)(command)
+    return command
+
+
+def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
+    return [name.strip() for name in value.split(",")] if value else None
+
+
+@mopo.command()
+@click.argument("source")
+@click.option("--type", "kind", type=click.Choice(list(FORMATS)), required=True, help="The shape of the rows.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="A .jsonl or a .parquet file.")
+@click.option("--split", default="train", show_default=True, help="A split, or a part such as train[:1000].")
+@click.option("--name", help="The configuration of a data set of the hub.")
+@click.option("--data-files", multiple=True, help="Files in the data set; may be repeated.")
+@click.option("--revision", help="The revision of a data set of the hub.")
+@click.option("--objective", callback=_names, help="What orders rated responses: a score, or a,b for the mean.")
+@click.option("--attributes", callback=_names, help="The scores to keep and to compare: a,b,c; by default all.")
+@click.option("--max-pairs-per-prompt", type=click.IntRange(min=1), help="Keep at most so many pairs of a prompt.")
+@click.option("--seed", default=42, show_default=True, help="Draws the pairs that are kept.")
+@click.option("--on-bad-row", type=click.Choice(["raise", "drop"]), default="raise", show_default=True)
+@_field_options
+def pairs(
+    source: str,
+    kind: str,
+    output: Path,
+    split: str,
+    name: str | None,
+    data_files: tuple[str, ...],
+    revision: str | None,
+    objective: list[str] | None,
+    attributes: list[str] | None,
+    seed: int,
+    **options: Any,
+) -> None:
+    """Turn SOURCE, a local file, a folder or a data set of the hub, into canonical pairs.
+
+    They are what `type: axolotl_mopo.pairs` reads. The summary tells how far the objectives conflict.
+    """
+    from axolotl_mopo.data.exporting import export_pairs, load_table, summary
+    from axolotl_mopo.data.pairing import PairReader
+    from axolotl_mopo.data.reading import Reading
+
+    format = FORMATS[kind]
+    given = {name: value for name, value in (options | {"objective": objective}).items() if value is not None}
+    try:
+        block = parse_block(format.options, given, f"--type {kind}")
+        if fault := format.objective_fault(objective or []):
+            raise ConfigError(f"--objective: {fault}")
+        table = load_table(source, split=split, name=name, data_files=data_files, revision=revision)
+        reader = PairReader(table, format, Reading(block, tuple(objective or ()), seed=seed), source)
+        export_pairs(reader, output, attributes)
+    except (ConfigError, DataError) as error:
+        raise click.ClickException(str(error)) from None
+    names = attributes or reader.tally.names
+    click.echo(summary(reader.tally, names))
+    click.echo(f"\n{output} is written. In the YAML:\n\n{_entry(output, names, kind)}")
+
+
+def _entry(output: Path, names: list[str], kind: str) -> str:
+    """The data-set entry that reads the file."""
+    lines = ["datasets:", f"  - path: {output}", "    type: axolotl_mopo.pairs"]
+    if output.suffix == ".jsonl":
+        lines.insert(2, "    ds_type: json")
+    scales = {FORMATS[kind].scales.get(name) for name in names}
+    if issubclass(FORMATS[kind].options, ScoredOptions) and len(scales) == 1 and (scale := scales.pop()):
+        lines.append(f"    score_scale: [{scale[0]:g}, {scale[1]:g}]")
+    return "\n".join(lines)
+
+
+@mopo.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option("--dataset", default=0, show_default=True, help="Which entry of `datasets:` the row is of.")
+@click.option("--row", default=0, show_default=True, help="The first pair of this row or a later one.")
+@click.option("--question", help="A question of your own in the place of a row's.")
+@click.option("--dimension", help="Ask for this dimension at inference, and not for all together.")
+@click.option("--score", type=float, help="Which score of the dimension to ask for; by default the best.")
+@click.option("--json", "as_json", is_flag=True, help="Messages and texts as JSON.")
+@click.option("--template", is_flag=True, help="A chat template with the directive for inference built in.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="A file; the terminal where omitted.")
+def directives(
+    config: str,
+    dataset: int,
+    row: int,
+    question: str | None,
+    dimension: str | None,
+    score: float | None,
+    as_json: bool,
+    template: bool,
+    output: Path | None,
+) -> None:
+    """Print the prompts that AMoPO trains with by CONFIG, and the one to use at inference."""
+    from axolotl_mopo.data.preview import preview
+
+    logging.disable(logging.INFO)  # or else the host prints the whole configuration
+    try:
+        shown = preview(config, dataset=dataset, row=row, question=question, dimension=dimension, score=score)
+    except (ConfigError, DataError) as error:
+        raise click.ClickException(str(error)) from None
+    if template:
+        text = shown["chat_template"]
+    elif as_json:
+        text = json.dumps({key: shown[key] for key in ("training", "inference")}, indent=2, ensure_ascii=False)
+    else:
+        entries = [("training", prompt) for prompt in shown["training"]] + [("inference", shown["inference"])]
+        text = "\n\n".join(f"=== {use}: {prompt['name']}\n{prompt['text']}" for use, prompt in entries)
+    if output:
+        output.write_text(text + "\n", encoding="utf-8")
+    else:
+        click.echo(text)

@@ -1,0 +1,144 @@
+"""A raw data set on disk or on the hub -> a file of canonical pairs, and a summary of what became of it."""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from axolotl_mopo.data.pairing import PairReader
+from axolotl_mopo.data.rows import DataError, PreferencePair, RatedResponse
+from axolotl_mopo.data.tally import Tally
+
+_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+_BATCH = 1000
+
+
+def load_table(
+    source: str,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    data_files: Sequence[str] | None = None,
+    revision: str | None = None,
+) -> Dataset:
+    """Load a local file, a folder (of files, or as `save_to_disk` leaves it) or a data set of the hub.
+
+    Raises:
+        DataError: where it cannot be loaded, saying why.
+    """
+    path = Path(source)
+    try:
+        if path.is_file():
+            kind = next((_KINDS[suffix] for suffix in reversed(path.suffixes) if suffix in _KINDS), None)
+            if kind is None:
+                raise DataError(f"{source}: unknown kind of file; known are {', '.join(_KINDS)}, compressed or not")
+            return load_dataset(kind, data_files=source, split=split)
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            saved = load_from_disk(source)
+            return saved[split] if isinstance(saved, DatasetDict) else saved
+        files = list(data_files) if data_files else None
+        return load_dataset(source, name, data_files=files, split=split, revision=revision)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{source}, split {split}, cannot be loaded: {error}") from error
+
+
+def export_pairs(reader: PairReader, output: Path, attributes: Sequence[str] | None) -> None:
+    """Write the pairs of a data set; the file appears when all of them are in it.
+
+    Args:
+        reader: of the data set.
+        output: a `.jsonl` or a `.parquet` file.
+        attributes: the scores to keep; all where None.
+
+    Raises:
+        DataError: for a bad row, or where no pair is made or none holds an attribute.
+    """
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{output}: unknown kind of file; write .jsonl or .parquet")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    parts = [output.with_name(output.name + ".part"), output.with_name(output.name + ".rows")]
+    try:
+        rows = parts[0] if output.suffix == ".jsonl" else parts[1]
+        with rows.open("w", encoding="utf-8") as file:
+            for _, pair in reader.pairs():
+                file.write(json.dumps(_keep(pair, attributes).to_row(), ensure_ascii=False) + "\n")
+        _check(reader, attributes)
+        if output.suffix == ".parquet":
+            _to_parquet(rows, parts[0], attributes or reader.tally.score_names)
+        parts[0].replace(output)
+    finally:
+        for part in parts:
+            with suppress(FileNotFoundError):
+                part.unlink()
+
+
+def summary(tally: Tally, names: Sequence[str]) -> str:
+    """The counts, and how often the orders of the label and of the scores agree."""
+    lines = tally.lines()
+    if names:
+        heads = ["label", *names]
+        width = max(map(len, heads)) + 2
+        lines += [
+            "",
+            "How often two orders agree, in percent of the pairs that neither leaves equal (100: no conflict at all,",
+            "50: nothing in common):",
+            "".join(head.rjust(width) for head in ["", *heads]),
+        ]
+        for head, shares in zip(heads, tally.agreement(names), strict=True):
+            cells = ["-" if np.isnan(share) else f"{100 * share:.1f}" for share in shares]
+            lines.append("".join(cell.rjust(width) for cell in [head, *cells]))
+    return "\n".join(lines)
+
+
+def _keep(pair: PreferencePair, attributes: Sequence[str] | None) -> PreferencePair:
+    if attributes is None:
+        return pair
+    sides = (
+        RatedResponse(side.text, {name: side.scores.get(name) for name in attributes})
+        for side in (pair.chosen, pair.rejected)
+    )
+    return PreferencePair(pair.prompt, *sides)
+
+
+def _check(reader: PairReader, attributes: Sequence[str] | None) -> None:
+    tally = reader.tally
+    if not tally.pairs:
+        raise DataError(f"{reader.where}: no pair could be made of it: {'; '.join(tally.lines())}")
+    if absent := [name for name in attributes or () if name not in tally.score_names]:
+        raise DataError(
+            f"{reader.where}: no pair has a score of {', '.join(absent)}; found were "
+            f"{', '.join(tally.score_names) or 'no scores'}"
+        )
+
+
+def _to_parquet(rows: Path, output: Path, names: Sequence[str]) -> None:
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    columns: list[tuple[str, Any]] = [
+        ("prompt", pa.list_(message)),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+    ]
+    if names:
+        scores = pa.struct([(name, pa.float64()) for name in names])
+        columns += [("chosen_scores", scores), ("rejected_scores", scores)]
+    schema = pa.schema(columns)
+    with rows.open(encoding="utf-8") as file, pq.ParquetWriter(output, schema) as writer:
+        pairs = (_plain(json.loads(line)) for line in file)
+        while batch := list(islice(pairs, _BATCH)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    for message in row["prompt"]:
+        if extra := set(message) - {"role", "content"}:
+            raise DataError(f"a prompt's turn has {', '.join(sorted(extra))}, which Parquet cannot hold; write .jsonl")
+    return row

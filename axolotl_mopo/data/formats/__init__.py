@@ -1,0 +1,95 @@
+"""The shapes of preference data: each strategy's reader, its keys and the scores that it knows."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from axolotl_mopo.data.formats import general, labelled, rated
+from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, PairsOptions, ScoredOptions
+from axolotl_mopo.data.reading import Reading
+from axolotl_mopo.data.rows import Message, PreferencePair, RatedResponse, Row
+
+PairFunction = Callable[[Row, Reading], PreferencePair | None]
+"""Reads a row that a label orders; None where the label is a tie."""
+
+ResponsesFunction = Callable[[Row], tuple[list[Message], list[RatedResponse]]]
+"""Reads a prompt and its rated responses."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the rows of one data set are laid out: by which of two functions they are read, or by either."""
+
+    options: type[EntryOptions] = EntryOptions
+    read_pair: PairFunction | None = None
+    read_responses: ResponsesFunction | None = None
+    label_column: str | None = None
+    """The column that tells labelled rows from rated ones, where there are both."""
+    group_column: str | None = None
+    """The prompt's column where the rated responses of a prompt stand in several rows."""
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The lowest and the highest value of every score that the data is known to hold; empty where any is possible."""
+    objectives: tuple[str, ...] = ()
+    """What may order the pairs; empty where the data's own label does."""
+
+    def is_labelled(self, columns: Collection[str]) -> bool:
+        """Whether a label orders the rows with these columns."""
+        if self.read_pair is None:
+            return False
+        return self.read_responses is None or self.label_column in columns
+
+    def objective_fault(self, names: Sequence[str]) -> str | None:
+        """What is wrong with ordering the pairs by these names, if anything."""
+        if not self.objectives:
+            return "the pairs are ordered by the data's own label; drop it" if names else None
+        known = ", ".join(self.objectives)
+        if unknown := [name for name in names if name not in self.objectives]:
+            return f"{', '.join(unknown)} cannot order the pairs; choose of {known}"
+        if self.read_responses is None and len(names) != 1:
+            return f"name one of {known}, which orders the pairs"
+        if self.read_pair is None and not names:
+            return f"name what orders the responses: one of {known}, or several whose mean decides"
+        return None
+
+
+_HELPSTEER = dict.fromkeys((*rated.HELPSTEER_ATTRIBUTES, rated.OVERALL), (0.0, 4.0))
+_ULTRAFEEDBACK = dict.fromkeys(rated.ULTRAFEEDBACK_ATTRIBUTES, (1.0, 5.0)) | {rated.OVERALL: (1.0, 10.0)}
+
+FORMATS: dict[str, Format] = {
+    "pairs": Format(PairsOptions, general.read_pair),
+    "amopo": Format(ScoredOptions, labelled.read_amopo),
+    "helpsteer": Format(
+        ObjectiveOptions,
+        read_responses=rated.read_helpsteer,
+        group_column="prompt",
+        scales=_HELPSTEER,
+        objectives=tuple(_HELPSTEER),
+    ),
+    "helpsteer2": Format(
+        ObjectiveOptions,
+        labelled.read_helpsteer2_preference,
+        rated.read_helpsteer,
+        label_column="preference_strength",
+        group_column="prompt",
+        scales=_HELPSTEER,
+        objectives=tuple(_HELPSTEER),
+    ),
+    "helpsteer3": Format(EntryOptions, labelled.read_helpsteer3),
+    "ultrafeedback": Format(
+        ObjectiveOptions,
+        read_responses=rated.read_ultrafeedback,
+        scales=_ULTRAFEEDBACK,
+        objectives=tuple(_ULTRAFEEDBACK),
+    ),
+    "safe_rlhf": Format(
+        ObjectiveOptions,
+        labelled.read_safe_rlhf,
+        scales=dict.fromkeys(labelled.SAFE_RLHF_SCORES, (0.0, 1.0)),
+        objectives=("better", "safer"),
+    ),
+    "hh_rlhf": Format(EntryOptions, labelled.read_hh_rlhf),
+    "shp": Format(EntryOptions, labelled.read_shp),
+    "stack_exchange_paired": Format(EntryOptions, labelled.read_stack_exchange),
+    "summarize_from_feedback": Format(EntryOptions, labelled.read_summaries),
+}
+
+__all__ = ["FORMATS", "Format", "PairFunction", "ResponsesFunction"]

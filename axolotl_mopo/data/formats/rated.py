@@ -1,0 +1,39 @@
+"""Data sets that rate single responses; pairs are made from the responses of one prompt."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from axolotl_mopo.data.rows import Message, RatedResponse, Row, RowError, column, score, text, user
+from axolotl_mopo.data.turns import marked_turns
+
+HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+ULTRAFEEDBACK_ATTRIBUTES = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+OVERALL = "overall"
+
+
+def read_helpsteer(row: Row) -> tuple[list[Message], list[RatedResponse]]:
+    """HelpSteer and HelpSteer2: a row is one response; `overall` is the mean of the five attributes."""
+    scores = {name: score(row.get(name)) for name in HELPSTEER_ATTRIBUTES}
+    response = RatedResponse(text(row, "response"), scores | {OVERALL: mean(scores, HELPSTEER_ATTRIBUTES)})
+    return marked_turns(text(row, "prompt")), [response]
+
+
+def read_ultrafeedback(row: Row) -> tuple[list[Message], list[RatedResponse]]:
+    """UltraFeedback: a row holds all responses to an instruction; a rating may be "N/A"."""
+    completions = column(row, "completions")
+    if not isinstance(completions, Sequence) or not all(isinstance(entry, Mapping) for entry in completions):
+        raise RowError("its `completions` are no list of mappings")
+    return user(text(row, "instruction")), [_ultrafeedback_response(completion) for completion in completions]
+
+
+def mean(scores: Mapping[str, float | None], names: Sequence[str]) -> float | None:
+    """The mean of the scores of these names; None where one of them is missing."""
+    values = [scores.get(name) for name in names]
+    present = [value for value in values if value is not None]
+    return math.fsum(present) / len(names) if len(present) == len(names) else None
+
+
+def _ultrafeedback_response(completion: Row) -> RatedResponse:
+    annotations = completion.get("annotations") or {}
+    scores = {name: score((annotations.get(name) or {}).get("Rating")) for name in ULTRAFEEDBACK_ATTRIBUTES}
+    return RatedResponse(text(completion, "response"), scores | {OVERALL: score(completion.get("overall_score"))})

@@ -1,0 +1,49 @@
+"""What an entry of `datasets:` may say besides where its data is."""
+
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from axolotl_mopo.config import Block, Number
+
+
+class EntryOptions(Block):
+    """The keys that every strategy knows."""
+
+    on_bad_row: Literal["raise", "drop"] = Field("raise", description="raise or drop")
+    max_pairs_per_prompt: int | None = Field(None, ge=1, strict=True, description="a whole number of at least 1")
+
+
+class ScoredOptions(EntryOptions):
+    """The keys of data with scores."""
+
+    score_scale: tuple[Number, Number] | None = Field(None, description="[lowest, highest] score of the data set")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if self.score_scale and self.score_scale[0] >= self.score_scale[1]:
+            raise ValueError(f"score_scale {list(self.score_scale)} must be [lowest, highest]")
+        return self
+
+
+class PairsOptions(ScoredOptions):
+    """The keys of `type: axolotl_mopo.pairs`."""
+
+    field_prompt: str | None = Field(None, description="the column of the prompt or its messages")
+    field_chosen: str = Field("chosen", description="the column of the preferred response")
+    field_rejected: str = Field("rejected", description="the column of the other response")
+    field_chosen_scores: str | None = Field(None, description="a column, or a pattern such as chosen_{}")
+    field_rejected_scores: str | None = Field(None, description="a column, or a pattern such as rejected_{}")
+
+
+class ObjectiveOptions(ScoredOptions):
+    """The keys of data that several objectives could order."""
+
+    objective: str | list[str] | None = Field(None, description="a name, or a list of names whose mean decides")
+
+    @field_validator("objective")
+    @classmethod
+    def _not_empty(cls, objective: str | list[str] | None) -> str | list[str] | None:
+        if objective == []:
+            raise ValueError("the list is empty; name at least one")
+        return objective

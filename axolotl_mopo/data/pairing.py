@@ -1,0 +1,185 @@
+"""The rows of a data set -> preference pairs, in one pass and one order, whatever the number of processes."""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations
+from typing import Any, TypeVar
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from axolotl_mopo.data.formats import Format, PairFunction
+from axolotl_mopo.data.formats.rated import mean
+from axolotl_mopo.data.reading import Reading
+from axolotl_mopo.data.rows import (
+    DataError,
+    Message,
+    PreferencePair,
+    RatedResponse,
+    Row,
+    RowError,
+    check_pair,
+    check_response,
+    fingerprint,
+)
+from axolotl_mopo.data.tally import Tally
+
+T = TypeVar("T")
+Numbered = Iterator[tuple[int, PreferencePair]]
+"""Pairs with the number of the row that completed them; the numbers ascend."""
+
+_BATCH = 1000
+
+
+class PairReader:
+    """Reads a data set as preference pairs.
+
+    Rated responses of one prompt are compared two by two, whether they share a row or stand apart.
+
+    Args:
+        table: the raw data set.
+        format: how its rows are laid out.
+        reading: what is needed of them.
+        where: the data set's name in messages.
+
+    Raises:
+        DataError: where no objective says how rated responses are ordered.
+    """
+
+    def __init__(self, table: Dataset, format: Format, reading: Reading, where: str) -> None:
+        self.table, self.format, self.reading, self.where = table, format, reading, where
+        self.tally = Tally()
+        labelled = format.is_labelled(table.column_names)
+        if not labelled and not reading.objective:
+            raise DataError(
+                f"{where}: its responses are rated and not ordered; name what orders them with objective: one or "
+                f"several of {', '.join(format.objectives)}"
+            )
+        self._read = self._labelled if labelled else self._rated
+
+    def pairs(self) -> Numbered:
+        """The pairs, counted in `tally`.
+
+        Raises:
+            DataError: for a bad row, with its number, unless `on_bad_row` is `drop`.
+        """
+        cap = self.reading.options.max_pairs_per_prompt
+        pairs = self._read()
+        for row, pair in pairs if cap is None else self._capped(pairs, cap):
+            self.tally.add(pair)
+            yield row, pair
+
+    def _labelled(self) -> Numbered:
+        assert self.format.read_pair  # noqa: S101 (a format has one of both)
+        for number, row in self._rows("Reading pairs"):
+            pair = self._guard(number, self._read_labelled, self.format.read_pair, row)
+            if pair is not None:
+                yield number, pair
+
+    def _read_labelled(self, read_pair: PairFunction, row: Row) -> PreferencePair | None:
+        pair = read_pair(row, self.reading)
+        if pair is None:
+            self.tally.ties += 1
+            return None
+        check_pair(pair)
+        self.reading.check_scores(pair)
+        return pair
+
+    def _rated(self) -> Numbered:
+        assert self.format.read_responses  # noqa: S101
+        group_column = self.format.group_column
+        sizes = self._group_sizes(group_column) if group_column else None
+        waiting: dict[int, list[tuple[list[Message], list[RatedResponse]]]] = defaultdict(list)
+        for number, row in self._rows("Reading responses"):
+            prompt, responses = self._guard(number, self.format.read_responses, row) or ([], [])
+            responses = [response for response in responses if self._guard(number, _checked, response)]
+            if sizes is None or group_column is None:
+                yield from self._compare(number, prompt, responses)
+                continue
+            key = fingerprint(row.get(group_column))
+            waiting[key].append((prompt, responses))
+            if len(waiting[key]) == sizes[key]:
+                group = [(prompt, responses) for prompt, responses in waiting.pop(key) if responses]
+                if group:
+                    yield from self._compare(number, group[0][0], [r for _, responses in group for r in responses])
+
+    def _compare(self, number: int, prompt: list[Message], responses: list[RatedResponse]) -> Numbered:
+        """Every two responses to a prompt as a pair, the one with the higher mean score chosen."""
+        rated = [(mean(response.scores, self.reading.objective), response) for response in responses]
+        self.tally.unscored += sum(value is None for value, _ in rated)
+        scored = [(value, response) for value, response in rated if value is not None]
+        for first, second in combinations(scored, 2):
+            if first[0] == second[0]:
+                self.tally.ties += 1
+                continue
+            (_, chosen), (_, rejected) = (first, second) if first[0] > second[0] else (second, first)
+            if chosen.text.strip() == rejected.text.strip():
+                self.tally.identical += 1
+                continue
+            pair = PreferencePair(prompt, chosen, rejected)
+            if self.reading.missing(pair):
+                self.tally.incomplete += 1
+            elif self._guard(number, self._check, pair):
+                yield number, pair
+
+    def _check(self, pair: PreferencePair) -> bool:
+        check_pair(pair)
+        self.reading.check_scales(pair)
+        return True
+
+    def _capped(self, pairs: Numbered, cap: int) -> Numbered:
+        """At most `cap` pairs of each prompt, drawn by the seed and the prompt; a second pass counts them first."""
+        counter = PairReader(self.table, self.format, self.reading, self.where)
+        sizes = Counter(pair.prompt_key for _, pair in counter._read())
+        waiting: dict[int, list[PreferencePair]] = defaultdict(list)
+        for number, pair in pairs:
+            key = pair.prompt_key
+            waiting[key].append(pair)
+            if len(waiting[key]) < sizes[key]:
+                continue
+            group = waiting.pop(key)
+            draw = random.Random(f"{self.reading.seed} {key}")  # noqa: S311 (no secret)
+            kept = sorted(draw.sample(range(len(group)), min(cap, len(group))))
+            self.tally.capped += len(group) - len(kept)
+            yield from ((number, group[index]) for index in kept)
+
+    def _group_sizes(self, group_column: str) -> Counter[int]:
+        if group_column not in self.table.column_names:
+            raise DataError(
+                f"{self.where}: it has no column `{group_column}`; its columns are {', '.join(self.table.column_names)}"
+            )
+        batches = self.table.select_columns([group_column]).with_format("arrow").iter(_BATCH)
+        return Counter(fingerprint(prompt) for batch in batches for prompt in batch[group_column].to_pylist())
+
+    def _rows(self, title: str) -> Iterator[tuple[int, Row]]:
+        return enumerate(self._counted(_rows(self.table, title)))
+
+    def _counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            self.tally.rows += 1
+            yield row
+
+    def _guard(self, number: int, function: Callable[..., T], *args: Any) -> T | None:
+        """Call `function`; a bad row is told with data set and number, or counted and left out."""
+        try:
+            return function(*args)
+        except RowError as error:
+            if self.reading.options.on_bad_row == "raise":
+                raise DataError(
+                    f"{self.where}, row {number}: {error}; mend the row, or leave such rows out with on_bad_row: drop"
+                ) from None
+            self.tally.bad[error.kind] += 1
+            return None
+
+
+def _checked(response: RatedResponse) -> bool:
+    check_response(response, "response")
+    return True
+
+
+def _rows(table: Dataset, title: str) -> Iterator[Row]:
+    with tqdm(total=len(table), desc=title, unit=" rows") as progress:
+        for batch in table.with_format("arrow").iter(_BATCH):
+            yield from batch.to_pylist()
+            progress.update(len(batch))

@@ -1,0 +1,57 @@
+"""What a run needs of the rows of one data set."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from axolotl_mopo.data.options import EntryOptions, PairsOptions
+from axolotl_mopo.data.rows import PreferencePair, RowError, rescale
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read, and which scores a pair must have."""
+
+    options: EntryOptions
+    objective: tuple[str, ...] = ()
+    """Names whose mean orders the pairs, where no label does."""
+    chosen_scores: tuple[str, ...] = ()
+    rejected_scores: tuple[str, ...] = ()
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Where these scores must lie."""
+    seed: int = 42
+    """Decides which pairs of a prompt are kept where `max_pairs_per_prompt` caps them."""
+
+    def missing(self, pair: PreferencePair) -> list[str]:
+        """The scores that the pair needs and does not have, each with the side that lacks it."""
+        sides = (("chosen", pair.chosen, self.chosen_scores), ("rejected", pair.rejected, self.rejected_scores))
+        return [
+            f"{name} for the {side} response" + (", where no finite number stands" if name in response.scores else "")
+            for side, response, names in sides
+            for name in names
+            if response.scores.get(name) is None
+        ]
+
+    def check_scales(self, pair: PreferencePair) -> None:
+        """Hold the chosen response's scores against their scales.
+
+        Raises:
+            RowError: where one lies outside.
+        """
+        for name, scale in self.scales.items():
+            rescale(pair.chosen.score(name), scale, scale, name)
+
+    def check_scores(self, pair: PreferencePair) -> None:
+        """Hold a labelled pair's scores against what the run needs.
+
+        Raises:
+            RowError: where one is missing or outside its scale.
+        """
+        if missing := self.missing(pair):
+            found = sorted({*pair.chosen.scores, *pair.rejected.scores})
+            named = isinstance(self.options, PairsOptions)
+            raise RowError(
+                f"it has no score of {'; none of '.join(missing)}; found were {', '.join(found) or 'no scores'}"
+                + ("; name their columns with field_chosen_scores and field_rejected_scores" if named else ""),
+                "missing score",
+            )
+        self.check_scales(pair)

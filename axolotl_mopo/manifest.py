@@ -1,0 +1,48 @@
+"""`mopo.json`, which stands beside every checkpoint: what a model was trained for, and how to ask it."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from axolotl_mopo.config import AMoPOConfig, MODPOConfig
+from axolotl_mopo.data.directives import inference_directive, user_template
+
+FILE_NAME = "mopo.json"
+_PACKAGES = ("axolotl-mopo", "axolotl", "torch", "transformers", "trl", "peft")
+
+
+def manifest(block: MODPOConfig | AMoPOConfig) -> dict[str, Any]:
+    """The method's settings, the versions, and for AMoPO what the user's turn says to each of its prompts.
+
+    `inference` holds a template for every name; put the question in the place of `{question}`. The dimensions' ask for
+    the best score.
+    """
+    method = "amopo" if isinstance(block, AMoPOConfig) else "modpo"
+    content: dict[str, Any] = {"method": method, **block.model_dump(mode="json")}
+    if isinstance(block, AMoPOConfig):
+        prompts = {name: None if name not in block.dimensions else name for name in block.prompt_names}
+        content["inference"] = {
+            name: user_template(inference_directive(block, dimension)) for name, dimension in prompts.items()
+        }
+    return content | {"versions": {package: version(package) for package in _PACKAGES}}
+
+
+def write_manifest(block: MODPOConfig | AMoPOConfig, folder: Path) -> None:
+    """Write `mopo.json` into a folder."""
+    text = json.dumps(manifest(block), indent=2, ensure_ascii=False)
+    (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+class ManifestCallback(TrainerCallback):
+    """Writes the manifest beside every checkpoint."""
+
+    def __init__(self, block: MODPOConfig | AMoPOConfig) -> None:
+        self.block = block
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The host's checkpoint is complete."""
+        if state.is_world_process_zero:
+            write_manifest(self.block, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
