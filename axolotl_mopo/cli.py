@@ -70,11 +70,11 @@ def pairs(
     from axolotl_mopo.data.reading import Reading
 
     format = FORMATS[kind]
-    given = {name: value for name, value in (options | {"objective": objective}).items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     try:
-        block = parse_block(format.options, given, f"--type {kind}")
         if fault := format.objective_fault(objective or []):
             raise ConfigError(f"--objective: {fault}")
+        block = parse_block(format.options, given, f"--type {kind}")
         table = load_table(source, split=split, name=name, data_files=data_files, revision=revision)
         reader = PairReader(table, format, Reading(block, tuple(objective or ()), seed=seed), source)
         export_pairs(reader, output, attributes)

@@ -24,6 +24,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from axolotl_mopo.config import AMoPOConfig, MODPOConfig
 from axolotl_mopo.data.collating import PairCollator, read_tokens
+from axolotl_mopo.data.notes import notes
 from axolotl_mopo.data.rows import DataError
 from axolotl_mopo.engine.layout import accept_trees
 from axolotl_mopo.engine.scoring import CompletionScores, by_side, score
@@ -60,6 +61,8 @@ class MultiObjectiveTrainer(
                 "the training set has no rows left; look in the log for how many were longer than sequence_len, and "
                 "raise it, or set excess_length_strategy: truncate"
             )
+        for note in notes(train_dataset, kwargs.get("eval_dataset")):
+            LOG.warning(note)
         disable_dropout_in_model(model)
         collator = PairCollator(pad_token_id=processing_class.pad_token_id or 0)
         super().__init__(

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,12 @@ import yaml
 from conftest import ROOT, SMOKE, build_model, smoke_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from test_pairing import helpsteer_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import axolotl_mopo
+from axolotl_mopo.config import Directives
+from axolotl_mopo.data.directives import dimension_directive
 
 AXOLOTL = Path(sys.executable).parent / "axolotl"
 
@@ -56,6 +63,17 @@ def check_run(output_dir, method):
     return history
 
 
+def check_manifest(output_dir, method):
+    """`mopo.json` beside the model and beside its checkpoint: the method, and how to ask the model."""
+    (checkpoint,) = output_dir.glob("checkpoint-*")
+    manifest = json.loads((output_dir / "mopo.json").read_text())
+    assert json.loads((checkpoint / "mopo.json").read_text()) == manifest
+    assert manifest["method"] == method
+    assert manifest["versions"]["axolotl-mopo"] == axolotl_mopo.__version__
+    assert set(manifest["versions"]) >= {"axolotl", "torch", "transformers"}
+    return manifest
+
+
 def test_train_amopo(tmp_path):
     output = axolotl("train", "example_configs/smoke-amopo.yaml", "--output-dir", tmp_path / "out")
     assert "packed prefix trees" in output
@@ -63,6 +81,13 @@ def test_train_amopo(tmp_path):
     logged = {name for entry in history for name in entry}
     for name in ("integrated", "helpfulness", "correctness", "instruction_following"):
         assert {f"weights/{name}", f"rewards/margins/{name}", f"eval_rewards/accuracies/{name}"} <= logged
+    manifest = check_manifest(tmp_path / "out", "amopo")
+    assert manifest["dimensions"] == ["helpfulness", "correctness", "instruction_following"]
+    assert manifest["score_range"] == [1, 5]
+    assert manifest["directives"]["dimension"] == Directives().dimension
+    directive = dimension_directive(Directives(), "correctness", 5, manifest["dimensions"], (1, 5))
+    assert manifest["inference"]["correctness"] == f"{directive}\n\n{{question}}"
+    assert list(manifest["inference"]) == ["integrated", *manifest["dimensions"]]
 
 
 def test_sweep_modpo(tmp_path):
@@ -77,6 +102,8 @@ def test_sweep_modpo(tmp_path):
         check_run(run, "modpo")
         config_in_card = (run / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
         trained.append(yaml.safe_load(config_in_card)["modpo.weights"])
+        manifest = check_manifest(run, "modpo")
+        assert (manifest["weights"], manifest["objective"]) == (trained[-1], "overall")
     assert sorted(trained, key=lambda weights: weights["overall"]) == sweep  # the host shuffles a sweep
     embeddings = [load_file(run / "model.safetensors")["model.embed_tokens.weight"] for run in runs]
     assert not embeddings[0].equal(embeddings[1])
@@ -114,6 +141,47 @@ def test_preprocess_then_train_with_lora_then_merge(quick, tmp_path):
     assert "Unable to find prepared dataset" in output
 
 
+def test_changed_settings_never_train_on_rows_prepared_before(tmp_path):
+    rows = helpsteer_rows(60)
+    (tmp_path / "raw.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    entry = {"path": str(tmp_path / "raw.jsonl"), "ds_type": "json", "type": "axolotl_mopo.helpsteer"}
+    block = {"dimensions": ["helpfulness", "correctness"]}
+    changes = {
+        "none": {"amopo": {**block, "beta": 0.5}},
+        "dimensions": {"amopo": {"dimensions": ["correctness", "helpfulness"]}},
+        "directive": {"amopo": {**block, "directives": {"integrated": "Be good at {{ dimensions | join(' and ') }}."}}},
+        "score range": {"amopo": {**block, "score_range": [0, 10]}},
+        "objective": {"datasets": [{**entry, "objective": "verbosity"}]},
+    }
+
+    def write(folder, **overrides):
+        base = {"max_steps": 1, "datasets": [entry], "test_datasets": None, "eval_steps": None, "amopo": block}
+        cfg = smoke_config("amopo", folder, **{**base, **overrides})
+        (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
+        return folder / "config.yaml"
+
+    assert "Success! Preprocessed data path" in axolotl("preprocess", write(tmp_path))
+    before = prepared_folders(tmp_path)
+
+    def train(change):
+        folder = tmp_path / change
+        shutil.copytree(tmp_path / "prepared", folder / "prepared")
+        output = axolotl("train", write(folder, **changes[change]))
+        return "Loading prepared dataset from disk" in output, prepared_folders(folder) - before
+
+    with ThreadPoolExecutor(2) as pool:
+        trained = dict(zip(changes, pool.map(train, changes), strict=True))
+    assert trained.pop("none") == (True, set())
+    for change, (served, new) in trained.items():
+        assert not served, change
+        assert len(new) == 1, change
+    assert len({new.pop() for _, new in trained.values()}) == 4
+
+
+def prepared_folders(folder):
+    return {path.parent.name for path in (folder / "prepared").glob("*/dataset_info.json")}
+
+
 def test_resume_and_evaluate(quick, tmp_path):
     config = quick("modpo", save_strategy=None, save_steps=1)
     axolotl("train", config)
@@ -129,3 +197,14 @@ def test_a_config_error_stops_before_anything_is_loaded(quick):
     assert "`amopo.betta` is not a known key; did you mean `beta`?" in output
     assert "Loading model" not in output
     assert "Mapping RL Dataset" not in output
+
+
+def test_the_tools_are_commands_of_axolotl(tmp_path):
+    source = tmp_path / "raw.jsonl"
+    source.write_text("\n".join(map(json.dumps, helpsteer_rows(40))))
+    arguments = ("--type", "helpsteer", "--objective", "overall", "--output", tmp_path / "pairs.parquet")
+    output = axolotl("mopo", "pairs", source, *arguments)
+    assert "40 rows read" in output
+    assert "How often two orders agree" in output
+    assert (tmp_path / "pairs.parquet").exists()
+    assert "a column, or a pattern" in axolotl("mopo", "pairs", "--help")

@@ -228,7 +228,7 @@ def test_summarize_from_feedback():
     assert read("summarize_from_feedback", [row, news])[0] == [canonical("One", "Zero"), canonical("Zero", "One")]
     with pytest.raises(DataError, match=r"row 1: its `info` has neither a `post` nor an `article`"):
         read("summarize_from_feedback", [row, {**row, "info": {"post": None, "article": None}}])
-    with pytest.raises(DataError, match=r"row 0: it has 1 summaries and not two"):
+    with pytest.raises(DataError, match=r"row 0: its `summaries` are not two mappings"):
         read("summarize_from_feedback", [{**row, "summaries": [{"text": "Zero"}]}])
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, MutableMapping
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -113,6 +114,8 @@ def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig 
         entries = cfg.get(section) or []
         if not isinstance(entries, list):
             raise ConfigError(f"`{section}` must be a list of mappings with `path` and `type`, not {entries!r}")
+        # An anchor in the YAML may have put one entry, or the whole list, into both sections.
+        entries = [copy(entry) for entry in entries]
         for index, entry in enumerate(entries):
             where = f"{section}[{index}]"
             if not isinstance(entry, MutableMapping):
@@ -122,6 +125,8 @@ def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig 
             for key in set(entry) - set(_HOST_KEYS):
                 del entry[key]
             entry["type"] = f"{PREFIX}{spec.strategy}@{spec.key}"
+        if entries:
+            cfg[section] = entries
     cfg["mopo_data"] = specs
 
 

@@ -59,8 +59,7 @@ def preview(
     prompts = zip(method.prompt_names, training_directives(method, scores), strict=True)
     return {
         "training": [_prompt(name, messages, text, renderer) for name, text in prompts],
-        "inference": _prompt(dimension or INTEGRATED, messages, directive, renderer)
-        | {"user_template": user_template(directive)},
+        "inference": inference | {"user_template": user_template(directive)},
         "chat_template": with_directive_in_template(str(tokenizer.get_chat_template()), directive),
     }
 

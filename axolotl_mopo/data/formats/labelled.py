@@ -1,7 +1,7 @@
 """Data sets whose own label orders two responses. Every function reads one row."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from axolotl_mopo.data.reading import Reading
 from axolotl_mopo.data.rows import (
@@ -97,11 +97,11 @@ def read_summaries(row: Row, reading: Reading) -> PreferencePair:
     The prompt is the bare post, as in arXiv 2310.03708's released code.
     """
     info, summaries = column(row, "info"), column(row, "summaries")
-    post = info.get("post") or info.get("article") if isinstance(info, Mapping) else None
-    if not post:
+    if not isinstance(info, Mapping) or not (info.get("post") or info.get("article")):
         raise RowError("its `info` has neither a `post` nor an `article`", "empty prompt")
-    if len(summaries) != 2:
-        raise RowError(f"it has {len(summaries)} summaries and not two")
+    if not isinstance(summaries, Sequence) or [isinstance(summary, Mapping) for summary in summaries] != [True, True]:
+        raise RowError("its `summaries` are not two mappings with a `text`")
+    post = text(info, "post" if info.get("post") else "article")
     first, second = (RatedResponse(text(summary, "text"), {}) for summary in summaries)
     return _ordered(user(post), first, second, first_is_chosen=choice(row, "choice", 0, 1))
 

@@ -1,0 +1,122 @@
+"""Data-set entries: what orders the pairs, which scores they hold, and what the host would silently ignore."""
+
+import copy
+
+import pytest
+from test_config import AMOPO, MODPO, changed, refusal
+
+from axolotl_mopo.data.entries import DataSpec
+from axolotl_mopo.plugin import MOPOPlugin
+
+
+def spec(base, **entry):
+    cfg = copy.deepcopy(base)
+    cfg["datasets"] = [{"path": "data.jsonl", **entry}]
+    MOPOPlugin().register(cfg)
+    (value,) = cfg["mopo_data"].values()
+    assert set(cfg["datasets"][0]) <= {"path", "type", "split"}  # the host's schema would drop our keys
+    return DataSpec.model_validate(value)
+
+
+HELPFUL = changed(MODPO, modpo={"objective": "helpfulness", "weights": {"helpfulness": 1}})
+BETTER = changed(MODPO, modpo={"objective": "better", "weights": {"better": 1}})
+
+
+@pytest.mark.parametrize(
+    ("base", "entry", "objective"),
+    [
+        (HELPFUL, {"type": "axolotl_mopo.helpsteer"}, ("helpfulness",)),
+        (HELPFUL, {"type": "axolotl_mopo.ultrafeedback", "objective": ["honesty", "overall"]}, ("honesty", "overall")),
+        (AMOPO, {"type": "axolotl_mopo.helpsteer2"}, ("helpfulness", "correctness")),
+        (AMOPO, {"type": "axolotl_mopo.helpsteer2", "objective": "overall"}, ("overall",)),
+        (BETTER, {"type": "axolotl_mopo.helpsteer2"}, ()),  # its preference part
+        (BETTER, {"type": "axolotl_mopo.safe_rlhf"}, ("better",)),
+        (HELPFUL, {"type": "axolotl_mopo.safe_rlhf", "objective": "safer"}, ("safer",)),
+        (AMOPO, {"type": "axolotl_mopo.pairs"}, ()),
+    ],
+)
+def test_what_orders_the_pairs(base, entry, objective):
+    assert spec(base, **entry).objective == objective
+
+
+def test_scales_are_the_data_sets_own_unless_the_entry_says_another():
+    settings = {"dimensions": ["honesty", "overall"], "score_range": [0, 100]}
+    base = changed(AMOPO, amopo=settings)
+    assert spec(base, type="axolotl_mopo.ultrafeedback").scales == {"honesty": (1, 5), "overall": (1, 10)}
+    assert spec(base, type="axolotl_mopo.ultrafeedback", score_scale=[0, 9]).scales["honesty"] == (0, 9)
+    assert spec(base, type="axolotl_mopo.pairs").scales == {"honesty": (0, 100), "overall": (0, 100)}
+
+
+def test_the_seed_counts_only_where_it_decides():
+    def key(seed, **entry):
+        return spec({**AMOPO, "seed": seed}, type="axolotl_mopo.pairs", **entry).key
+
+    assert key(1) == key(2)
+    assert key(1, max_pairs_per_prompt=3) != key(2, max_pairs_per_prompt=3)
+    assert key(None, max_pairs_per_prompt=3) == key(42, max_pairs_per_prompt=3)
+
+
+@pytest.mark.parametrize(
+    ("base", "entry", "words"),
+    [
+        (
+            BETTER,
+            {"type": "axolotl_mopo.helpsteer"},
+            ["`datasets[0].objective` is missing, and `modpo.objective` does not say", "better cannot order the pairs"],
+        ),
+        (
+            changed(AMOPO, amopo__dimensions=["better", "safer"]),
+            {"type": "axolotl_mopo.safe_rlhf"},
+            ["`datasets[0].objective` is missing, and `amopo.dimensions`", "name one of better, safer"],
+        ),
+        (
+            HELPFUL,
+            {"type": "axolotl_mopo.helpsteer", "objective": ["helpfulness", "beauty"]},
+            ["`datasets[0].objective`: beauty cannot order the pairs; choose of helpfulness, correctness,"],
+        ),
+        (BETTER, {"type": "axolotl_mopo.safe_rlhf", "objective": ["better", "safer"]}, ["name one of better, safer"]),
+        (HELPFUL, {"type": "axolotl_mopo.helpsteer", "objective": []}, ["the list is empty; name at least one"]),
+        (HELPFUL, {"type": "axolotl_mopo.pairs", "objective": "x"}, ["`datasets[0].objective` is not a known key"]),
+        (
+            AMOPO,
+            {"type": "axolotl_mopo.ultrafeedback"},
+            ["`amopo.dimensions` needs a score of correctness from `datasets[0]`, but ultrafeedback holds", "honesty"],
+        ),
+        (AMOPO, {"type": "axolotl_mopo.hh_rlhf"}, ["`amopo.dimensions` needs", "hh_rlhf holds no scores"]),
+        (MODPO, {"type": "axolotl_mopo.shp"}, ["`modpo.margins` needs a score of safer", "shp holds no scores"]),
+        (
+            AMOPO,
+            {"type": "axolotl_mopo.pairs", "on_bad_row": "skip"},
+            ["`datasets[0].on_bad_row`", "'raise' or"],
+        ),
+        (AMOPO, {"type": "axolotl_mopo.pairs", "max_pairs_per_prompt": 0}, ["`datasets[0].max_pairs_per_prompt`"]),
+        (AMOPO, {"type": "axolotl_mopo.pairs", "max_pairs_per_prompt": "2"}, ["`datasets[0].max_pairs_per_prompt`"]),
+        (AMOPO, {"type": "axolotl_mopo.pairs", "shards": 10}, ["`datasets[0].shards` has no effect", "split: train["]),
+        (AMOPO, {"type": "axolotl_mopo.pairs", "name": ["a", "b"]}, ["`datasets[0].name` is a list", "one entry for"]),
+        (
+            changed(AMOPO, seed="x"),
+            {"type": "axolotl_mopo.pairs", "max_pairs_per_prompt": 2},
+            ["`seed` is 'x'; it must be a whole number"],
+        ),
+    ],
+)
+def test_an_entry_that_cannot_work_is_refused(base, entry, words):
+    text = refusal(changed(base, datasets=[{"path": "data.jsonl", **entry}]))
+    for word in words:
+        assert word in text
+
+
+def test_a_test_set_of_the_hub_needs_its_split():
+    entry = {"path": "nvidia/HelpSteer2", "type": "axolotl_mopo.helpsteer2"}
+    text = refusal(changed(AMOPO, datasets=[entry], test_datasets=[entry]))
+    assert "`test_datasets[0].split` is missing; the host would evaluate on the train split" in text
+    cfg = changed(AMOPO, datasets=[dict(entry)], test_datasets=[{**entry, "split": "validation"}])
+    MOPOPlugin().register(cfg)
+
+
+def test_an_entry_that_an_anchor_shares_is_bound_for_each_section():
+    entries = [{"path": "pairs.jsonl", "type": "axolotl_mopo.pairs", "field_chosen": "good"}]
+    cfg = copy.deepcopy(AMOPO) | {"datasets": entries, "test_datasets": entries}
+    MOPOPlugin().register(cfg)
+    assert cfg["datasets"][0]["type"] != cfg["test_datasets"][0]["type"]
+    assert len(cfg["mopo_data"]) == 2
