@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import yaml
 
 from axolotl_mopo.config import ConfigError, parse_block
 from axolotl_mopo.data.formats import FORMATS
-from axolotl_mopo.data.options import PairsOptions, ScoredOptions
-from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.data.options import ObjectiveOptions, PairsOptions
+from axolotl_mopo.data.rows import DataError, RowError
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_FAULTS = (ConfigError, DataError, RowError, OSError, ValueError, yaml.YAMLError)
+"""What can be wrong with files, data and settings; anything else is a fault of ours and shows its traceback."""
 
 _FIELDS = [name for name in PairsOptions.model_fields if name.startswith("field_")]
 
@@ -31,7 +35,10 @@ def _field_options(command: F) -> F:
 
 
 def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
-    return [name.strip() for name in value.split(",")] if value else None
+    names = [name.strip() for name in value.split(",")] if value else []
+    if len(set(names)) < len(names) or "" in names:
+        raise click.BadParameter(f"{value!r} names one twice, or nothing")
+    return names or None
 
 
 @mopo.command()
@@ -71,14 +78,18 @@ def pairs(
 
     format = FORMATS[kind]
     given = {name: value for name, value in options.items() if value is not None}
+    if issubclass(format.options, ObjectiveOptions) and objective:
+        given["objective"] = objective
     try:
         if fault := format.objective_fault(objective or []):
             raise ConfigError(f"--objective: {fault}")
+        for option in set(given) - set(format.options.model_fields):
+            raise ConfigError(f"--{option.replace('_', '-')} has no effect with --type {kind}")
         block = parse_block(format.options, given, f"--type {kind}")
         table = load_table(source, split=split, name=name, data_files=data_files, revision=revision)
         reader = PairReader(table, format, Reading(block, tuple(objective or ()), seed=seed), source)
         export_pairs(reader, output, attributes)
-    except (ConfigError, DataError) as error:
+    except _FAULTS as error:
         raise click.ClickException(str(error)) from None
     names = attributes or reader.tally.names
     click.echo(summary(reader.tally, names))
@@ -87,19 +98,31 @@ def pairs(
 
 def _entry(output: Path, names: list[str], kind: str) -> str:
     """The data-set entry that reads the file."""
-    lines = ["datasets:", f"  - path: {output}", "    type: axolotl_mopo.pairs"]
+    entry: dict[str, Any] = {"path": str(output), "type": "axolotl_mopo.pairs"}
     if output.suffix == ".jsonl":
-        lines.insert(2, "    ds_type: json")
-    scales = {FORMATS[kind].scales.get(name) for name in names}
-    if issubclass(FORMATS[kind].options, ScoredOptions) and len(scales) == 1 and (scale := scales.pop()):
-        lines.append(f"    score_scale: [{scale[0]:g}, {scale[1]:g}]")
-    return "\n".join(lines)
+        entry["ds_type"] = "json"
+    known = FORMATS[kind].scales
+    scales = {known[name] for name in names if name in known}
+    if len(scales) == 1:
+        entry["score_scale"] = list(scales.pop())
+    text = yaml.safe_dump({"datasets": [entry]}, sort_keys=False, default_flow_style=None)
+    if len(scales) > 1:
+        text += "# Its scores have several scales; keep those of one, with --attributes, for AMoPO's directives.\n"
+    return text
 
 
 @mopo.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
-@click.option("--dataset", default=0, show_default=True, help="Which entry of `datasets:` the row is of.")
-@click.option("--row", default=0, show_default=True, help="The first pair of this row or a later one.")
+@click.option(
+    "--dataset",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Which entry of `datasets:` the row is of.",
+)
+@click.option(
+    "--row", type=click.IntRange(min=0), default=0, show_default=True, help="The first pair of this row or a later one."
+)
 @click.option("--question", help="A question of your own in the place of a row's.")
 @click.option("--dimension", help="Ask for this dimension at inference, and not for all together.")
 @click.option("--score", type=float, help="Which score of the dimension to ask for; by default the best.")
@@ -123,7 +146,7 @@ def directives(
     logging.disable(logging.INFO)  # or else the host prints the whole configuration
     try:
         shown = preview(config, dataset=dataset, row=row, question=question, dimension=dimension, score=score)
-    except (ConfigError, DataError) as error:
+    except _FAULTS as error:
         raise click.ClickException(str(error)) from None
     if template:
         text = shown["chat_template"]
@@ -132,7 +155,13 @@ def directives(
     else:
         entries = [("training", prompt) for prompt in shown["training"]] + [("inference", shown["inference"])]
         text = "\n\n".join(f"=== {use}: {prompt['name']}\n{prompt['text']}" for use, prompt in entries)
-    if output:
-        output.write_text(text + "\n", encoding="utf-8")
-    else:
-        click.echo(text)
+    if not template:
+        text += "\n"
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(str(error)) from None

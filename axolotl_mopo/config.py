@@ -111,6 +111,9 @@ def _template(value: Any) -> Any:
         return value
     if set(value) != {"file"} or not isinstance(value["file"], str):
         raise ValueError(f"it is {dict(value)!r}; write the template itself, or {{file: PATH}}")
+    if not value["file"].endswith(".jinja"):
+        # A shared YAML must not be able to put any file of the machine into prompts and saved models.
+        raise ValueError(f"the file {value['file']} is no template; its name must end with .jinja")
     try:
         return Path(value["file"]).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

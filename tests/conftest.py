@@ -125,11 +125,14 @@ def prepare(rows, tokenizer, *, method="amopo", kind="pairs", entry=None, num_pr
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/rows.parquet"
         Dataset.from_list(rows).to_parquet(path)
+        tokenizer.save_pretrained(folder)
         cfg = DictDefault(
             {
                 "rl": method,
                 method: {**blocks[method], **settings},
                 "sequence_len": 512,
+                "base_model_config": str(SMOKE / "model"),
+                "tokenizer_config": folder,
                 "dataset_num_proc": num_proc,
                 "dataset_prepared_path": f"{folder}/prepared",
                 "datasets": [{"path": path, "type": f"axolotl_mopo.{kind}", **(entry or {})}],

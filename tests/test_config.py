@@ -162,6 +162,10 @@ def test_the_two_bases_are_accepted():
         ),
         (changed(AMOPO, amopo__directives="x"), ["`amopo.directives`", "{dimension: TEMPLATE, integrated: TEMPLATE}"]),
         (
+            changed(AMOPO, amopo__directives={"dimension": {"file": "/etc/passwd"}}),
+            ["the file /etc/passwd is no template; its name must end with .jinja"],
+        ),
+        (
             changed(AMOPO, amopo__directives={"dimension": {"file": "no/such.jinja"}}),
             ["the file no/such.jinja cannot be read"],
         ),

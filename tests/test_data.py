@@ -2,14 +2,20 @@
 
 import copy
 import json
+import logging
 
 import pytest
 from axolotl.utils.data.rl import _drop_long_sequences
 from axolotl.utils.schemas.enums import RLType
 from conftest import SMOKE, prepare
+from datasets import load_dataset
 
 from axolotl_mopo.config import Directives
 from axolotl_mopo.data.directives import dimension_directive, integrated_directive
+from axolotl_mopo.data.formats import FORMATS
+from axolotl_mopo.data.options import PairsOptions
+from axolotl_mopo.data.pairing import PairReader
+from axolotl_mopo.data.reading import Reading
 from axolotl_mopo.data.rows import DataError
 
 ROW = {
@@ -19,6 +25,7 @@ ROW = {
     "chosen_scores": {"helpfulness": 4, "correctness": 3},
     "rejected_scores": {"helpfulness": 1, "correctness": 0},
 }
+READING = Reading(PairsOptions())
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -189,7 +196,9 @@ def test_margins_from_columns_and_lengths(tokenizer):
             {},
             ["no score of helpfulness", "found were", "field_chosen_scores"],
         ),
-        ({}, {"field_chosen_scores": "{}_x"}, ["no score of helpfulness for the chosen response;"]),
+        ({}, {"field_chosen_scores": "{}_x"}, ["no column like `{}_x`; its columns are prompt,"]),
+        ({}, {"field_chosen_scores": "ratings"}, ["no column `ratings`; its columns are prompt,"]),
+        ({"chosen_scores": "4"}, {}, ["`chosen_scores` is no mapping of names to scores, but str"]),
         ({"chosen_scores": {"helpfulness": 5}}, {}, ["score of helpfulness, 5, is outside 0 to 4", "score_scale"]),
     ],
 )
@@ -254,6 +263,56 @@ def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
         DataError, match="row 0: the chat template refuses a conversation of the roles system, user: no"
     ):
         prepare([{**ROW, "prompt": messages}], strict)
+
+
+def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(tokenizer, caplog, monkeypatch):
+    strict = copy.deepcopy(tokenizer)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    strict.chat_template = refusal + tokenizer.chat_template
+    rows = [{**ROW, "prompt": [{"role": "user", "content": "x"}]}] * 3
+    rows[1] = {**ROW, "prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    with caplog.at_level("INFO", "axolotl.mopo"):
+        assert len(prepare(rows, strict, entry={"on_bad_row": "drop"})) == 2
+    assert "3 rows read; 2 pairs made" in caplog.text
+    assert "1 bad rows or responses dropped: 1 refused by the chat template" in caplog.text
+
+
+def test_a_template_that_leaves_the_answer_out_is_refused(tokenizer):
+    mute = copy.deepcopy(tokenizer)
+    mute.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}x"
+    with pytest.raises(DataError, match="leaves out what the assistant says"):
+        prepare([ROW], mute)
+
+
+def test_columns_of_mixed_kinds_in_a_jsonl_file_are_read_as_what_they_are(tmp_path):
+    rows = [
+        {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_scores": {"h": "4"}, "rejected_scores": {"h": 1}},
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            "chosen": [{"role": "assistant", "content": "a"}],
+            "rejected": {"role": "assistant", "content": "b"},
+            "chosen_scores": {"h": 4},
+            "rejected_scores": {"h": "1"},
+        },
+    ]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = PairReader(load_dataset("json", data_files=str(path), split="train"), FORMATS["pairs"], READING, "mixed")
+    one, two = [pair for _, pair in source.pairs()]
+    assert one == two
+    assert one.prompt == [{"role": "user", "content": "q"}]
+    assert one.chosen.scores == {"h": 4}
+
+
+def test_a_turn_may_hold_a_date(tmp_path):
+    path = tmp_path / "dated.jsonl"
+    turn = {"role": "user", "content": "q", "at": "2024-05-01T10:00:00"}
+    path.write_text(json.dumps({"messages": [turn], "chosen": "a", "rejected": "b"}))
+    source = PairReader(load_dataset("json", data_files=str(path), split="train"), FORMATS["pairs"], READING, "dated")
+    ((_, pair),) = source.pairs()
+    json.dumps(pair.to_row())
+    assert pair.prompt[0]["at"].startswith("2024-05-01")
 
 
 def fits(row, tokenizer, sequence_len):

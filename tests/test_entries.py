@@ -114,6 +114,13 @@ def test_a_test_set_of_the_hub_needs_its_split():
     MOPOPlugin().register(cfg)
 
 
+def test_a_test_folder_needs_its_split_unless_it_is_saved_whole(tmp_path):
+    entry = {"path": str(tmp_path), "type": "axolotl_mopo.pairs"}
+    assert "`test_datasets[0].split` is missing" in refusal(changed(AMOPO, test_datasets=[entry]))
+    (tmp_path / "state.json").write_text("{}")
+    MOPOPlugin().register(changed(AMOPO, test_datasets=[entry]))
+
+
 def test_an_entry_that_an_anchor_shares_is_bound_for_each_section():
     entries = [{"path": "pairs.jsonl", "type": "axolotl_mopo.pairs", "field_chosen": "good"}]
     cfg = copy.deepcopy(AMOPO) | {"datasets": entries, "test_datasets": entries}

@@ -82,7 +82,7 @@ def test_helpsteer_pairs_every_two_responses_to_a_prompt(kind):
         canonical("B", "A", chosen_scores=scores["B"], rejected_scores=scores["A"]),
         canonical("B", "C", chosen_scores=scores["B"], rejected_scores=scores["C"]),
     ]
-    assert (tally.rows, tally.pairs, tally.ties) == (4, 2, 1)
+    assert (tally.rows, tally.pairs, tally.ties, tally.alone) == (4, 2, 1, 1)
 
 
 def test_the_mean_of_several_attributes_orders():
@@ -164,6 +164,19 @@ def test_ultrafeedback_never_compares_ratings_as_strings_and_knows_no_score():
     made, tally = read("ultrafeedback", [row], objective=("overall",), chosen_scores=("honesty",))
     assert [(pair["chosen"], pair["rejected"]) for pair in made] == [("C", "B")]
     assert tally.incomplete == 1
+
+
+def test_a_completion_of_ultrafeedback_that_is_null_costs_itself_only():
+    completions = [completion(text, "1", "1", "1", rating) for text, rating in [("A", "1"), (None, "2"), ("C", "3")]]
+    row = {"instruction": "Why is the sky blue?", "completions": completions}
+    with pytest.raises(DataError, match="row 0: its `response` is an empty response"):
+        read("ultrafeedback", [row], objective=("helpfulness",))
+    made, tally = read("ultrafeedback", [row], objective=("helpfulness",), on_bad_row="drop")
+    assert [(pair["chosen"], pair["rejected"]) for pair in made] == [("C", "A")]
+    assert tally.bad == {"empty response": 1}
+    odd = {**row, "completions": [{"response": "A", "overall_score": 1.0, "annotations": {"honesty": "5"}}]}
+    with pytest.raises(DataError, match="row 0: the `annotations` of a completion are no mappings with a `Rating`"):
+        read("ultrafeedback", [odd], objective=("helpfulness",))
 
 
 def test_safe_rlhf_by_either_objective():
@@ -317,6 +330,22 @@ def test_a_chosen_response_that_scores_lower_is_counted():
     assert (tally.below("h"), tally.below("k")) == (1, 0)
 
 
+def test_only_numbers_are_flat_scores():
+    row = {**GOOD["pairs"], "chosen_model": "gpt", "chosen_id": "x7", "chosen_k": "3", "rejected_k": None}
+    made, tally = read("pairs", [row])
+    assert made == [canonical("a", "b", [{"role": "user", "content": "p"}], {"h": 1, "k": 3}, {"h": 2})]
+    assert tally.names == ["h"]
+    null = {**GOOD["pairs"], "chosen_scores": None, "rejected_scores": {"h": 1}}
+    assert read("pairs", [null])[0][0]["chosen_scores"] == {}
+
+
+def test_an_objective_is_refused_where_a_label_orders():
+    row = {"prompt": "p", "response_1": "One", "response_2": "Two", "preference_strength": 1}
+    reading = Reading(FORMATS["helpsteer2"].options(objective="verbosity"), ("verbosity",))
+    with pytest.raises(DataError, match="ordered by its own `preference_strength`; drop the `objective`"):
+        PairReader(Dataset.from_list([row]), FORMATS["helpsteer2"], reading, "data.jsonl")
+
+
 def test_duplicates_are_kept_and_counted():
     row = GOOD["pairs"]
     made, tally = read("pairs", [row, {**row, "chosen": "c"}, row])
@@ -334,5 +363,8 @@ def test_bad_rated_rows():
     settings = {"objective": ("helpfulness",), "chosen_scores": ("helpfulness",), "scales": {"helpfulness": (0.0, 4.0)}}
     with pytest.raises(DataError, match=r"row 1: its score of helpfulness, 9, is outside 0 to 4; .* score_scale"):
         read("helpsteer", rows, **settings)
+    # The row that is bad is named, not the one that completes its group; and it is counted once, not once a pair.
+    rows += [rated(f"R{score}", score, 1, 1, 1, 1) for score in (0, 1, 2)] + [rated("X", 1, 1, 1, 1, 1, prompt=" ")]
     _, tally = read("helpsteer", rows, **settings, on_bad_row="drop")
-    assert tally.bad == {"score outside its scale": 1}
+    assert tally.bad == {"score outside its scale": 1, "empty prompt": 1}
+    assert (tally.rows, tally.pairs) == (6, 6)

@@ -120,7 +120,7 @@ def test_agreement_where_scores_come_and_go():
     source = reader("pairs", rows)
     list(source.pairs())
     matrix = source.tally.agreement(["x", "y", "z"])
-    assert source.tally.names == ["x", "y"]
+    assert source.tally.names == source.tally.score_names == ["x", "y"]
     assert matrix[0, :3].tolist() == [1, 0.5, 1]
     assert matrix[1, 2] == 0
     assert np.isnan(matrix[3, :]).all()

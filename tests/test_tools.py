@@ -116,6 +116,11 @@ def test_the_options_of_pairs(tmp_path, rows):
         (["--type", "shp", "--on-bad-row", "drop"], ["no pair could be made", "4 bad rows", "4 missing column"]),
         ([*HELPFULNESS, "--attributes", "beauty"], ["no pair has a score of beauty", "coherence"]),
         ([*HELPFULNESS, "--split", "test"], ["raw.jsonl, split test, cannot be loaded"]),
+        (["--type", "helpsteer", "--objective", "overall,overall"], ["'overall,overall' names one twice"]),
+        ([*HELPFULNESS, "--field-prompt", "q"], ["--field-prompt has no effect with --type helpsteer"]),
+        ([*HELPFULNESS, "--name", "x"], ["it takes no name, data files or revision"]),
+        ([*HELPFULNESS, "-o", "/"], ["/: unknown kind of file"]),
+        ([*HELPFULNESS, "-o", "/dev/null/pairs.jsonl"], ["/dev/null"]),
         ([*HELPFULNESS, "-o", "pairs.csv"], ["pairs.csv: unknown kind of file; write .jsonl or .parquet"]),
     ],
 )
@@ -125,6 +130,32 @@ def test_wrong_options_leave_no_file(arguments, words, tmp_path):
     for word in words:
         assert word in output
     assert [path.name for path in tmp_path.iterdir()] == ["raw.jsonl"]
+
+
+def test_a_saved_data_set_has_whole_splits(tmp_path):
+    Dataset.from_list(helpsteer_rows(4)).save_to_disk(tmp_path / "saved")
+    for split in ("test", "train[:2]"):
+        arguments = (*HELPFULNESS, "-o", tmp_path / "out.jsonl", "--split", split)
+        assert f"has no split {split}" in run("pairs", tmp_path / "saved", *arguments, fails=True)
+
+
+def test_scores_of_several_scales_are_told(tmp_path):
+    ratings = {name: {"Rating": "3"} for name in ("instruction_following", "honesty", "truthfulness", "helpfulness")}
+    completions = [{"response": f"r{i}", "overall_score": float(i), "annotations": ratings} for i in range(1, 4)]
+    Dataset.from_list([{"instruction": "q", "completions": completions}]).to_json(tmp_path / "raw.jsonl")
+    arguments = ("--type", "ultrafeedback", "--objective", "overall", "-o", tmp_path / "o # ut.jsonl")
+    output = run("pairs", tmp_path / "raw.jsonl", *arguments)
+    assert "# Its scores have several scales" in output
+    (entry,) = yaml.safe_load(output.split("In the YAML:\n\n")[1])["datasets"]
+    assert entry == {"path": str(tmp_path / "o # ut.jsonl"), "type": "axolotl_mopo.pairs", "ds_type": "json"}
+
+
+def test_parquet_keeps_scores_that_one_side_has(tmp_path):
+    scores = {"chosen_scores": {"x": 1}, "rejected_scores": {"x": 2, "y": 1}}
+    (tmp_path / "raw.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", **scores}))
+    run("pairs", tmp_path / "raw.jsonl", "--type", "pairs", "-o", tmp_path / "out.parquet")
+    (made,) = Dataset.from_parquet(str(tmp_path / "out.parquet"))
+    assert (made["chosen_scores"], made["rejected_scores"]) == ({"x": 1, "y": None}, {"x": 2, "y": 1})
 
 
 def test_an_unknown_source_is_named(tmp_path):
@@ -195,7 +226,7 @@ def test_directives_for_a_question(config, tmp_path):
 def test_the_chat_template_puts_the_directive_in_by_itself(config, tmp_path, tokenizer, messages):
     sentence = 'Mind "{% raw %}{{x}}{% endraw %}" \\ and 日本 🙂,\nplease: {{ dimensions | join }}'
     path = config("amopo", amopo={"dimensions": ["helpfulness"], "directives": {"integrated": sentence}})
-    template = shown(path, "--question", "Why?", "--template", tmp_path=tmp_path).removesuffix("\n")
+    template = shown(path, "--question", "Why?", "--template", tmp_path=tmp_path)
     directive = 'Mind "{{x}}" \\ and 日本 🙂,\nplease: helpfulness'
     with_template = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     with_template.chat_template = template
@@ -223,6 +254,17 @@ def test_the_chat_template_puts_the_directive_in_by_itself(config, tmp_path, tok
 )
 def test_directives_says_what_it_cannot_show(config, method, arguments, overrides, words):
     assert words in run("directives", config(method, **overrides), *arguments, fails=True)
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1", "rl: amopo"])
+def test_a_yaml_that_is_none_is_told_without_a_traceback(tmp_path, content):
+    (tmp_path / "bad.yaml").write_text(content)
+    assert "Error: " in run("directives", tmp_path / "bad.yaml", fails=True)
+
+
+def test_missing_data_are_told_without_a_traceback(config):
+    missing = [{"path": "nowhere/x.jsonl", "type": "axolotl_mopo.pairs"}]
+    assert "Error: " in run("directives", config("amopo", datasets=missing, test_datasets=None), fails=True)
 
 
 def prepared_rows(keys, cut_prompts=0, cut_completions=0):

@@ -168,8 +168,10 @@ def _check_host_keys(entry: MutableMapping[str, Any], where: str, method: str) -
     if isinstance(entry.get("name"), list):
         raise ConfigError(f"`{where}.name` is a list; write one entry for each name")
     path = str(entry.get("path"))
-    hub = _HUB_ID.fullmatch(path) and not Path(path).exists() and not entry.get("data_files")
-    if where.startswith("test_datasets") and hub and not entry.get("split"):
+    folder = Path(path).is_dir() and not (Path(path) / "state.json").exists()
+    hub = not Path(path).exists() and _HUB_ID.fullmatch(path)
+    several = (folder or hub) and not entry.get("data_files")
+    if where.startswith("test_datasets") and several and not entry.get("split"):
         raise ConfigError(
             f"`{where}.split` is missing; the host would evaluate on the train split of {path}; say `split: test` or "
             "what the data set calls it"

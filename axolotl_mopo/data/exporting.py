@@ -1,8 +1,8 @@
 """A raw data set on disk or on the hub -> a file of canonical pairs, and a summary of what became of it."""
 
 import json
+import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,30 @@ def load_table(
         DataError: where it cannot be loaded, saying why.
     """
     path = Path(source)
+    saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+    if (path.is_file() or saved) and (name or data_files or revision):
+        raise DataError(f"{source} is a file or a saved data set; it takes no name, data files or revision")
     try:
         if path.is_file():
             kind = next((_KINDS[suffix] for suffix in reversed(path.suffixes) if suffix in _KINDS), None)
             if kind is None:
                 raise DataError(f"{source}: unknown kind of file; known are {', '.join(_KINDS)}, compressed or not")
             return load_dataset(kind, data_files=source, split=split)
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            saved = load_from_disk(source)
-            return saved[split] if isinstance(saved, DatasetDict) else saved
+        if saved:
+            return _saved_split(load_from_disk(source), source, split)
         files = list(data_files) if data_files else None
         return load_dataset(source, name, data_files=files, split=split, revision=revision)
     except DataError:
         raise
     except Exception as error:
         raise DataError(f"{source}, split {split}, cannot be loaded: {error}") from error
+
+
+def _saved_split(saved: Dataset | DatasetDict, source: str, split: str) -> Dataset:
+    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+    if split not in splits:
+        raise DataError(f"{source} has no split {split}; as save_to_disk left it, it has {', '.join(splits)}, whole")
+    return splits[split]
 
 
 def export_pairs(reader: PairReader, output: Path, attributes: Sequence[str] | None) -> None:
@@ -64,21 +73,18 @@ def export_pairs(reader: PairReader, output: Path, attributes: Sequence[str] | N
     """
     if output.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{output}: unknown kind of file; write .jsonl or .parquet")
+    if output.is_dir():
+        raise DataError(f"{output} is a folder")
     output.parent.mkdir(parents=True, exist_ok=True)
-    parts = [output.with_name(output.name + ".part"), output.with_name(output.name + ".rows")]
-    try:
-        rows = parts[0] if output.suffix == ".jsonl" else parts[1]
+    with tempfile.TemporaryDirectory(prefix=".pairs-", dir=output.parent) as aside:
+        rows, table = Path(aside, "rows.jsonl"), Path(aside, "rows.parquet")
         with rows.open("w", encoding="utf-8") as file:
             for _, pair in reader.pairs():
                 file.write(json.dumps(_keep(pair, attributes).to_row(), ensure_ascii=False) + "\n")
         _check(reader, attributes)
         if output.suffix == ".parquet":
-            _to_parquet(rows, parts[0], attributes or reader.tally.score_names)
-        parts[0].replace(output)
-    finally:
-        for part in parts:
-            with suppress(FileNotFoundError):
-                part.unlink()
+            _to_parquet(rows, table, attributes or reader.tally.score_names)
+        (rows if output.suffix == ".jsonl" else table).replace(output)
 
 
 def summary(tally: Tally, names: Sequence[str]) -> str:

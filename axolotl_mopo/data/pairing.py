@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from axolotl_mopo.data.formats import Format, PairFunction
+from axolotl_mopo.data.formats import Format, PairFunction, ResponsesFunction
 from axolotl_mopo.data.formats.rated import mean
 from axolotl_mopo.data.reading import Reading
 from axolotl_mopo.data.rows import (
@@ -20,6 +20,7 @@ from axolotl_mopo.data.rows import (
     Row,
     RowError,
     check_pair,
+    check_prompt,
     check_response,
     fingerprint,
 )
@@ -42,15 +43,25 @@ class PairReader:
         format: how its rows are laid out.
         reading: what is needed of them.
         where: the data set's name in messages.
+        check: refuses prompts, by a RowError, for reasons of the run.
 
     Raises:
-        DataError: where no objective says how rated responses are ordered.
+        DataError: where no objective says how rated responses are ordered, or one is given for pairs with a label.
     """
 
-    def __init__(self, table: Dataset, format: Format, reading: Reading, where: str) -> None:
-        self.table, self.format, self.reading, self.where = table, format, reading, where
+    def __init__(
+        self,
+        table: Dataset,
+        format: Format,
+        reading: Reading,
+        where: str,
+        check: Callable[[list[Message]], None] | None = None,
+    ) -> None:
+        self.table, self.format, self.reading, self.where, self.check = table, format, reading, where, check
         self.tally = Tally()
         labelled = format.is_labelled(table.column_names)
+        if labelled and format.read_responses and getattr(reading.options, "objective", None):
+            raise DataError(f"{where}: its pairs are ordered by its own `{format.label_column}`; drop the `objective`")
         if not labelled and not reading.objective:
             raise DataError(
                 f"{where}: its responses are rated and not ordered; name what orders them with objective: one or "
@@ -84,6 +95,8 @@ class PairReader:
             return None
         check_pair(pair)
         self.reading.check_scores(pair)
+        if self.check:
+            self.check(pair.prompt)
         return pair
 
     def _rated(self) -> Numbered:
@@ -92,8 +105,8 @@ class PairReader:
         sizes = self._group_sizes(group_column) if group_column else None
         waiting: dict[int, list[tuple[list[Message], list[RatedResponse]]]] = defaultdict(list)
         for number, row in self._rows("Reading responses"):
-            prompt, responses = self._guard(number, self.format.read_responses, row) or ([], [])
-            responses = [response for response in responses if self._guard(number, _checked, response)]
+            prompt, responses = self._guard(number, self._read_rated, self.format.read_responses, row) or ([], [])
+            responses = [response for response in responses if self._guard(number, self._accept, response)]
             if sizes is None or group_column is None:
                 yield from self._compare(number, prompt, responses)
                 continue
@@ -104,8 +117,21 @@ class PairReader:
                 if group:
                     yield from self._compare(number, group[0][0], [r for _, responses in group for r in responses])
 
+    def _read_rated(self, read: ResponsesFunction, row: Row) -> tuple[list[Message], list[RatedResponse]]:
+        prompt, responses = read(row)
+        check_prompt(prompt)
+        if self.check:
+            self.check(prompt)
+        return prompt, responses
+
+    def _accept(self, response: RatedResponse) -> bool:
+        check_response(response, "response")
+        self.reading.check_scales(response)
+        return True
+
     def _compare(self, number: int, prompt: list[Message], responses: list[RatedResponse]) -> Numbered:
         """Every two responses to a prompt as a pair, the one with the higher mean score chosen."""
+        self.tally.alone += len(responses) == 1
         rated = [(mean(response.scores, self.reading.objective), response) for response in responses]
         self.tally.unscored += sum(value is None for value, _ in rated)
         scored = [(value, response) for value, response in rated if value is not None]
@@ -120,17 +146,12 @@ class PairReader:
             pair = PreferencePair(prompt, chosen, rejected)
             if self.reading.missing(pair):
                 self.tally.incomplete += 1
-            elif self._guard(number, self._check, pair):
+            else:
                 yield number, pair
-
-    def _check(self, pair: PreferencePair) -> bool:
-        check_pair(pair)
-        self.reading.check_scales(pair)
-        return True
 
     def _capped(self, pairs: Numbered, cap: int) -> Numbered:
         """At most `cap` pairs of each prompt, drawn by the seed and the prompt; a second pass counts them first."""
-        counter = PairReader(self.table, self.format, self.reading, self.where)
+        counter = PairReader(self.table, self.format, self.reading, self.where, self.check)
         sizes = Counter(pair.prompt_key for _, pair in counter._read())
         waiting: dict[int, list[PreferencePair]] = defaultdict(list)
         for number, pair in pairs:
@@ -149,8 +170,8 @@ class PairReader:
             raise DataError(
                 f"{self.where}: it has no column `{group_column}`; its columns are {', '.join(self.table.column_names)}"
             )
-        batches = self.table.select_columns([group_column]).with_format("arrow").iter(_BATCH)
-        return Counter(fingerprint(prompt) for batch in batches for prompt in batch[group_column].to_pylist())
+        batches = self.table.select_columns([group_column]).iter(_BATCH)
+        return Counter(fingerprint(prompt) for batch in batches for prompt in batch[group_column])
 
     def _rows(self, title: str) -> Iterator[tuple[int, Row]]:
         return enumerate(self._counted(_rows(self.table, title)))
@@ -173,13 +194,9 @@ class PairReader:
             return None
 
 
-def _checked(response: RatedResponse) -> bool:
-    check_response(response, "response")
-    return True
-
-
 def _rows(table: Dataset, title: str) -> Iterator[Row]:
     with tqdm(total=len(table), desc=title, unit=" rows") as progress:
-        for batch in table.with_format("arrow").iter(_BATCH):
-            yield from batch.to_pylist()
-            progress.update(len(batch))
+        for batch in table.iter(_BATCH):
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            yield from rows
+            progress.update(len(rows))

@@ -1,7 +1,9 @@
 """The prompts that a YAML of AMoPO means, for `axolotl mopo directives`."""
 
+from pathlib import Path
 from typing import Any
 
+import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.loaders import load_tokenizer
 
@@ -41,6 +43,8 @@ def preview(
         ConfigError: where the YAML is not AMoPO's, or does not fit the other arguments.
         DataError: where the data cannot be read.
     """
+    if not isinstance(yaml.safe_load(Path(config).read_text(encoding="utf-8")), dict):
+        raise ConfigError(f"{config} is no mapping of keys to values")
     cfg = load_cfg(config)
     if not cfg.get("amopo"):
         raise ConfigError(f"{config} has no `amopo:` block; directives belong to `rl: amopo`")

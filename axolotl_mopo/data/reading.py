@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from axolotl_mopo.data.options import EntryOptions, PairsOptions
-from axolotl_mopo.data.rows import PreferencePair, RowError, rescale
+from axolotl_mopo.data.rows import PreferencePair, RatedResponse, RowError, rescale
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,15 @@ class Reading:
             if response.scores.get(name) is None
         ]
 
-    def check_scales(self, pair: PreferencePair) -> None:
-        """Hold the chosen response's scores against their scales.
+    def check_scales(self, response: RatedResponse) -> None:
+        """Hold a response's scores against their scales.
 
         Raises:
             RowError: where one lies outside.
         """
         for name, scale in self.scales.items():
-            rescale(pair.chosen.score(name), scale, scale, name)
+            if (value := response.scores.get(name)) is not None:
+                rescale(value, scale, scale, name)
 
     def check_scores(self, pair: PreferencePair) -> None:
         """Hold a labelled pair's scores against what the run needs.
@@ -54,4 +55,4 @@ class Reading:
                 + ("; name their columns with field_chosen_scores and field_rejected_scores" if named else ""),
                 "missing score",
             )
-        self.check_scales(pair)
+        self.check_scales(pair.chosen)

@@ -92,14 +92,23 @@ def check_pair(pair: PreferencePair) -> None:
     Raises:
         RowError: where the prompt does not end with the user's turn, or a text is empty, or both responses are one.
     """
-    if not pair.prompt or not pair.prompt[-1]["content"].strip():
-        raise RowError("its prompt is empty", "empty prompt")
-    if pair.prompt[-1]["role"] != "user":
-        raise RowError(f"the prompt ends with a turn of role {pair.prompt[-1]['role']!r}; it must end with the user's")
+    check_prompt(pair.prompt)
     for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         check_response(response, side)
     if pair.chosen.text.strip() == pair.rejected.text.strip():
         raise RowError("its chosen and rejected responses are the same text", "identical responses")
+
+
+def check_prompt(prompt: list[Message]) -> None:
+    """Refuse a prompt that asks nothing.
+
+    Raises:
+        RowError: where it is empty, or its last turn is not the user's.
+    """
+    if not prompt or not prompt[-1]["content"].strip():
+        raise RowError("its prompt is empty", "empty prompt")
+    if prompt[-1]["role"] != "user":
+        raise RowError(f"the prompt ends with a turn of role {prompt[-1]['role']!r}; it must end with the user's")
 
 
 def check_response(response: RatedResponse, name: str) -> None:
@@ -156,8 +165,9 @@ def messages(value: Any, name: str) -> list[Message]:
     for turn in value:
         if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
             raise RowError(f"a turn of its `{name}` lacks a `role` or a `content` that is a string: {dict(turn)!r:.99}")
-        # A table stores every key of any row's turns in all of them, as None where a turn has none.
-        turns.append({key: entry for key, entry in turn.items() if entry is not None})
+        # A table stores every key of any row's turns in all of them, as None where a turn has none; and what was text
+        # in a file may have become a date.
+        turns.append(json.loads(json.dumps({k: v for k, v in turn.items() if v is not None}, default=str)))
     return turns
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
+from axolotl.loaders import load_tokenizer
 from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict, Features, List, Value
@@ -81,7 +82,11 @@ def _strategy(cfg: Mapping[str, Any], dataset_idx: int | None = None, *, key: st
 
 
 def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
-    reader = PairReader(raw_table(cfg, spec), spec.format, spec.reading, spec.where)
+    try:
+        check = ChatRenderer(load_tokenizer(cfg)).check_roles
+    except DataError as error:
+        raise DataError(f"{spec.where}: {error}") from None
+    reader = PairReader(raw_table(cfg, spec), spec.format, spec.reading, spec.where, check)
     folder = Path(cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH)
     store = PairStore.write(reader.pairs(), folder)
     tally = reader.tally
@@ -128,10 +133,7 @@ def _transform(
     spec: DataSpec,
     sequence_len: int,
 ) -> Columns:
-    try:
-        renderer = ChatRenderer(tokenizer)
-    except DataError as error:
-        raise DataError(f"{spec.where}: {error}") from None
+    renderer = ChatRenderer(tokenizer)
     names = _COLUMNS | (_MARGINS if isinstance(spec.data, MODPOData) else {})
     pairs = store.between(indices[0], indices[-1])
     if not pairs:
@@ -160,11 +162,7 @@ def _located(spec: DataSpec, number: int, function: Callable[..., Any], *args: A
 
 def _directives(pair: PreferencePair, spec: DataSpec) -> Sequence[str | None]:
     """What each of the D prompts says before the question; MODPO's one says nothing."""
-    data, scales = spec.data, spec.scales
-    if isinstance(data, MODPOData):
-        return [None]
-    scores = {name: rescale(pair.chosen.score(name), scales[name], data.score_range, name) for name in data.dimensions}
-    return training_directives(data, scores)
+    return [None] if isinstance(spec.data, MODPOData) else training_directives(spec.data, directive_scores(pair, spec))
 
 
 def _prompts(messages: list[Message], *, renderer: ChatRenderer, directives: Sequence[str | None]) -> list[str]:

@@ -1,5 +1,6 @@
 """Counts of what became of a data set's rows, and how far its orders agree."""
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,21 +25,19 @@ class Tally:
     """Pairs of rated responses without another score that the run needs."""
     identical: int = 0
     """Pairs of rated responses that are one text."""
+    alone: int = 0
+    """Rated responses that are the only one to their prompt."""
     capped: int = 0
-    duplicates: int = 0
-    """Pairs that were there before, prompt and both texts; they are kept."""
     bad: Counter[str] = field(default_factory=Counter)
     """Rows (of rated data: responses) that were dropped, by what was wrong with them."""
-    _seen: set[int] = field(default_factory=set)
+    _keys: array = field(default_factory=lambda: array("q"))
     _orders: dict[str, bytearray] = field(default_factory=dict)
 
     def add(self, pair: PreferencePair) -> None:
         """Count a pair that is kept."""
-        key = fingerprint([pair.prompt, pair.chosen.text, pair.rejected.text])
-        self.duplicates += key in self._seen
-        self._seen.add(key)
-        for name, chosen in pair.chosen.scores.items():
-            rejected = pair.rejected.scores.get(name)
+        self._keys.append(fingerprint([pair.prompt, pair.chosen.text, pair.rejected.text]))
+        for name in dict.fromkeys((*pair.chosen.scores, *pair.rejected.scores)):
+            chosen, rejected = pair.chosen.scores.get(name), pair.rejected.scores.get(name)
             orders = self._orders.setdefault(name, bytearray())
             orders.extend([_NO_SCORE] * (self.pairs - len(orders)))
             if chosen is None or rejected is None:
@@ -49,8 +48,13 @@ class Tally:
 
     @property
     def score_names(self) -> list[str]:
-        """The scores that at least one chosen response holds, be they numbers or not."""
+        """The scores that at least one response holds, be they numbers or not."""
         return list(self._orders)
+
+    @property
+    def duplicates(self) -> int:
+        """Pairs that were there before, prompt and both texts; they are kept."""
+        return len(self._keys) - len(np.unique(np.asarray(self._keys)))
 
     @property
     def names(self) -> list[str]:
@@ -89,6 +93,7 @@ class Tally:
             (self.unscored, f"{self.unscored:,} responses without a score that orders them left out"),
             (self.incomplete, f"{self.incomplete:,} pairs without a score that is needed left out"),
             (self.identical, f"{self.identical:,} pairs of one and the same text left out"),
+            (self.alone, f"{self.alone:,} responses that are the only one to their prompt left out"),
             (self.capped, f"{self.capped:,} pairs left out by max_pairs_per_prompt"),
             (self.duplicates, f"{self.duplicates:,} pairs are duplicates, and kept"),
             (self.bad, f"{self.bad.total():,} bad rows or responses dropped: {dropped}"),

@@ -24,8 +24,14 @@ class ChatRenderer:
                 "the tokenizer has no chat template; set `chat_template:` in the YAML, for instance to chatml"
             )
         self._tokenizer = tokenizer
+        self._refusals: dict[tuple[str, ...], str | None] = {}
         probe = "Zyzzyva"
-        ending = self._render([{"role": "user", "content": probe}, {"role": "assistant", "content": probe}])
+        try:
+            ending = self._render([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": probe}])
+        except RowError as error:
+            raise DataError(str(error)) from None
+        if probe not in ending:
+            raise DataError("the chat template leaves out what the assistant says; choose another `chat_template:`")
         ending = ending[ending.rindex(probe) + len(probe) :]
         self._after_turn = ending[len(ending.rstrip()) :]
         """What the template writes after the end-of-turn token; no part of the completion."""
@@ -49,6 +55,22 @@ class ChatRenderer:
                 "cannot be told apart; choose another `chat_template:`"
             )
         return answered[len(prompt) :].removesuffix(self._after_turn) + self._missing_end
+
+    def check_roles(self, messages: Sequence[Message]) -> None:
+        """Try the template on a conversation of these roles, once for each sequence of roles.
+
+        Raises:
+            RowError: where it refuses them.
+        """
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._refusals:
+            self._refusals[roles] = None
+            try:
+                self.completion([{"role": role, "content": "Zyzzyva"} for role in roles], "Zyzzyva")
+            except RowError as error:
+                self._refusals[roles] = str(error)
+        if refusal := self._refusals[roles]:
+            raise RowError(refusal, "refused by the chat template")
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         try:

@@ -42,6 +42,8 @@ class Format:
         if not self.objectives:
             return "the pairs are ordered by the data's own label; drop it" if names else None
         known = ", ".join(self.objectives)
+        if len(set(names)) < len(names):
+            return f"{', '.join(names)} names one twice"
         if unknown := [name for name in names if name not in self.objectives]:
             return f"{', '.join(unknown)} cannot order the pairs; choose of {known}"
         if self.read_responses is None and len(names) != 1:

@@ -60,11 +60,23 @@ def _response(row: Row, name: str, option: str) -> tuple[list[Message], str]:
 
 
 def _scores(row: Row, field: str | None, side: str) -> dict[str, float | None]:
-    pattern = field or (f"{side}_scores" if isinstance(row.get(f"{side}_scores"), Mapping) else f"{side}_{{}}")
-    if "{}" not in pattern:
-        nested: Any = row.get(pattern)
-        return {name: score(value) for name, value in nested.items()} if isinstance(nested, Mapping) else {}
-    head, tail = pattern.split("{}", 1)
+    nested_by_default = f"{side}_scores"
+    if field is None and nested_by_default not in row:
+        # Among chosen_helpfulness and the like there may be a chosen_model: only numbers are scores here.
+        return {name: value for name, value in _flat_scores(row, f"{side}_", "").items() if value is not None}
+    pattern = field or nested_by_default
+    if "{}" in pattern:
+        scores = _flat_scores(row, *pattern.split("{}", 1))
+        if not scores:
+            raise RowError(f"it has no column like `{pattern}`; its columns are {', '.join(row)}", "missing column")
+        return scores
+    nested: Any = column(row, pattern) if field else row[pattern]
+    if nested is not None and not isinstance(nested, Mapping):
+        raise RowError(f"its `{pattern}` is no mapping of names to scores, but {type(nested).__name__}")
+    return {name: score(value) for name, value in (nested or {}).items()}
+
+
+def _flat_scores(row: Row, head: str, tail: str) -> dict[str, float | None]:
     return {
         name[len(head) : len(name) - len(tail)]: score(value)
         for name, value in row.items()

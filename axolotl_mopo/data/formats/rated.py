@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from axolotl_mopo.data.rows import Message, RatedResponse, Row, RowError, column, score, text, user
 from axolotl_mopo.data.turns import marked_turns
@@ -35,5 +36,14 @@ def mean(scores: Mapping[str, float | None], names: Sequence[str]) -> float | No
 
 def _ultrafeedback_response(completion: Row) -> RatedResponse:
     annotations = completion.get("annotations") or {}
-    scores = {name: score((annotations.get(name) or {}).get("Rating")) for name in ULTRAFEEDBACK_ATTRIBUTES}
-    return RatedResponse(text(completion, "response"), scores | {OVERALL: score(completion.get("overall_score"))})
+    scores = {name: score(_rating(annotations, name)) for name in ULTRAFEEDBACK_ATTRIBUTES}
+    # A response that is null is as bad as an empty one, and no worse for the others.
+    response = text({"response": completion.get("response") or ""}, "response")
+    return RatedResponse(response, scores | {OVERALL: score(completion.get("overall_score"))})
+
+
+def _rating(annotations: Any, name: str) -> Any:
+    annotation = (annotations.get(name) or {}) if isinstance(annotations, Mapping) else None
+    if not isinstance(annotation, Mapping):
+        raise RowError("the `annotations` of a completion are no mappings with a `Rating`")
+    return annotation.get("Rating")
