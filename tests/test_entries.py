@@ -91,6 +91,8 @@ def test_the_seed_counts_only_where_it_decides():
         ),
         (AMOPO, {"type": "axolotl_mopo.pairs", "max_pairs_per_prompt": 0}, ["`datasets[0].max_pairs_per_prompt`"]),
         (AMOPO, {"type": "axolotl_mopo.pairs", "max_pairs_per_prompt": "2"}, ["`datasets[0].max_pairs_per_prompt`"]),
+        (AMOPO, {"type": "axolotl_mopo.pairs", "path": None}, ["`datasets[0].path` is None; it must name a file"]),
+        (AMOPO, {"type": "axolotl_mopo.pairs", "path": "p" * 999}, ["`datasets[0].path` cannot be read"]),
         (AMOPO, {"type": "axolotl_mopo.pairs", "shards": 10}, ["`datasets[0].shards` has no effect", "split: train["]),
         (AMOPO, {"type": "axolotl_mopo.pairs", "name": ["a", "b"]}, ["`datasets[0].name` is a list", "one entry for"]),
         (

@@ -167,9 +167,14 @@ def _check_host_keys(entry: MutableMapping[str, Any], where: str, method: str) -
             )
     if isinstance(entry.get("name"), list):
         raise ConfigError(f"`{where}.name` is a list; write one entry for each name")
-    path = str(entry.get("path"))
-    folder = Path(path).is_dir() and not (Path(path) / "state.json").exists()
-    hub = not Path(path).exists() and _HUB_ID.fullmatch(path)
+    path = entry.get("path")
+    if not isinstance(path, str) or not path:
+        raise ConfigError(f"`{where}.path` is {path!r}; it must name a file, a folder or a data set of the hub")
+    try:
+        folder = Path(path).is_dir() and not (Path(path) / "state.json").exists()
+        hub = not Path(path).exists() and _HUB_ID.fullmatch(path)
+    except OSError as error:
+        raise ConfigError(f"`{where}.path` cannot be read: {error}") from None
     several = (folder or hub) and not entry.get("data_files")
     if where.startswith("test_datasets") and several and not entry.get("split"):
         raise ConfigError(
