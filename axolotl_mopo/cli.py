@@ -12,12 +12,11 @@ import yaml
 from axolotl_mopo.config import ConfigError, parse_block
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.options import ObjectiveOptions, PairsOptions
-from axolotl_mopo.data.rows import DataError, RowError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_FAULTS = (ConfigError, DataError, RowError, OSError, ValueError, yaml.YAMLError)
-"""What can be wrong with files, data and settings; anything else is a fault of ours and shows its traceback."""
+_FAULTS = (OSError, ValueError, yaml.YAMLError)
+"""What can be wrong with files, data and settings, our own errors among them; anything else shows its traceback."""
 
 _FIELDS = [name for name in PairsOptions.model_fields if name.startswith("field_")]
 

@@ -23,9 +23,9 @@ def manifest(block: MODPOConfig | AMoPOConfig) -> dict[str, Any]:
     method = "amopo" if isinstance(block, AMoPOConfig) else "modpo"
     content: dict[str, Any] = {"method": method, **block.model_dump(mode="json")}
     if isinstance(block, AMoPOConfig):
-        prompts = {name: None if name not in block.dimensions else name for name in block.prompt_names}
         content["inference"] = {
-            name: user_template(inference_directive(block, dimension)) for name, dimension in prompts.items()
+            name: user_template(inference_directive(block, name if name in block.dimensions else None))
+            for name in block.prompt_names
         }
     return content | {"versions": {package: version(package) for package in _PACKAGES}}
 

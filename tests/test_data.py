@@ -254,10 +254,16 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
         prepare([ROW], rewriting)
 
 
-def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
+@pytest.fixture
+def strict(tokenizer):
+    """A tokenizer whose chat template refuses a system's turn."""
     strict = copy.deepcopy(tokenizer)
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     strict.chat_template = refusal + tokenizer.chat_template
+    return strict
+
+
+def test_a_conversation_that_the_template_refuses_is_named(strict):
     messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
     with pytest.raises(
         DataError, match="row 0: the chat template refuses a conversation of the roles system, user: no"
@@ -265,10 +271,7 @@ def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
         prepare([{**ROW, "prompt": messages}], strict)
 
 
-def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(tokenizer, caplog, monkeypatch):
-    strict = copy.deepcopy(tokenizer)
-    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    strict.chat_template = refusal + tokenizer.chat_template
+def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(strict, caplog, monkeypatch):
     rows = [{**ROW, "prompt": [{"role": "user", "content": "x"}]}] * 3
     rows[1] = {**ROW, "prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}
     monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)

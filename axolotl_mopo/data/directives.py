@@ -2,24 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
-from axolotl_mopo.config import Directives
+from axolotl_mopo.config import AMoPOConfig, Directives
+from axolotl_mopo.data.entries import AMoPOData
 from axolotl_mopo.data.rows import Message
 from axolotl_mopo.data.templates import render
 
-
-class DirectiveSettings(Protocol):
-    """The part of AMoPO's settings that directives are made of."""
-
-    @property
-    def dimensions(self) -> list[str]: ...  # noqa: D102
-    @property
-    def integrated(self) -> bool: ...  # noqa: D102
-    @property
-    def score_range(self) -> tuple[float, float]: ...  # noqa: D102
-    @property
-    def directives(self) -> Directives: ...  # noqa: D102
+DirectiveSettings = AMoPOConfig | AMoPOData
+"""What says how directives are worded: the YAML block, or the part of it that prepared rows depend on."""
 
 
 def training_directives(settings: DirectiveSettings, scores: Mapping[str, float]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any, TypeVar
 
@@ -107,12 +107,9 @@ class PairReader:
         for number, row in self._rows("Reading responses"):
             prompt, responses = self._guard(number, self._read_rated, self.format.read_responses, row) or ([], [])
             responses = [response for response in responses if self._guard(number, self._accept, response)]
-            if sizes is None or group_column is None:
-                yield from self._compare(number, prompt, responses)
-                continue
-            key = fingerprint(row.get(group_column))
+            key = fingerprint(row.get(group_column)) if group_column else number
             waiting[key].append((prompt, responses))
-            if len(waiting[key]) == sizes[key]:
+            if sizes is None or len(waiting[key]) == sizes[key]:
                 group = [(prompt, responses) for prompt, responses in waiting.pop(key) if responses]
                 if group:
                     yield from self._compare(number, group[0][0], [r for _, responses in group for r in responses])
@@ -174,12 +171,13 @@ class PairReader:
         return Counter(fingerprint(prompt) for batch in batches for prompt in batch[group_column])
 
     def _rows(self, title: str) -> Iterator[tuple[int, Row]]:
-        return enumerate(self._counted(_rows(self.table, title)))
-
-    def _counted(self, rows: Iterable[Row]) -> Iterator[Row]:
-        for row in rows:
-            self.tally.rows += 1
-            yield row
+        """The rows and their numbers, counted."""
+        with tqdm(total=len(self.table), desc=title, unit=" rows") as progress:
+            for batch in self.table.iter(_BATCH):
+                for values in zip(*batch.values(), strict=True):
+                    self.tally.rows += 1
+                    yield self.tally.rows - 1, dict(zip(batch, values, strict=True))
+                progress.update(self.tally.rows - progress.n)
 
     def _guard(self, number: int, function: Callable[..., T], *args: Any) -> T | None:
         """Call `function`; a bad row is told with data set and number, or counted and left out."""
@@ -192,11 +190,3 @@ class PairReader:
                 ) from None
             self.tally.bad[error.kind] += 1
             return None
-
-
-def _rows(table: Dataset, title: str) -> Iterator[Row]:
-    with tqdm(total=len(table), desc=title, unit=" rows") as progress:
-        for batch in table.iter(_BATCH):
-            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            yield from rows
-            progress.update(len(rows))

@@ -51,7 +51,7 @@ def find_strategy(name: str) -> Callable[..., Strategy]:
     strategy, _, key = name.partition("@")
     if strategy not in FORMATS:
         raise AttributeError(f"module 'axolotl_mopo' has no attribute {name!r}")
-    return partial(_strategy, key=key) if key else partial(_strategy)
+    return partial(_strategy, key=key) if key else _strategy
 
 
 def _strategy(cfg: Mapping[str, Any], dataset_idx: int | None = None, *, key: str, **_: Any) -> Strategy:

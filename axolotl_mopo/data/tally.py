@@ -59,7 +59,7 @@ class Tally:
     @property
     def names(self) -> list[str]:
         """The scores that at least one pair has on both sides."""
-        return [name for name, orders in self._orders.items() if any(order != _NO_SCORE for order in orders)]
+        return [name for name, orders in self._orders.items() if orders.count(_NO_SCORE) < len(orders)]
 
     def below(self, name: str) -> int:
         """Pairs whose chosen response scores lower than the rejected one."""
@@ -85,6 +85,7 @@ class Tally:
 
     def lines(self) -> list[str]:
         """One line for each number that is not 0, rows and pairs always."""
+        duplicates = self.duplicates
         dropped = ", ".join(f"{count:,} {kind}" for kind, count in self.bad.most_common())
         counts = [
             (True, f"{self.rows:,} rows read"),
@@ -95,7 +96,7 @@ class Tally:
             (self.identical, f"{self.identical:,} pairs of one and the same text left out"),
             (self.alone, f"{self.alone:,} responses that are the only one to their prompt left out"),
             (self.capped, f"{self.capped:,} pairs left out by max_pairs_per_prompt"),
-            (self.duplicates, f"{self.duplicates:,} pairs are duplicates, and kept"),
+            (duplicates, f"{duplicates:,} pairs are duplicates, and kept"),
             (self.bad, f"{self.bad.total():,} bad rows or responses dropped: {dropped}"),
         ]
         return [line for shown, line in counts if shown]
