@@ -38,21 +38,74 @@ class Block(BaseModel):
 B = TypeVar("B", bound=Block)
 
 
-class ColumnMargin(Block):
+class MarginBlock(Block):
+    """What every margin may say besides where its reward comes from: clip, then normalize, then scale."""
+
+    clip: tuple[Number, Number] | None = Field(None, description="[lowest, highest], two different numbers")
+    normalize: Literal["none", "std"] = Field("none", description="none or std")
+    scale: Number = Field(1.0, description="a number; 1.0 leaves the reward as it is")
+
+    @field_validator("clip")
+    @classmethod
+    def _ascending(cls, clip: tuple[float, float] | None) -> tuple[float, float] | None:
+        if clip and clip[0] >= clip[1]:
+            raise ValueError(f"the lowest reward {clip[0]:g} is not below the highest {clip[1]:g}")
+        return clip
+
+
+class ColumnMargin(MarginBlock):
     """A margin reward that the data set already holds."""
 
     source: Literal["column"]
     field: str | None = Field(None, description="the name of the score in the data set; the margin's own where omitted")
 
 
-class LengthMargin(Block):
+class LengthMargin(MarginBlock):
     """Minus the length of the response, for shorter answers."""
 
     source: Literal["length"]
     unit: Literal["tokens", "words", "characters"] = Field("tokens", description="one of tokens, words, characters")
 
 
-Margin = Annotated[ColumnMargin | LengthMargin, Field(discriminator="source")]
+class AdapterMargin(MarginBlock):
+    """The implicit reward of a model that was trained on another objective's preferences, such as a DPO adapter."""
+
+    source: Literal["adapter"]
+    path: str = Field(description="the folder of a LoRA adapter of the same base model, or of a whole model")
+    beta: Number | None = Field(None, gt=0, description="the beta that it was trained with")
+    reference: str | None = Field(None, description="a whole model's reference model; an adapter's is the base model")
+
+
+class RewardModelMargin(MarginBlock):
+    """The score of a sequence-classification model."""
+
+    source: Literal["reward_model"]
+    path: str = Field(description="a folder or a model of the hub")
+    head: int | str | None = Field(None, description="which score: an index, or a label of the model's config")
+    batch_size: int = Field(16, ge=1, strict=True, description="responses at a time, at least 1")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="float32, bfloat16 or float16")
+
+
+class CallableMargin(MarginBlock):
+    """What a function says of prompts and responses."""
+
+    source: Literal["callable"]
+    function: str = Field(pattern=r"^[\w.]+:\w+$", description="package.module:function")
+    batch_size: int = Field(64, ge=1, strict=True, description="responses at a time, at least 1")
+
+
+RowMargin = ColumnMargin | LengthMargin
+"""Margins that a row decides by itself."""
+Margin = Annotated[
+    ColumnMargin | LengthMargin | AdapterMargin | RewardModelMargin | CallableMargin, Field(discriminator="source")
+]
+_MARGINS: dict[str, type[MarginBlock]] = {
+    "column": ColumnMargin,
+    "length": LengthMargin,
+    "adapter": AdapterMargin,
+    "reward_model": RewardModelMargin,
+    "callable": CallableMargin,
+}
 
 
 class MODPOConfig(Block):
@@ -62,7 +115,9 @@ class MODPOConfig(Block):
     weights: dict[str, Number] = Field(description="a mapping from the objective and every margin to its weight")
     beta: Number = Field(0.1, gt=0, description="a positive number; 0.1 is the authors'")
     loss_type: Literal["sigmoid", "hinge"] = Field("sigmoid", description="sigmoid or hinge")
-    margins: dict[str, Margin] = Field({}, description="a mapping from a name to {source: column} or {source: length}")
+    margins: dict[str, Margin] = Field({}, description="a mapping from a name to {source: ...}")
+    reference: Literal["initial", "base"] = Field("initial", description="initial or base")
+    cache_dir: str | None = Field(None, description="a folder for reference log-probs and margins")
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
@@ -264,11 +319,6 @@ def read_method(cfg: Mapping[str, Any], method: str) -> MODPOConfig | AMoPOConfi
         raise ConfigError(f"`context_parallel_size` other than 1 does not work with `rl: {method}`; remove it")
     if cfg.get("remove_unused_columns"):
         raise ConfigError(f"`remove_unused_columns: true` would drop the columns of `rl: {method}`; remove it")
-    if method == "modpo" and (cfg.get("fsdp") or cfg.get("fsdp_config") or cfg.get("deepspeed")):
-        raise ConfigError(
-            "`rl: modpo` does not run with FSDP or DeepSpeed yet: its reference pass needs the whole model in each "
-            "process; remove `fsdp`, `fsdp_config` and `deepspeed` (plain data parallelism and LoRA do work)"
-        )
     return parse_block(BLOCKS[method], cfg[method], method)
 
 
@@ -306,7 +356,7 @@ def _explain(block: type[Block], path: str, error: dict[str, Any]) -> str:
     if keys[:1] == ["margins"] and len(keys) > 2:
         # pydantic puts the chosen source between the margin's name and its key.
         _, name, source, *keys = keys
-        where, fields = f"{path}.margins.{name}", {"column": ColumnMargin, "length": LengthMargin}[source]
+        where, fields = f"{path}.margins.{name}", _MARGINS[source]
     if keys[:1] == ["directives"] and len(keys) > 1:
         _, *keys = keys
         where, fields = f"{path}.directives", Directives
@@ -320,7 +370,7 @@ def _explain(block: type[Block], path: str, error: dict[str, Any]) -> str:
         case "missing":
             return f"{where} is missing{expected}"
         case "union_tag_not_found" | "union_tag_invalid":
-            return f"{where} needs `source: column` or `source: length`, not {error['input']!r}"
+            return f"{where} needs a `source`, one of {', '.join(_MARGINS)}, not {error['input']!r}"
         case "value_error":
             return f"{where}: {error['ctx']['error']}"
         case _:

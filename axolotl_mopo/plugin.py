@@ -17,6 +17,7 @@ from axolotl_mopo.config import (
     read_method,
 )
 from axolotl_mopo.data.entries import bind_entries
+from axolotl_mopo.margins.settling import settle_margins
 
 _TRAINERS = {"modpo": "axolotl_mopo.trainers.MODPOTrainer", "amopo": "axolotl_mopo.trainers.AMoPOTrainer"}
 # ORPO is the host's one preference path that loads no reference model and hands the trainer a model with adapters.
@@ -51,6 +52,8 @@ class MOPOPlugin(BasePlugin):
             no_stray_block(cfg)
             return
         block = read_method(cfg, method)
+        if isinstance(block, MODPOConfig):
+            block = settle_margins(cfg, block)
         cfg["rl"], cfg["trainer_cls"] = _HOST_RL, _TRAINERS[method]
         bind_entries(cfg, method, block)
 

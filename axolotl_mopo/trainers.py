@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate.utils import gather_object, send_to_device, tqdm
 from axolotl.core.trainers.mixins import DistributedParallelMixin, RngLoaderMixin
 from axolotl.core.trainers.mixins.optimizer import OptimizerInitMixin, OptimizerMixin
 from axolotl.core.trainers.mixins.scheduler import SchedulerMixin
@@ -18,7 +17,14 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -26,16 +32,20 @@ from axolotl_mopo.config import AMoPOConfig, MODPOConfig
 from axolotl_mopo.data.collating import PairCollator, read_tokens
 from axolotl_mopo.data.notes import notes
 from axolotl_mopo.data.rows import DataError
-from axolotl_mopo.engine.layout import accept_trees
+from axolotl_mopo.engine.layout import accept_trees, tolerance_of
 from axolotl_mopo.engine.scoring import CompletionScores, by_side, score
 from axolotl_mopo.losses import adaptive_weights, amopo_loss, modpo_loss
+from axolotl_mopo.margins.cache import TableCache
+from axolotl_mopo.margins.precompute import Constants, Precomputation
 from axolotl_mopo.metrics import MetricWindow
 
 LOG = get_logger("axolotl.mopo")
 
 Batch = dict[str, Any]
 
-_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+_CHECKED_ROWS = 4
+_SPREADS = {"weights/": "weights_std/", "margins/": "margins_std/", "rewards/margins": "rewards/margins_std"}
+"""Metrics whose standard deviation is logged as well, and under which name."""
 
 
 class MultiObjectiveTrainer(
@@ -47,6 +57,9 @@ class MultiObjectiveTrainer(
     citation: ClassVar[str]
 
     model: Any
+    train_dataset: Any
+    eval_dataset: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -127,9 +140,10 @@ class MultiObjectiveTrainer(
     def _pop_metrics(self, mode: Literal["train", "eval"]) -> dict[str, float]:
         statistics = self._metrics[mode].pop(self.accelerator)
         spreads = {
-            name.replace("weights/", "weights_std/"): statistic.std
+            _SPREADS[head] + name.removeprefix(head): statistic.std
             for name, statistic in statistics.items()
-            if name.startswith("weights/")
+            for head in _SPREADS
+            if name.startswith(head) and not name.endswith(("/chosen", "/rejected"))
         }
         return {name: statistic.mean for name, statistic in statistics.items()} | spreads
 
@@ -246,20 +260,102 @@ class MODPOTrainer(MultiObjectiveTrainer):
         self.method = MODPOConfig.model_validate(args.modpo)
         self._margin_weights = torch.tensor(self.method.margin_weights, device=args.device)
         LOG.info("MODPO's effective beta / w_k is %g.", self.method.beta / self.method.objective_weight)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the reference log-probs, then train."""
-        self.train_dataset = self._with_reference(self.train_dataset)
+        self._constants: dict[str, Constants] = {}
+        self._tables: Constants | None = None
+        self._warned: set[str] = set()
+        self.train_dataset = _numbered(self.train_dataset, 0)
         if self.eval_dataset is not None:
-            self.eval_dataset = self._with_reference(self.eval_dataset)
-        return super().train(*args, **kwargs)
+            self.eval_dataset = _numbered(self.eval_dataset, len(self.train_dataset))
+        self.add_callback(_BeforeFirstStep(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; constants are computed before the first step, or before the weights of a resumed run are loaded."""
+        if resume_from_checkpoint:
+            self.precompute(self.model)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; before any training the policy as it stands is its own reference."""
-        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if _REFERENCE[0] not in dataset.column_names:
-            LOG.warning("The policy is evaluated against itself as it stands now: no reference was computed before.")
-        return super().evaluate(self._with_reference(dataset), *args, **kwargs)
+        """Evaluate; before any training the policy as it stands is its own initial reference."""
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            raise ValueError("MODPO evaluates the `test_datasets` of its configuration, whose constants it computed")
+        if "evaluation" not in self._constants:
+            if self.method.reference == "initial":
+                LOG.warning(
+                    "The policy is evaluated against itself as it stands now: no reference was computed before."
+                )
+            self.precompute(self.model, train=any(m.normalize != "none" for m in self.method.margins.values()))
+        return super().evaluate(None, *args, **kwargs)
+
+    def precompute(self, wrapped: nn.Module, train: bool = True) -> None:
+        """Compute the reference log-probs and margins of rows with the policy as it stands, or find them.
+
+        Args:
+            wrapped: the policy as it is run.
+            train: of the training rows, and not of those for evaluation alone.
+        """
+        cache = TableCache(Path(str(self.method.cache_dir)), self.accelerator)
+        precomputation = Precomputation(
+            self.method,
+            self.model,
+            wrapped,
+            self.data_collator,
+            self.accelerator,
+            cache,
+            self.args.per_device_train_batch_size,
+        )
+        sets = {"train": self.train_dataset} if train else {}
+        if self.eval_dataset is not None:
+            sets["evaluation"] = self.eval_dataset
+        self._constants = precomputation.constants(sets)
+        parts = list(self._constants.values())
+        if not train:  # `pair_index` counts the training rows all the same
+            shape = (len(self.train_dataset), 2)
+            parts.insert(0, Constants(torch.empty(shape), torch.empty(*shape, len(self.method.margins))))
+        self._tables = Constants(*(torch.cat(part).float().to(self.args.device) for part in zip(*parts, strict=True)))
+        self._reference_is_policy = precomputation.reference_is_policy
+
+    def check_start(self, wrapped: nn.Module) -> None:
+        """Hold the policy, as it is trained, against the reference that it must still be.
+
+        Raises:
+            RuntimeError: where its log-probs differ by more than its precision explains.
+        """
+        if not self._reference_is_policy:
+            LOG.info("The reference is the base model; the policy starts with an adapter that changes it.")
+            return
+        LOG.info("The reference is the policy before its first step.")
+        rows = self.train_dataset.select(range(min(_CHECKED_ROWS, len(self.train_dataset))))
+        batch = self._prepare_inputs(self.data_collator(list(rows)))
+        wrapped.train()
+        with torch.no_grad(), self.accelerator.autocast():
+            scores = score(wrapped, batch)
+        assert self._tables  # noqa: S101 (computed just before)
+        expected = self._tables.reference[: len(rows)].flatten()
+        difference = ((scores.logps.float() - expected).abs() / scores.lengths).max().item()
+        tolerance = tolerance_of(next(self.model.parameters()), self.accelerator.mixed_precision != "no")
+        if not difference <= tolerance:
+            raise RuntimeError(
+                f"before the first step the policy's log-probs differ from the reference's by {difference:.3g} nats a "
+                f"token, more than {tolerance:g}; look for dropout or noise that is on in training, for weights that "
+                f"changed after the reference was computed, or for a foreign file in {self.method.cache_dir}"
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and warn once of a margin whose scale is far from the implied reward's."""
+        super().log(logs, start_time)
+        implied = logs.get("rewards/margins_std")
+        for name, weight in zip(self.method.margins, self.method.margin_weights, strict=True):
+            spread = abs(weight / self.method.objective_weight) * logs.get(f"margins_std/{name}", 0.0)
+            if not implied or not spread or 0.1 <= spread / implied <= 10 or name in self._warned:
+                continue
+            self._warned.add(name)
+            LOG.warning(
+                "The margin %s, weighted, spreads %.3g times as wide as the implied reward of %s; only its scale "
+                "against that reward matters, so mind its `scale`, its `normalize` or its weight.",
+                name,
+                spread / implied,
+                self.method.objective,
+            )
 
     def pair_losses(self, scores: CompletionScores, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """See `losses.modpo_loss`.
@@ -269,12 +365,15 @@ class MODPOTrainer(MultiObjectiveTrainer):
         """
         method = self.method
         policy_chosen_logps, policy_rejected_logps = scores.logps.view(-1, 2).unbind(-1)
-        chosen_margins, rejected_margins = inputs["chosen_margins"], inputs["rejected_margins"]
+        assert self._tables  # noqa: S101 (computed before the first step)
+        index = inputs["pair_index"]
+        ref_chosen_logps, ref_rejected_logps = self._tables.reference[index].unbind(-1)
+        chosen_margins, rejected_margins = self._tables.margins[index].unbind(1)
         losses, chosen_rewards, rejected_rewards = modpo_loss(
             policy_chosen_logps,
             policy_rejected_logps,
-            inputs["ref_chosen_logps"],
-            inputs["ref_rejected_logps"],
+            ref_chosen_logps,
+            ref_rejected_logps,
             chosen_margins,
             rejected_margins,
             beta=method.beta,
@@ -282,8 +381,8 @@ class MODPOTrainer(MultiObjectiveTrainer):
             margin_weights=self._margin_weights,
             loss_type=method.loss_type,
         )
-        collective_chosen = method.beta * (policy_chosen_logps - inputs["ref_chosen_logps"])
-        collective_rejected = method.beta * (policy_rejected_logps - inputs["ref_rejected_logps"])
+        collective_chosen = method.beta * (policy_chosen_logps - ref_chosen_logps)
+        collective_rejected = method.beta * (policy_rejected_logps - ref_rejected_logps)
         metrics = {
             **_reward_metrics(chosen_rewards, rejected_rewards),
             "rewards/collective_chosen": collective_chosen,
@@ -298,31 +397,24 @@ class MODPOTrainer(MultiObjectiveTrainer):
             metrics[f"margins/{name}"] = chosen_margins[:, margin] - rejected_margins[:, margin]
         return losses, metrics
 
-    @torch.no_grad()
-    def _with_reference(self, dataset: Dataset) -> Dataset:
-        """The data set with the log-probs that the policy gives it now; every rank computes its share."""
-        if _REFERENCE[0] in dataset.column_names:
-            return dataset
-        world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
-        share = dataset if world_size == 1 else dataset.shard(world_size, rank, contiguous=True)
-        loader = DataLoader(
-            share,
-            batch_size=self.args.per_device_train_batch_size,
-            collate_fn=self.data_collator,
-        )
-        logps: list[list[float]] = []
-        was_training = self.model.training
-        self.model.eval()
-        for batch in tqdm(loader, desc="Reference log-probs", disable=rank != 0):
-            with self.accelerator.autocast():
-                scores = score(self.model, send_to_device(batch, self.args.device))
-            logps += scores.logps.view(-1, 2).tolist()
-        self.model.train(was_training)
-        if world_size > 1:
-            logps = gather_object(logps)
-        for name, column in zip(_REFERENCE, zip(*logps, strict=True), strict=True):
-            dataset = dataset.add_column(name, list(column))
-        return dataset
+
+class _BeforeFirstStep(TrainerCallback):
+    """Computes MODPO's constants through the prepared model, once it is there."""
+
+    def __init__(self, trainer: MODPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The model is prepared and no step was made."""
+        if state.global_step == 0:
+            self.trainer.precompute(self.trainer.model_wrapped)
+            self.trainer.check_start(self.trainer.model_wrapped)
+
+
+def _numbered(rows: Dataset, first: int) -> Dataset:
+    if "pair_index" in rows.column_names:  # of another trainer on the same rows
+        rows = rows.remove_columns("pair_index")
+    return rows.add_column("pair_index", list(range(first, first + len(rows))))
 
 
 def _reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

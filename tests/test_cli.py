@@ -141,6 +141,41 @@ def test_preprocess_then_train_with_lora_then_merge(quick, tmp_path):
     assert "Unable to find prepared dataset" in output
 
 
+def test_the_workflow_with_an_adapter_as_margin(tmp_path):
+    """DPO on one objective by the host's own trainer, MODPO on the other with it as margin, a sweep, a merge."""
+    base = tmp_path / "base"
+    build_model(AutoConfig.from_pretrained(SMOKE / "model")).save_pretrained(base)
+    AutoTokenizer.from_pretrained(SMOKE / "model").save_pretrained(base)
+    lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "max_steps": 2}
+    common = {"base_model": str(base), "reinit_weights": None, "eval_steps": None, "test_datasets": None, **lora}
+
+    first = smoke_config("modpo", tmp_path / "dpo", **common, rl="dpo", rl_beta=0.3, modpo=None, plugins=None)
+    turn = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    formats = {"prompt_format": turn, "chosen_format": "{chosen}<|im_end|>", "rejected_format": "{rejected}<|im_end|>"}
+    first["datasets"][0]["type"] = formats
+    first.pop("chat_template", None)
+    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(first))
+    axolotl("train", tmp_path / "dpo.yaml")
+
+    block = {
+        "objective": "overall",
+        "weights": {"overall": 0.5, "safer": 0.5},
+        "margins": {"safer": {"source": "adapter", "path": first["output_dir"], "beta": first["rl_beta"]}},
+    }
+    second = smoke_config("modpo", tmp_path / "modpo", **{**common, "modpo": block})
+    (tmp_path / "modpo.yaml").write_text(yaml.safe_dump(second))
+    (tmp_path / "sweep.yaml").write_text("modpo.weights: [{overall: 0.9, safer: 0.1}, {overall: 0.5, safer: 0.5}]")
+    output = axolotl("train", tmp_path / "modpo.yaml", "--sweep", tmp_path / "sweep.yaml")
+    assert output.count("Margin safer, train: computed") == output.count("Margin safer, train: found") == 1
+    for name in ("sweep0001", "sweep0002"):
+        run = Path(second["output_dir"]) / name
+        assert json.loads((run / "mopo.json").read_text())["margins"]["safer"]["beta"] == 0.3
+        assert not list(run.rglob("margin*"))
+    merged = {"--lora-model-dir": run, "--output-dir": tmp_path / "merged"}
+    axolotl("merge-lora", tmp_path / "modpo.yaml", *(part for pair in merged.items() for part in pair))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "merged").num_parameters() > 0
+
+
 def test_changed_settings_never_train_on_rows_prepared_before(tmp_path):
     rows = helpsteer_rows(60)
     (tmp_path / "raw.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -97,8 +97,11 @@ def test_the_two_bases_are_accepted():
         (changed(MODPO, modpo__beta=0), ["`modpo.beta`", "greater than 0", "a positive number"]),
         (changed(MODPO, modpo__beta=math.nan), ["`modpo.beta`", "finite", "nan"]),
         (changed(MODPO, modpo__loss_type="ipo"), ["`modpo.loss_type`", "'ipo'", "sigmoid or hinge"]),
-        (changed(MODPO, modpo__margins={"safer": {"source": "colum"}}), ["`modpo.margins.safer`", "source: column"]),
-        (changed(MODPO, modpo__margins={"safer": {}}), ["`modpo.margins.safer`", "needs `source: column`"]),
+        (
+            changed(MODPO, modpo__margins={"safer": {"source": "colum"}}),
+            ["`modpo.margins.safer`", "one of column, length"],
+        ),
+        (changed(MODPO, modpo__margins={"safer": {}}), ["`modpo.margins.safer`", "needs a `source`, one of column,"]),
         (
             changed(MODPO, modpo__margins={"safer": {"source": "length", "unit": "lines"}}),
             ["`modpo.margins.safer.unit`", "'lines'", "one of tokens, words, characters"],
@@ -190,7 +193,6 @@ def test_the_two_bases_are_accepted():
         (changed(AMOPO, pad_to_multiple_of=8), ["`pad_to_multiple_of` has no effect", "remove it"]),
         (changed(AMOPO, context_parallel_size=2), ["`context_parallel_size` other than 1 does not work", "remove it"]),
         (changed(AMOPO, remove_unused_columns=True), ["`remove_unused_columns: true`", "remove it"]),
-        (changed(MODPO, deepspeed="zero3.json"), ["does not run with FSDP or DeepSpeed yet", "remove"]),
         (changed(AMOPO, trainer_cls="my.Trainer"), ["`trainer_cls` has no effect with `rl: amopo`", "remove it"]),
         (changed(AMOPO, datasets=3), ["`datasets` must be a list of mappings", "not 3"]),
         (changed(AMOPO, mopo_data=[1]), ["`mopo_data` is what the plugin fills in itself", "remove it"]),

@@ -8,15 +8,10 @@ import torch
 
 from axolotl_mopo.engine.trees import Pair, pack, pad
 
-_NUMBERS = ("ref_chosen_logps", "ref_rejected_logps", "chosen_margins", "rejected_margins")
-
 
 @dataclass
 class PairCollator:
-    """Collates rows into packed trees or padded rows, with the numbers that the rows hold besides token ids.
-
-    Reference log-probs become tensors [B], margin rewards [B, J].
-    """
+    """Collates rows into packed trees or padded rows, with the rows' numbers, `pair_index` [B], if they have some."""
 
     pad_token_id: int
     packed: bool = True
@@ -25,8 +20,9 @@ class PairCollator:
         """One batch of B pairs."""
         pairs = [read_tokens(row) for row in rows]
         batch = pack(pairs) if self.packed else pad(pairs, self.pad_token_id)
-        numbers = {name: torch.tensor([row[name] for row in rows]) for name in _NUMBERS if name in rows[0]}
-        return batch | numbers
+        if "pair_index" in rows[0]:
+            batch["pair_index"] = torch.tensor([row["pair_index"] for row in rows])
+        return batch
 
 
 def read_tokens(row: Mapping[str, Any]) -> Pair:

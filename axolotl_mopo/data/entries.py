@@ -15,7 +15,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from axolotl_mopo.config import AMoPOConfig, ColumnMargin, ConfigError, Directives, Margin, MODPOConfig, parse_block
+from axolotl_mopo.config import (
+    AMoPOConfig,
+    CallableMargin,
+    ColumnMargin,
+    ConfigError,
+    Directives,
+    LengthMargin,
+    MODPOConfig,
+    RewardModelMargin,
+    parse_block,
+)
 from axolotl_mopo.data.formats import FORMATS, Format
 from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, ScoredOptions
 from axolotl_mopo.data.reading import Reading
@@ -42,12 +52,12 @@ class MODPOData(BaseModel):
     """What MODPO's settings mean for the rows; the weights do not matter here, so a sweep shares its prepared rows."""
 
     method: Literal["modpo"] = "modpo"
-    margins: dict[str, Margin]
-
-    @property
-    def columns(self) -> list[str]:
-        """The scores that the margins read."""
-        return [margin.field or name for name, margin in self.margins.items() if isinstance(margin, ColumnMargin)]
+    columns: dict[str, str]
+    """Margins that are scores of the data set, and the scores' names."""
+    lengths: dict[str, str]
+    """Margins that are lengths, and their units."""
+    texts: bool
+    """Whether a margin reads the texts."""
 
 
 class DataSpec(BaseModel):
@@ -90,7 +100,7 @@ class DataSpec(BaseModel):
     @property
     def reading(self) -> Reading:
         """What is needed of the rows."""
-        names = self.data.dimensions if isinstance(self.data, AMoPOData) else self.data.columns
+        names = _score_names(self.data)
         return Reading(
             self.format.options.model_validate(self.options),
             self.objective,
@@ -208,7 +218,7 @@ def _check_scores(
     data: AMoPOData | MODPOData, options: EntryOptions, format: Format, where: str, strategy: str
 ) -> None:
     """Refuse scores that data of this kind never holds."""
-    names = data.dimensions if isinstance(data, AMoPOData) else data.columns
+    names = _score_names(data)
     possible: Iterable[str] | None = format.scales or None
     if possible is None and not isinstance(options, ScoredOptions):
         possible = ()
@@ -237,4 +247,13 @@ def _data_settings(block: MODPOConfig | AMoPOConfig) -> MODPOData | AMoPOData:
             score_range=block.score_range,
             directives=block.directives,
         )
-    return MODPOData(margins=block.margins)
+    margins = block.margins.items()
+    return MODPOData(
+        columns={name: margin.field or name for name, margin in margins if isinstance(margin, ColumnMargin)},
+        lengths={name: margin.unit for name, margin in margins if isinstance(margin, LengthMargin)},
+        texts=any(isinstance(margin, RewardModelMargin | CallableMargin) for _, margin in margins),
+    )
+
+
+def _score_names(data: AMoPOData | MODPOData) -> list[str]:
+    return data.dimensions if isinstance(data, AMoPOData) else list(data.columns.values())

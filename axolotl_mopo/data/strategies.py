@@ -1,5 +1,6 @@
 """The strategies that a data set's `type:` names: from the host's rows to token ids."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from axolotl_mopo.data.pairing import PairReader
 from axolotl_mopo.data.rows import DataError, Message, PreferencePair, RowError, rescale
 from axolotl_mopo.data.store import PairStore
 from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
-from axolotl_mopo.margins import Response, build_margin
+from axolotl_mopo.margins.rows import row_margins
 
 LOG = get_logger("axolotl.mopo")
 
@@ -40,6 +41,7 @@ _COLUMNS = {
     "cut_completion_tokens": Value("int32"),
 }
 _MARGINS = {"chosen_margins": List(Value("float64")), "rejected_margins": List(Value("float64"))}
+_TEXTS = {"messages": Value("string"), "chosen_text": Value("string"), "rejected_text": Value("string")}
 
 
 def find_strategy(name: str) -> Callable[..., Strategy]:
@@ -68,7 +70,8 @@ def _strategy(cfg: Mapping[str, Any], dataset_idx: int | None = None, *, key: st
     Returns:
         The transform of a batch of rows, and the arguments of the `datasets.map` that applies it. The rows hold token
         ids (`prompt_input_ids`: a list for each prompt; `chosen_input_ids`, `rejected_input_ids`), MODPO's margin
-        rewards (`chosen_margins`, `rejected_margins`), for the host's length filter the strings `prompt` (the longest
+        rewards that rows decide (`chosen_margins`, `rejected_margins`; `messages`, `chosen_text`, `rejected_text` where
+        a margin reads texts), for the host's length filter the strings `prompt` (the longest
         one), `chosen`, `rejected`, and for the log `prompt_key`, `cut_prompt_tokens`, `cut_completion_tokens`.
     """
     spec = DataSpec.model_validate(dict(cfg["mopo_data"][key]))
@@ -77,8 +80,14 @@ def _strategy(cfg: Mapping[str, Any], dataset_idx: int | None = None, *, key: st
     except DataError as error:
         # The host turns what is raised here into a warning; what its map raises stops the run.
         transform = partial(_refuse, message=str(error))
-    features = Features(_COLUMNS | (_MARGINS if isinstance(spec.data, MODPOData) else {}))
-    return transform, {"batched": True, "with_indices": True, "remove_columns": "__all__", "features": features}
+    arguments = {"batched": True, "with_indices": True, "remove_columns": "__all__"}
+    return transform, {**arguments, "features": Features(_columns(spec.data))}
+
+
+def _columns(data: AMoPOData | MODPOData) -> dict[str, Any]:
+    if isinstance(data, AMoPOData):
+        return _COLUMNS
+    return _COLUMNS | _MARGINS | (_TEXTS if data.texts else {})
 
 
 def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
@@ -134,7 +143,7 @@ def _transform(
     sequence_len: int,
 ) -> Columns:
     renderer = ChatRenderer(tokenizer)
-    names = _COLUMNS | (_MARGINS if isinstance(spec.data, MODPOData) else {})
+    names = _columns(spec.data)
     pairs = store.between(indices[0], indices[-1])
     if not pairs:
         return {name: [] for name in names}
@@ -187,9 +196,9 @@ def _row(pair: PreferencePair, tokens: TokenizedPair, data: AMoPOData | MODPODat
         "cut_completion_tokens": tokens.cut_completion_tokens,
     }
     if isinstance(data, MODPOData):
-        rewards = [build_margin(name, margin) for name, margin in data.margins.items()]
-        chosen = Response(pair.chosen.text, len(tokens.chosen_ids), pair.chosen.score)
-        rejected = Response(pair.rejected.text, len(tokens.rejected_ids), pair.rejected.score)
-        row["chosen_margins"] = [reward(chosen) for reward in rewards]
-        row["rejected_margins"] = [reward(rejected) for reward in rewards]
+        row["chosen_margins"] = row_margins(data, pair.chosen, len(tokens.chosen_ids))
+        row["rejected_margins"] = row_margins(data, pair.rejected, len(tokens.rejected_ids))
+        if data.texts:
+            row |= {"messages": json.dumps(pair.prompt), "chosen_text": pair.chosen.text}
+            row["rejected_text"] = pair.rejected.text
     return row

@@ -55,7 +55,8 @@ def accept_trees(model: nn.Module, base: PreTrainedModel, pair: Pair) -> str | N
     if any(parameter.is_meta or parameter.numel() == 0 for parameter in model.parameters()):
         return None  # Sharded before the first forward pass: nothing can be scored yet.
     difference = _largest_difference(model, _shorten(pair))
-    tolerance = _tolerance(next(model.parameters()))
+    parameter = next(model.parameters())
+    tolerance = tolerance_of(parameter, torch.is_autocast_enabled(parameter.device.type))
     if difference <= tolerance:
         return None
     use_plain_attention(base)
@@ -74,10 +75,10 @@ def _largest_difference(model: nn.Module, pair: Pair) -> float:
     return difference if difference == difference else float("inf")
 
 
-def _tolerance(parameter: torch.Tensor) -> float:
-    """Nats a token by which two exact layouts may differ, far below what a leak between sequences makes."""
+def tolerance_of(parameter: torch.Tensor, mixed_precision: bool) -> float:
+    """Nats a token by which two exact computations may differ, far below what a fault makes."""
     full_precision = parameter.dtype in (torch.float32, torch.float64)
-    return 0.01 if full_precision and not torch.is_autocast_enabled(parameter.device.type) else 0.25
+    return 0.01 if full_precision and not mixed_precision else 0.25
 
 
 def _shorten(pair: Pair) -> Pair:

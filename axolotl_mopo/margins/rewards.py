@@ -1,67 +1,103 @@
-"""Margin rewards that the row itself decides."""
+"""Rewards that are computed of texts: a reward model's, and a user's function's."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol, assert_never
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from axolotl_mopo.config import ColumnMargin, LengthMargin, Margin
+import torch
+from accelerate.utils import tqdm
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-
-@dataclass(frozen=True)
-class Response:
-    """One response of a pair, as a margin reward sees it."""
-
-    text: str
-    tokens: int
-    """Tokens of the completion, its end-of-turn token included."""
-    score: Callable[[str], float]
-    """The data set's score of a name; raises where the row has none."""
-
-
-class MarginReward(Protocol):
-    """A reward r_j(x, y); only its difference between chosen and rejected enters the loss, but on its own scale."""
-
-    def __call__(self, response: Response) -> float:
-        """The reward of one response."""
-        ...
+from axolotl_mopo.config import CallableMargin, ConfigError, RewardModelMargin
+from axolotl_mopo.data.rows import DataError, Message
+from axolotl_mopo.margins.functions import import_function
+from axolotl_mopo.margins.settling import find_head
 
 
-@dataclass(frozen=True)
-class ColumnReward:
-    """A score that the data set holds for both responses."""
+def function_rewards(margin: CallableMargin, rows: Dataset, numbers: Sequence[int], title: str, quiet: bool) -> Tensor:
+    """What a function says of the responses of N rows, [N, 2].
 
-    field: str
+    Raises:
+        DataError: where it raises, or returns something else than a finite number for each response; naming it and the
+            first row of the batch, or the row.
+    """
+    function = import_function(margin.function)
 
-    def __call__(self, response: Response) -> float:
-        """The score, as it stands in the data set."""
-        return response.score(self.field)
+    def rewards(prompts: list[list[Message]], responses: list[str], numbers: Sequence[int]) -> list[float]:
+        where = f"{margin.function}, called with {len(responses)} responses, of row {numbers[0]} the first,"
+        try:
+            values = [float(value) for value in function(prompts, responses)]
+        except Exception as error:
+            raise DataError(f"{where} raised {error!r}") from error
+        if len(values) != len(responses):
+            raise DataError(f"{where} returned {len(values)} numbers")
+        for number, prompt, value in zip(numbers, prompts, values, strict=True):
+            if not math.isfinite(value):
+                raise DataError(f"{margin.function} returned {value} for row {number}, {prompt[-1]['content']!r:.80}")
+        return values
 
-
-@dataclass(frozen=True)
-class LengthReward:
-    """Minus one for every unit of the response's length (the length penalty of arXiv 2310.03708's released code)."""
-
-    unit: Literal["tokens", "words", "characters"]
-
-    def __call__(self, response: Response) -> float:
-        """Minus the number of units."""
-        match self.unit:
-            case "tokens":
-                return -float(response.tokens)
-            case "words":
-                return -float(len(response.text.split()))
-            case "characters":
-                return -float(len(response.text))
-            case _:
-                assert_never(self.unit)
+    return _both_sides(rows, numbers, margin.batch_size, rewards, title, quiet)
 
 
-def build_margin(name: str, margin: Margin) -> MarginReward:
-    """The reward that an entry of `modpo.margins` describes."""
-    match margin:
-        case ColumnMargin():
-            return ColumnReward(margin.field or name)
-        case LengthMargin():
-            return LengthReward(margin.unit)
-        case _:
-            assert_never(margin)
+@torch.no_grad()
+def model_rewards(
+    margin: RewardModelMargin, rows: Dataset, numbers: Sequence[int], device: torch.device, title: str, quiet: bool
+) -> Tensor:
+    """What a reward model says of the responses of N rows, [N, 2]; the model is loaded and freed.
+
+    Raises:
+        ConfigError: where its head or its chat template is not clear.
+        DataError: where a text is longer than the model takes, or a reward is not finite.
+    """
+    tokenizer: Any = AutoTokenizer.from_pretrained(margin.path)
+    model = AutoModelForSequenceClassification.from_pretrained(margin.path, dtype=getattr(torch, margin.dtype))
+    head = find_head(margin, {str(name): index for name, index in (model.config.label2id or {}).items()})
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {margin.path} has no chat template; use `source: callable` for such a model"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    model.to(device).eval()
+
+    def rewards(prompts: list[list[Message]], responses: list[str], numbers: Sequence[int]) -> list[float]:
+        texts = [
+            tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        if (length := inputs["input_ids"].shape[1]) > limit:
+            raise DataError(f"{margin.path} takes {limit} tokens; one of the rows {list(numbers)} has {length}")
+        values = model(**inputs.to(device)).logits[:, head].float().tolist()
+        if bad := [number for number, value in zip(numbers, values, strict=True) if not math.isfinite(value)]:
+            raise DataError(f"{margin.path} gives row {bad[0]} a reward that is not finite")
+        return values
+
+    table = _both_sides(rows, numbers, margin.batch_size, rewards, title, quiet)
+    model.to("meta")
+    return table
+
+
+def _both_sides(
+    rows: Dataset,
+    numbers: Sequence[int],
+    batch_size: int,
+    rewards: Callable[[list[list[Message]], list[str], Sequence[int]], list[float]],
+    title: str,
+    quiet: bool,
+) -> Tensor:
+    table = torch.zeros(len(rows), 2)
+    batches: Iterator[Any] = rows.select_columns(["messages", "chosen_text", "rejected_text"]).iter(batch_size)
+    total = math.ceil(len(rows) / batch_size)
+    for index, batch in enumerate(tqdm(batches, desc=title, total=total, disable=quiet)):
+        prompts = [json.loads(text) for text in batch["messages"]]
+        part = slice(index * batch_size, index * batch_size + len(prompts))
+        for side, name in enumerate(("chosen_text", "rejected_text")):
+            table[part, side] = torch.tensor(rewards(prompts, batch[name], numbers[part]))
+    return table

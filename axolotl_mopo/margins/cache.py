@@ -1,0 +1,78 @@
+"""Numbers for every row, on disk under a name made of all that they depend on."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class TableCache:
+    """Tables [N, 2], a number for the chosen and one for the rejected response of every row.
+
+    Args:
+        folder: where the files are.
+        accelerator: of the run; the main process reads and writes, the others get what it has.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
+        self.folder, self.accelerator = folder, accelerator
+
+    def table(self, name: str, rows: int, compute: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+        """The table of a name; computed, by all processes together, only where it is not there.
+
+        A table appears whole or not at all, and processes of another run wait for the one that computes it.
+
+        Args:
+            name: made of the content.
+            rows: N.
+            compute: makes the table, on every process.
+
+        Returns:
+            The table on the CPU, and whether it was found.
+        """
+        lock = FileLock(self.path(name).with_suffix(".lock"))
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        try:
+            found = self._read(name, rows) if self.accelerator.is_main_process else None
+            (hit,) = broadcast_object_list([found is not None])
+            if not hit:
+                found = compute()
+                if self.accelerator.is_main_process:
+                    self._write(name, found)
+        finally:
+            lock.release()
+        if hit and self.accelerator.num_processes > 1:
+            values = torch.zeros(rows, 2) if found is None else found
+            found = broadcast(values.to(self.accelerator.device))
+        assert found is not None  # noqa: S101
+        return found.cpu(), bool(hit)
+
+    def path(self, name: str) -> Path:
+        """The file of a table."""
+        return self.folder / f"{name}.safetensors"
+
+    def _read(self, name: str, rows: int) -> Tensor | None:
+        path = self.path(name)
+        for rest in self.folder.glob(f"{name}.part-*"):
+            rest.unlink()  # of a run that was killed; whoever writes holds the lock
+        try:
+            values = load_file(path)["values"]
+        except (FileNotFoundError, SafetensorError, KeyError):
+            return None
+        return values if values.shape == (rows, 2) else None
+
+    def _write(self, name: str, values: Tensor) -> None:
+        part = self.folder / f"{name}.part-{os.getpid()}"
+        save_file({"values": values.contiguous()}, part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(self.path(name))

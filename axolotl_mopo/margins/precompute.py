@@ -1,0 +1,229 @@
+"""One pass before the first step: reference log-probs and margin rewards of every row, computed once and kept."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from axolotl.utils.logging import get_logger
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from axolotl_mopo.config import AdapterMargin, CallableMargin, Margin, MarginBlock, MODPOConfig, RewardModelMargin
+from axolotl_mopo.data.collating import PairCollator
+from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.margins.cache import TableCache
+from axolotl_mopo.margins.fingerprint import digest, files_digest, policy_digests, rows_digest
+from axolotl_mopo.margins.functions import function_digest
+from axolotl_mopo.margins.implicit import completion_logps, separate_model, with_adapter, without_adapters
+from axolotl_mopo.margins.rewards import function_rewards, model_rewards
+from axolotl_mopo.margins.rows import row_margin_names
+
+LOG = get_logger("axolotl.mopo")
+
+_TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+_TEXTS = ("messages", "chosen_text", "rejected_text")
+
+Score = Callable[[Dataset, Sequence[int], bool], Tensor]
+"""Rows, their numbers and whether to show no progress -> [N, 2]."""
+
+
+class Constants(NamedTuple):
+    """What a step needs of N rows besides the policy."""
+
+    reference: Tensor
+    """Log-probs of the chosen and the rejected completion, [N, 2]."""
+    margins: Tensor
+    """Rewards of the J other objectives, clipped, normalised and scaled, [N, 2, J]."""
+
+
+@dataclass
+class Precomputation:
+    """Computes the constants of rows, or finds them in the cache.
+
+    Args:
+        method: the `modpo:` block.
+        model: the policy as it stood before its first step, not wrapped.
+        wrapped: the same, as it is run.
+        collator: makes its batches.
+        accelerator: of the run.
+        cache: where tables are kept.
+        batch_size: rows at a time.
+    """
+
+    method: MODPOConfig
+    model: Any
+    wrapped: nn.Module
+    collator: PairCollator
+    accelerator: Accelerator
+    cache: TableCache
+    batch_size: int
+    _tables: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        base, policy = policy_digests(self.model)
+        self._weights = {"base": self._agreed(base), "initial": self._agreed(policy)}
+
+    @property
+    def reference_is_policy(self) -> bool:
+        """Whether the reference is the policy as it stands."""
+        return self._weights[self.method.reference] == self._weights["initial"]
+
+    def constants(self, sets: Mapping[str, Dataset]) -> dict[str, Constants]:
+        """The constants of sets of rows; the set `train`, if there, decides how margins are normalised."""
+        digests = {name: rows_digest(rows, _TOKENS) for name, rows in sets.items()}
+        reference = {
+            name: self._policy_logps(name, rows, digests[name], self.method.reference) for name, rows in sets.items()
+        }
+        margins = {name: [torch.empty(0)] * 0 for name in sets}
+        for margin_name, margin in self.method.margins.items():
+            raw = {
+                name: _clipped(self._rewards(margin_name, margin, name, rows, digests[name]), margin)
+                for name, rows in sets.items()
+            }
+            factor = margin.scale / self._spread(margin_name, margin, raw)
+            for name, rewards in raw.items():
+                margins[name].append(rewards * factor)
+        return {
+            name: Constants(
+                reference[name],
+                torch.stack(margins[name], -1) if margins[name] else torch.zeros(len(rows), 2, 0),
+            )
+            for name, rows in sets.items()
+        }
+
+    def _rewards(self, margin_name: str, margin: Margin, set_name: str, rows: Dataset, rows_key: str) -> Tensor:
+        title = f"Margin {margin_name}, {set_name}"
+        match margin:
+            case AdapterMargin():
+                beta = margin.beta
+                assert beta  # noqa: S101 (settled with the configuration)
+                if margin.reference is not None:
+                    model, reference = (
+                        self._separate_logps(title, path, rows, rows_key) for path in (margin.path, margin.reference)
+                    )
+                else:
+                    model = self._adapter_logps(title, margin.path, rows, rows_key)
+                    reference = self._policy_logps(set_name, rows, rows_key, "base")
+                return beta * (model - reference)
+            case RewardModelMargin():
+                source = {"model": model_digest(margin.path), "head": margin.head, "dtype": margin.dtype}
+
+                def by_model(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
+                    return model_rewards(margin, rows, numbers, self.accelerator.device, title, quiet)
+
+                return self._table(title, {"texts": rows_digest(rows, _TEXTS), **source}, rows, by_model)
+            case CallableMargin():
+                LOG.info("The margin %s runs the code of %s.", margin_name, margin.function)
+
+                def by_function(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
+                    return function_rewards(margin, rows, numbers, title, quiet)
+
+                content = {"texts": rows_digest(rows, _TEXTS), "function": function_digest(margin.function)}
+                return self._table(title, content, rows, by_function)
+            case _:
+                column = row_margin_names(self.method).index(margin_name)
+                sides = [np.asarray(rows[f"{side}_margins"][:])[:, column] for side in ("chosen", "rejected")]
+                return torch.from_numpy(np.stack(sides, -1))
+
+    def _policy_logps(self, set_name: str, rows: Dataset, rows_key: str, state: str) -> Tensor:
+        adapters: AbstractContextManager[None] = nullcontext()
+        if self._weights[state] != self._weights["initial"]:
+            adapters = without_adapters(self.model)
+        return self._logps(f"Reference, {set_name}", rows, rows_key, self._weights[state], lambda: adapters)
+
+    def _adapter_logps(self, title: str, path: str, rows: Dataset, rows_key: str) -> Tensor:
+        weights = digest([self._weights["base"], model_digest(path)])
+        return self._logps(title, rows, rows_key, weights, lambda: with_adapter(self.model, path))
+
+    def _logps(
+        self, title: str, rows: Dataset, rows_key: str, weights: str, state: Callable[[], AbstractContextManager[None]]
+    ) -> Tensor:
+        def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
+            with state():
+                return completion_logps(self.wrapped, rows, self.collator, self.accelerator, self.batch_size, title)
+
+        content = {"rows": rows_key, "weights": weights, "precision": self.accelerator.mixed_precision}
+        return self._table(title, content, rows, score)
+
+    def _separate_logps(self, title: str, path: str, rows: Dataset, rows_key: str) -> Tensor:
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+        def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
+            with separate_model(path, base, rows, self.accelerator.device) as (model, collator):
+                return completion_logps(model, rows, collator, self.accelerator, self.batch_size, title)
+
+        content = {"rows": rows_key, "weights": model_digest(path), "precision": str(base.dtype)}
+        return self._table(title, content, rows, score)
+
+    def _table(self, title: str, content: Mapping[str, Any], rows: Dataset, score: Score) -> Tensor:
+        name = digest(content)
+        if name not in self._tables:
+            table, hit = self.cache.table(name, len(rows), lambda: self._spread_over_ranks(rows, score))
+            self._tables[name] = table
+            LOG.info(
+                "%s: %s for %s pairs, %d bytes a pair (%s).",
+                title,
+                "found" if hit else "computed",
+                f"{len(rows):,}",
+                table.element_size() * table.shape[1],
+                self.cache.path(name),
+            )
+        return self._tables[name]
+
+    def _spread_over_ranks(self, rows: Dataset, score: Score) -> Tensor:
+        """Every rank scores the same number of rows, the longest first."""
+        world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
+        order = np.argsort(-_lengths(rows), kind="stable")
+        padded = np.resize(order, -(-len(order) // world_size) * world_size)
+        mine = padded[rank::world_size]
+        scores = score(rows.select(mine), mine.tolist(), not self.accelerator.is_main_process)
+        gathered = self.accelerator.gather(scores.to(self.accelerator.device)).cpu()
+        table = torch.empty(len(rows), 2, dtype=gathered.dtype)
+        table[np.concatenate([padded[r::world_size] for r in range(world_size)])] = gathered
+        return table
+
+    def _spread(self, name: str, margin: MarginBlock, raw: Mapping[str, Tensor]) -> float:
+        """What `normalize` divides a margin by: the standard deviation of its differences in the training set."""
+        if margin.normalize == "none":
+            return 1.0
+        if "train" not in raw:
+            raise DataError(f"`modpo.margins.{name}` is normalised by the training set, and there is none here")
+        differences = raw["train"][:, 0] - raw["train"][:, 1]
+        spread = differences.double().std(correction=0).item()
+        if spread == 0:
+            raise DataError(f"`modpo.margins.{name}` is the same difference for every pair; it cannot be normalised")
+        LOG.info("The margin %s is divided by %g, the standard deviation of its differences.", name, spread)
+        return spread
+
+    def _agreed(self, weights: str) -> str:
+        """One name for the weights of all ranks, each of which may hold a part of them."""
+        parts = sorted(set(gather_object([weights])))
+        return parts[0] if len(parts) == 1 else digest(parts)
+
+
+def model_digest(path: str) -> str:
+    """A name made of a model's files, or of the commit that the hub gives them."""
+    if Path(path).is_dir():
+        return files_digest(Path(path))
+    return digest([path, getattr(AutoConfig.from_pretrained(path), "_commit_hash", None)])
+
+
+def _clipped(rewards: Tensor, margin: MarginBlock) -> Tensor:
+    return rewards.clamp(*margin.clip) if margin.clip else rewards
+
+
+def _lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of every row, to within what makes batches of rows of like length."""
+    lengths = [
+        pc.add(pc.list_value_length(batch["chosen_input_ids"]), pc.list_value_length(batch["rejected_input_ids"]))
+        for batch in rows.select_columns(["chosen_input_ids", "rejected_input_ids"]).with_format("arrow").iter(1000)
+    ]
+    return np.concatenate([part.to_numpy() for part in lengths])

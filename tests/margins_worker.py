@@ -1,0 +1,45 @@
+"""Compute a run's constants in this process and hang at a point of it; made to be killed."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from conftest import host_trainer
+
+
+def main(config: str, point: str) -> None:
+    """Hang at the nth table's `score` or in the middle of its `write`."""
+    trainer = host_trainer(json.loads(Path(config).read_text()))
+    from axolotl_mopo import trainers
+    from axolotl_mopo.margins.cache import TableCache
+    from axolotl_mopo.margins.precompute import Precomputation
+
+    counts = {"score": 0, "write": 0}
+
+    def reach(what):
+        here = f"{what} {counts[what]}"
+        counts[what] += 1
+        return here == point
+
+    def hang():
+        print(f"hanging at {point}", flush=True)
+        time.sleep(600)
+
+    class Hanging(Precomputation):
+        def _spread_over_ranks(self, rows, score):
+            return hang() if reach("score") else super()._spread_over_ranks(rows, score)
+
+    class HangingCache(TableCache):
+        def _write(self, name, values):
+            if reach("write"):
+                (self.folder / f"{name}.part-1").write_bytes(b"half of a fi")
+                hang()
+            super()._write(name, values)
+
+    trainers.Precomputation, trainers.TableCache = Hanging, HangingCache
+    trainer.precompute(trainer.model)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
