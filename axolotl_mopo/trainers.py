@@ -276,15 +276,34 @@ class MODPOTrainer(MultiObjectiveTrainer):
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; before any training the policy as it stands is its own initial reference."""
-        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
-            raise ValueError("MODPO evaluates the `test_datasets` of its configuration, whose constants it computed")
+        foreign = eval_dataset is not None and "pair_index" not in eval_dataset.column_names
+        if (foreign or "evaluation" not in self._constants) and self.method.reference == "initial":
+            LOG.warning("The policy is evaluated against itself as it stands now: no reference was computed before.")
+        if eval_dataset is not None and foreign:
+            return self._evaluate_foreign(eval_dataset, *args, **kwargs)
         if "evaluation" not in self._constants:
-            if self.method.reference == "initial":
-                LOG.warning(
-                    "The policy is evaluated against itself as it stands now: no reference was computed before."
-                )
-            self.precompute(self.model, train=any(m.normalize != "none" for m in self.method.margins.values()))
-        return super().evaluate(None, *args, **kwargs)
+            self.precompute(self.model, train=self._normalised)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _evaluate_foreign(self, rows: Dataset, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate rows that the trainer was not built with, as `axolotl evaluate` asks for."""
+        rows, tables = _numbered(rows, 0), self._tables
+        sets = {"evaluation": rows, **({"train": self.train_dataset} if self._normalised else {})}
+        constants = self._precomputation(self.model).constants(sets)["evaluation"]
+        self._tables = Constants(*(part.float().to(self.args.device) for part in constants))
+        try:
+            return super().evaluate(rows, *args, **kwargs)
+        finally:
+            self._tables = tables
+
+    @property
+    def _normalised(self) -> bool:
+        return any(margin.normalize != "none" for margin in self.method.margins.values())
+
+    def _precomputation(self, wrapped: nn.Module) -> Precomputation:
+        cache = TableCache(Path(str(self.method.cache_dir)), self.accelerator)
+        batch_size = self.args.per_device_train_batch_size
+        return Precomputation(self.method, self.model, wrapped, self.data_collator, self.accelerator, cache, batch_size)
 
     def precompute(self, wrapped: nn.Module, train: bool = True) -> None:
         """Compute the reference log-probs and margins of rows with the policy as it stands, or find them.
@@ -293,16 +312,7 @@ class MODPOTrainer(MultiObjectiveTrainer):
             wrapped: the policy as it is run.
             train: of the training rows, and not of those for evaluation alone.
         """
-        cache = TableCache(Path(str(self.method.cache_dir)), self.accelerator)
-        precomputation = Precomputation(
-            self.method,
-            self.model,
-            wrapped,
-            self.data_collator,
-            self.accelerator,
-            cache,
-            self.args.per_device_train_batch_size,
-        )
+        precomputation = self._precomputation(wrapped)
         sets = {"train": self.train_dataset} if train else {}
         if self.eval_dataset is not None:
             sets["evaluation"] = self.eval_dataset

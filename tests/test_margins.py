@@ -473,3 +473,13 @@ def test_an_adapter_that_is_attached_for_a_while_leaves_no_trace(base, adapter):
             pass
         assert model.state_dict().keys() == state.keys()
         assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+
+
+def test_rows_that_the_trainer_was_not_built_with_are_evaluated_like_its_own(build):
+    trainer = build({"w": {"source": "length", "unit": "words", "normalize": "std"}}, max_steps=1)
+    own = trainer.evaluate()
+    foreign = trainer.evaluate(trainer.eval_dataset.remove_columns("pair_index"))
+    names = ("eval_loss", "eval_rewards/margins", "eval_margins/w", "eval_margins_std/w")
+    assert {name: foreign[name] for name in names} == pytest.approx({name: own[name] for name in names})
+    trainer.train()
+    assert trainer.evaluate()["eval_margins/w"] == pytest.approx(own["eval_margins/w"])
