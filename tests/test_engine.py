@@ -124,7 +124,25 @@ def test_a_packed_row_has_no_padding_and_every_prompt_once():
     batch = pack(pairs)
     tokens = sum(len(prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs for prompt in pair.prompts)
     assert batch["input_ids"].shape == (1, tokens)
-    assert len(batch["targets"]) == len(batch["logits_to_keep"]) == batch["lengths"].sum()
+    # The first tokens of both completions share a row of logits.
+    assert len(batch["logits_to_keep"]) == len(batch["targets"]) - len(batch["lengths"]) // 2
+
+
+def test_whatever_sequences_share_is_computed_once_and_exactly():
+    """The D prompts begin alike, pairs share prompt and completions, completions begin alike or are the same."""
+    system, a, b, c = [5, 6, 7, 8], [9, 10, 11], [9, 10, 12, 13], [14]
+    pairs = [
+        Pair([[*system, 20, 21], [*system, 22]], a, b),
+        Pair([[*system, 20, 21], [*system, 22]], b, c),
+        Pair([[*system, 20, 21]], c, c),
+        Pair([[*system, 20, 21, 9]], [10], [11, 11]),  # ends where a completion of another pair begins
+    ]
+    batch = pack(pairs)
+    assert batch["input_ids"].shape == (1, 4 + (2 + 3 + 2 + 1) + (1 + 3 + 2 + 1) + 2)
+    model = build_float64("llama")
+    padded = scores_and_gradients(model, pad(pairs, 0))
+    use_tree_attention(model)
+    assert_same(scores_and_gradients(model, batch), padded, 1e-8)
 
 
 def test_only_completion_logits_are_computed():
@@ -134,7 +152,7 @@ def test_only_completion_logits_are_computed():
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     batch = pack(ragged_pairs())
     score(model, batch)
-    assert shapes == [(1, len(batch["targets"]), 97)]
+    assert shapes == [(1, len(batch["logits_to_keep"]), 97)]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -161,7 +179,7 @@ def test_without_segments_the_model_is_as_it_was(attention):
 def test_half_precision_logits_are_summed_in_float32():
     logits = torch.randn(7, 50, dtype=torch.bfloat16)
     targets = torch.arange(7)
-    logps = token_logps(logits, targets)
+    logps = token_logps(logits, torch.arange(7), targets)
     assert logps.dtype == torch.float32
     assert torch.allclose(logps, logits.float().log_softmax(-1)[targets, targets], atol=1e-6)
 

@@ -4,6 +4,7 @@
 attended segment by segment. Without `segments` (generation, callbacks) it is the user's implementation itself.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -162,23 +163,26 @@ def _by_segment(
     # Grouped heads and a bottom-right causal flag would send scaled_dot_product_attention to its slow path on a CPU.
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attended = []
-    for q, k, v in zip(
-        query.split(segments.query_lengths, dim=2),
-        key.split(segments.key_lengths, dim=2),
-        value.split(segments.key_lengths, dim=2),
-        strict=True,
-    ):
+    queries, keys = query.split(segments.query_lengths, dim=2), key.split(segments.key_lengths, dim=2)
+    values = value.split(segments.key_lengths, dim=2)
+    alike = defaultdict(list)  # segments of one shape are attended at once
+    for number, shape in enumerate(zip(segments.query_lengths, segments.key_lengths, strict=True)):
+        alike[shape].append(number)
+    attended: list[Tensor] = list(queries)
+    for numbers in alike.values():
+        q, k, v = (torch.cat([parts[number] for number in numbers]) for parts in (queries, keys, values))
         windowed = sliding_window is not None and k.shape[2] > sliding_window
         if softcap is not None:
             mask = _bottom_right_mask(q.shape[2], k.shape[2], sliding_window, q.device)
             bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-            attended.append(_scores_to_values(q, k, v, bias, scaling, softcap))
+            result = _scores_to_values(q, k, v, bias, scaling, softcap)
         elif q.shape[2] == k.shape[2] and not windowed:
-            attended.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+            result = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
         else:
             mask = _bottom_right_mask(q.shape[2], k.shape[2], sliding_window, q.device)
-            attended.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling))
+            result = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        for number, part in zip(numbers, result.split(1), strict=True):
+            attended[number] = part
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous()
 
 

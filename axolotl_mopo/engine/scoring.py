@@ -37,15 +37,14 @@ def score(model: nn.Module, batch: Mapping[str, Any]) -> CompletionScores:
     """
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-    if "kept" in batch:
-        logits = logits[batch["kept"]]
-    return completion_scores(token_logps(logits, batch["targets"]), batch["completion_ids"], batch["lengths"])
+    logps = token_logps(logits, batch["predictors"], batch["targets"])
+    return completion_scores(logps, batch["completion_ids"], batch["lengths"])
 
 
-def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target, in float32 or finer: logits [N, V], targets [N] -> [N]."""
+def token_logps(logits: Tensor, predictors: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target under its row of logits, in float32 or finer: [K, V], [N], [N] -> [N]."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return logits[predictors, targets] - logits.logsumexp(-1)[predictors]
 
 
 def completion_scores(logps: Tensor, completion_ids: Tensor, lengths: Tensor) -> CompletionScores:

@@ -1,8 +1,8 @@
 """Token ids of preference pairs -> one batch that a causal model scores in a single forward pass.
 
-`pack` lays every [prompt | chosen | rejected] tree of a micro-batch into one row without padding; `pad` gives each
-prompt-completion sequence its own right-padded row, for models that cannot take trees. Both number the completions
-alike: pair by pair, within a pair prompt by prompt, the chosen one before the rejected one.
+`pack` lays the trie of a micro-batch's sequences into one row without padding; `pad` gives each sequence its own
+right-padded row, for models that cannot take trees. Both number the completions alike: pair by pair, within a pair
+prompt by prompt, the chosen one before the rejected one.
 """
 
 from collections.abc import Sequence
@@ -58,31 +58,37 @@ class Segments:
 
 
 def pack(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """All trees of a micro-batch in one row [1, T]; each prompt is computed once for both of its completions.
+    """All sequences of a micro-batch in one row [1, T], as a trie: a beginning that some of them share is there once.
+
+    Shared are the prompt of both completions of a pair, but also the system's turn of its D prompts, and prompts and
+    completions of pairs that stem from one group of responses.
 
     Returns:
-        The model's inputs (`input_ids`, `position_ids`, `attention_mask`, `segments`, `logits_to_keep`), `targets` [N]
-        (the completions' tokens), `completion_ids` [N] (whose token it is, of C completions) and `lengths` [C].
+        The model's inputs (`input_ids`, `position_ids`, `attention_mask`, `segments`, and `logits_to_keep`, the
+        positions that predict a completion token [K]), and for the N completion tokens `targets` [N], `predictors` [N]
+        (which of the K logits predict them), `completion_ids` [N] (whose token it is, of C completions) and `lengths`
+        [C].
     """
+    trie: dict[tuple[int, int], int] = {}  # (where the parent lies, token) -> where the token lies
     input_ids: list[int] = []
     positions: list[int] = []
     keys: list[int] = []
     query_lengths: list[int] = []
     key_lengths: list[int] = []
-    keep: list[int] = []
-    for pair in pairs:
-        for prompt in pair.prompts:
-            start = len(input_ids)
-            branch = start + len(prompt)
-            rejected = branch + len(pair.chosen)
-            end = rejected + len(pair.rejected)
-            input_ids += [*prompt, *pair.chosen, *pair.rejected]
-            positions += [*range(rejected - start), *range(len(prompt), len(prompt) + len(pair.rejected))]
-            keys += [*range(start, rejected), *range(start, branch), *range(rejected, end)]
-            query_lengths += [rejected - start, end - rejected]
-            key_lengths += [rejected - start, branch - start + end - rejected]
-            # The prompt's last position predicts the first token of both completions.
-            keep += [*range(branch - 1, rejected - 1), branch - 1, *range(rejected, end - 1)]
+    predictors: list[int] = []
+    for prompt, completion in _sequences(pairs):
+        tokens, path, place = [*prompt, *completion], [], -1
+        for token in tokens:
+            place = trie.setdefault((place, token), len(trie))
+            path.append(place)
+        predictors += path[len(prompt) - 1 : -1]
+        if new := len(trie) - len(input_ids):
+            input_ids += tokens[-new:]
+            positions += range(len(tokens) - new, len(tokens))
+            keys += path
+            query_lengths.append(new)
+            key_lengths.append(len(tokens))
+    kept, rows = torch.tensor(predictors).unique(return_inverse=True)
     return {
         "input_ids": torch.tensor([input_ids]),
         "position_ids": torch.tensor([positions]),
@@ -95,7 +101,8 @@ def pack(pairs: Sequence[Pair]) -> dict[str, Any]:
             query_lengths=tuple(query_lengths),
             key_lengths=tuple(key_lengths),
         ),
-        "logits_to_keep": torch.tensor(keep),
+        "logits_to_keep": kept,
+        "predictors": rows,
         **_targets(pairs),
     }
 
@@ -105,34 +112,37 @@ def pad(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Any]:
 
     Returns:
         The model's inputs (`input_ids`, `attention_mask`, `logits_to_keep`, the range of positions in which any row has
-        completion tokens [K]), `kept` [N] (which of the flattened [C * K] logits predict one), and `targets`,
+        completion tokens [K]), `predictors` [N] (which of the flattened [C * K] logits predict them), and `targets`,
         `completion_ids`, `lengths` as `pack` gives them.
     """
-    sequences = [
-        (prompt, completion) for pair in pairs for prompt in pair.prompts for completion in (pair.chosen, pair.rejected)
-    ]
+    sequences = _sequences(pairs)
     width = max(len(prompt) + len(completion) for prompt, completion in sequences)
     first = min(len(prompt) for prompt, _ in sequences) - 1
     input_ids = torch.full((len(sequences), width), pad_token_id)
     attention_mask = torch.zeros(len(sequences), width, dtype=torch.long)
-    kept: list[int] = []
+    predictors: list[int] = []
     for row, (prompt, completion) in enumerate(sequences):
         length = len(prompt) + len(completion)
         input_ids[row, :length] = torch.tensor([*prompt, *completion])
         attention_mask[row, :length] = 1
         offset = row * (width - 1 - first) + len(prompt) - 1 - first
-        kept += range(offset, offset + len(completion))
+        predictors += range(offset, offset + len(completion))
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "logits_to_keep": torch.arange(first, width - 1),
-        "kept": torch.tensor(kept),
+        "predictors": torch.tensor(predictors),
         **_targets(pairs),
     }
 
 
+def _sequences(pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
+    """Every prompt with each of its completions, in the order in which completions are numbered."""
+    return [(prompt, side) for pair in pairs for prompt in pair.prompts for side in (pair.chosen, pair.rejected)]
+
+
 def _targets(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    completions = [c for pair in pairs for _ in pair.prompts for c in (pair.chosen, pair.rejected)]
+    completions = [completion for _, completion in _sequences(pairs)]
     lengths = torch.tensor([len(completion) for completion in completions])
     return {
         "targets": torch.tensor(list(chain.from_iterable(completions))),
