@@ -1,5 +1,7 @@
 """Every example config passes the host's validation as it stands."""
 
+import copy
+
 import pytest
 import yaml
 from axolotl.cli.config import prepare_plugins
@@ -11,23 +13,59 @@ CONFIGS = [path for path in sorted((ROOT / "example_configs").glob("*.yaml")) if
 ON_GPUS = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 
 
-def test_there_are_two_smoke_configs_and_two_recipes():
+def test_there_are_smoke_configs_recipes_and_the_papers_experiments():
     assert [path.stem for path in CONFIGS] == [
         "qwen2.5-7b-amopo-zero3",
         "qwen2.5-7b-modpo-lora",
+        "safety-dpo",
+        "safety-modpo",
         "smoke-amopo",
         "smoke-modpo",
+        "summaries-modpo",
+        "summaries-sft",
     ]
 
 
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A clone in which the experiments' first steps were run."""
+    (tmp_path / "example_configs").symlink_to(ROOT / "example_configs")
+    (tmp_path / "outputs" / "safety-dpo").mkdir(parents=True)
+    (tmp_path / "outputs" / "safety-dpo" / "adapter_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_an_example_passes_the_hosts_validation(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_an_example_passes_the_hosts_validation(path, checkout):
     cfg = DictDefault(yaml.safe_load(path.read_text()))
     method = cfg.rl
     prepare_plugins(cfg)
     validated = validate_config(cfg, capabilities=ON_GPUS, env_capabilities={"torch_version": "2.13.0"})
-    assert validated[method]
-    assert validated.trainer_cls.lower() == f"axolotl_mopo.trainers.{method}trainer"
+    if cfg.plugins:
+        assert validated[method]
+        assert validated.trainer_cls.lower() == f"axolotl_mopo.trainers.{method}trainer"
     unknown = set(yaml.safe_load(path.read_text())) - set(validated)
     assert not unknown, f"the host dropped {unknown}"
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("safety-modpo", "<s>BEGINNING OF CONVERSATION: USER: Why? ASSISTANT:"),
+        ("safety-dpo", "BEGINNING OF CONVERSATION: USER: Why? ASSISTANT:"),
+        ("summaries-modpo", "<s>\n\nParagraph:\nWhy?\n\nTL;DR:\n"),
+        ("summaries-sft", "<s>\n\nParagraph:\nWhy?\n\nTL;DR:\n"),
+    ],
+)
+def test_the_experiments_prompts_are_the_authors(name, prompt, tokenizer):
+    (path,) = (path for path in CONFIGS if path.stem == name)
+    template = yaml.safe_load(path.read_text())["chat_template_jinja"]
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens(special)
+    for turns, add, expected in ((messages[:1], True, prompt), (messages, False, f"{prompt}So.</s>")):
+        rendered = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=add, tokenize=False, chat_template=template
+        )
+        assert rendered == expected
