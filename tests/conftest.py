@@ -3,6 +3,8 @@
 import copy
 import os
 import random
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -110,6 +112,18 @@ def host_trainer(cfg):
     validated = load_cfg(DictDefault(copy.deepcopy(cfg)))
     data = load_preference_datasets(cfg=validated, cli_args=TrainerCliArgs())
     return setup_model_and_trainer(validated, data)[0]
+
+
+def torchrun(script, *arguments, processes=2):
+    """Run a script of this folder in several processes that talk by gloo."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    subprocess.run(
+        [sys.executable, *launch, f"tests/{script}", *map(str, arguments)],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
 
 
 def prepare(rows, tokenizer, *, method="amopo", kind="pairs", entry=None, num_proc=1, **settings):

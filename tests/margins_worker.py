@@ -1,4 +1,4 @@
-"""Compute a run's constants in this process and hang at a point of it; made to be killed."""
+"""Compute a run's constants in this process; one that hangs at a point of it is made to be killed."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ from pathlib import Path
 from conftest import host_trainer
 
 
-def main(config: str, point: str) -> None:
-    """Hang at the nth table's `score` or in the middle of its `write`."""
+def main(config: str, point: str = "") -> None:
+    """Hang at the nth table's `score` or in the middle of its `write`, or say at last how many there were of each."""
     trainer = host_trainer(json.loads(Path(config).read_text()))
     from axolotl_mopo import trainers
     from axolotl_mopo.margins.cache import TableCache
@@ -39,6 +39,7 @@ def main(config: str, point: str) -> None:
 
     trainers.Precomputation, trainers.TableCache = Hanging, HangingCache
     trainer.precompute(trainer.model)
+    print(json.dumps(counts), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMOKE, build_model, host_trainer, smoke_config
+from conftest import ROOT, SMOKE, build_model, host_trainer, smoke_config, torchrun
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     TrainerCallback,
+    set_seed,
 )
 
 from axolotl_mopo.config import ConfigError
@@ -365,30 +366,87 @@ def test_a_margin_on_another_scale_is_warned_of(build, caplog, monkeypatch):
     assert "mind its `scale`, its `normalize` or its weight" in caplog.text
 
 
-def test_a_killed_computation_leaves_nothing_that_could_be_mistaken(build, adapter, base, tmp_path):
-    margins = {"safer": {"source": "adapter", "path": str(adapter), "beta": 0.2}}
-    expected = computed(build(margins, name="undisturbed", **LORA))
+def worker(config, *point):
+    command = [sys.executable, "tests/margins_worker.py", config, *point]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def written_config(adapter, base, tmp_path):
+    """A MODPO run's configuration in a JSON file, with margins from an adapter and a cache of its own."""
     block = {
         "objective": "overall",
         "weights": {"overall": 0.5, "safer": 0.5},
-        "margins": margins,
-        "cache_dir": str(tmp_path / "killed-cache"),
+        "margins": {"safer": {"source": "adapter", "path": str(adapter), "beta": 0.2}},
+        "cache_dir": str(tmp_path / "other-cache"),
     }
-    cfg = smoke_config("modpo", tmp_path / "killed", base_model=str(base), reinit_weights=None, modpo=block, **LORA)
+    cfg = smoke_config("modpo", tmp_path / "other", base_model=str(base), reinit_weights=None, modpo=block, **LORA)
     few_rows(cfg, tmp_path)
     (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    return tmp_path / "cfg.json", block
+
+
+def test_a_killed_computation_leaves_nothing_that_could_be_mistaken(build, written_config, tmp_path):
+    config, block = written_config
+    expected = computed(build(block["margins"], name="undisturbed", **LORA))
     for point, tables in (("score 0", 0), ("write 1", 1), ("score 2", 3)):
-        command = [sys.executable, "tests/margins_worker.py", tmp_path / "cfg.json", point]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = worker(config, point)
         assert any(line.strip() == f"hanging at {point}" for line in process.stdout)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert len(list((tmp_path / "killed-cache").glob("*.safetensors"))) == tables
-    trainer = build(margins, name="again", modpo={"cache_dir": str(tmp_path / "killed-cache")}, **LORA)
-    again = computed(trainer)
+        assert len(list((tmp_path / "other-cache").glob("*.safetensors"))) == tables
+    again = computed(build(block["margins"], name="again", modpo={"cache_dir": block["cache_dir"]}, **LORA))
     assert torch.equal(again.reference, expected.reference)
     assert torch.equal(again.margins, expected.margins)
-    assert not list((tmp_path / "killed-cache").glob("*.part*"))
+    assert not list((tmp_path / "other-cache").glob("*.part*"))
+
+
+def test_two_runs_that_start_together_compute_once(written_config):
+    config, _ = written_config
+    both = [worker(config), worker(config)]
+    counts = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in both]
+    assert sum(count["score"] for count in counts) == sum(count["write"] for count in counts) == 4
+
+
+def test_a_sharded_policy_computes_the_same_constants(adapter, base, tmp_path):
+    """FSDP2, by torch itself: on a CPU accelerate would not shard."""
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    margin = {"source": "adapter", "path": str(tmp_path / "merged"), "reference": str(base), "beta": 0.2}
+    block = {"objective": "overall", "weights": {"overall": 0.5, "safer": 0.5}, "margins": {"safer": margin}}
+    made = []
+    for name in ("whole", "sharded"):
+        block["cache_dir"] = str(tmp_path / name / "cache")
+        cfg = smoke_config("modpo", tmp_path, modpo=block, seed=3, **LORA)
+        few_rows(cfg, tmp_path)
+        cfg["datasets"][0]["split"] = "train[:41]"  # not the same number of rows for every process
+        if name == "whole":
+            set_seed(cfg["seed"])
+            trainer = host_trainer(cfg)
+            trainer.precompute(trainer.model)
+            made.append(trainer._constants)
+        else:
+            (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+            torchrun("fsdp_worker.py", tmp_path / "cfg.json", tmp_path / "constants.pt")
+            made.append(torch.load(tmp_path / "constants.pt", weights_only=True))
+    whole, sharded = made
+    for name, (reference, margins) in sharded.items():
+        assert torch.allclose(reference, whole[name].reference, atol=1e-4)
+        assert torch.allclose(margins, whole[name].margins, atol=1e-5)
+        assert margins.std() > 0.01
+
+
+def test_a_resumed_run_reads_the_cache(build, adapter, tmp_path):
+    margins = {"safer": {"source": "adapter", "path": str(adapter), "beta": 0.2}}
+    steps = {"save_strategy": None, "save_steps": 1}
+    build(margins, **steps, **LORA).train()
+    files = cache_files(tmp_path)
+    resumed = build(margins, **steps, **LORA)
+    forwards = Forwards(resumed.model)
+    resumed.add_callback(forwards)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "out" / "checkpoint-1"))
+    assert forwards.counts == {"step": resumed.args.gradient_accumulation_steps}
+    assert cache_files(tmp_path) == files
 
 
 def test_digests_name_values_and_nothing_else():

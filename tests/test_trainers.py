@@ -4,10 +4,7 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import ddp_worker
@@ -15,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, host_trainer, smoke_config
+from conftest import host_trainer, smoke_config, torchrun
 from transformers import MambaConfig, TrainerCallback
 
 from axolotl_mopo.metrics import MetricWindow
@@ -295,14 +292,7 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path, method):
         if processes == 1:
             ddp_worker.main(str(config), str(result))
         else:
-            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-            subprocess.run(
-                [sys.executable, *launch, "tests/ddp_worker.py", str(config), str(result)],
-                check=True,
-                cwd=ROOT,
-                env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-            )
+            torchrun("ddp_worker.py", config, result, processes=processes)
         results.append(torch.load(result, weights_only=True))
     (one, two) = results
     assert len(one["log"]) == len(two["log"])
