@@ -149,13 +149,14 @@ def test_the_workflow_with_an_adapter_as_margin(tmp_path):
     lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "max_steps": 2}
     common = {"base_model": str(base), "reinit_weights": None, "eval_steps": None, "test_datasets": None, **lora}
 
+    pairs = ROOT / "example_configs" / "smoke" / "pairs.jsonl"
+    exported = tmp_path / "safer.jsonl"
+    axolotl("mopo", "pairs", pairs, "--type", "pairs", "--output", exported)
     first = smoke_config("modpo", tmp_path / "dpo", **common, rl="dpo", rl_beta=0.3, modpo=None, plugins=None)
-    turn = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-    formats = {"prompt_format": turn, "chosen_format": "{chosen}<|im_end|>", "rejected_format": "{rejected}<|im_end|>"}
-    first["datasets"][0]["type"] = formats
-    first.pop("chat_template", None)
+    entry = {"path": str(exported), "ds_type": "json", "type": "chat_template.default", "field_messages": "prompt"}
+    first["datasets"] = [entry]
     (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(first))
-    axolotl("train", tmp_path / "dpo.yaml")
+    axolotl("train", tmp_path / "dpo.yaml", "--launcher", "python")
 
     block = {
         "objective": "overall",
@@ -165,7 +166,7 @@ def test_the_workflow_with_an_adapter_as_margin(tmp_path):
     second = smoke_config("modpo", tmp_path / "modpo", **{**common, "modpo": block})
     (tmp_path / "modpo.yaml").write_text(yaml.safe_dump(second))
     (tmp_path / "sweep.yaml").write_text("modpo.weights: [{overall: 0.9, safer: 0.1}, {overall: 0.5, safer: 0.5}]")
-    output = axolotl("train", tmp_path / "modpo.yaml", "--sweep", tmp_path / "sweep.yaml")
+    output = axolotl("train", tmp_path / "modpo.yaml", "--launcher", "python", "--sweep", tmp_path / "sweep.yaml")
     assert output.count("Margin safer, train: computed") == output.count("Margin safer, train: found") == 1
     for name in ("sweep0001", "sweep0002"):
         run = Path(second["output_dir"]) / name
