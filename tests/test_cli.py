@@ -94,13 +94,14 @@ def test_sweep_modpo(tmp_path):
     cfg = yaml.safe_load((ROOT / "example_configs" / "smoke-modpo.yaml").read_text())
     config = tmp_path / "modpo.yaml"
     config.write_text(yaml.safe_dump({**cfg, "output_dir": str(tmp_path / "out")}))
-    axolotl("train", config, "--sweep", "example_configs/smoke-modpo-sweep.yaml")
+    axolotl("train", config, "--launcher", "python", "--sweep", "example_configs/smoke-modpo-sweep.yaml")
     sweep = yaml.safe_load((ROOT / "example_configs" / "smoke-modpo-sweep.yaml").read_text())["modpo.weights"]
     runs = sorted((tmp_path / "out").glob("sweep*"))
     trained = []
     for run in runs:
         check_run(run, "modpo")
-        config_in_card = (run / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+        # In one process the host's card gathers the configs of all runs so far.
+        config_in_card = (run / "README.md").read_text().split("```yaml\n")[-1].split("```")[0]
         trained.append(yaml.safe_load(config_in_card)["modpo.weights"])
         manifest = check_manifest(run, "modpo")
         assert (manifest["weights"], manifest["objective"]) == (trained[-1], "overall")
@@ -136,7 +137,7 @@ def test_preprocess_then_train_with_lora_then_merge(quick, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").num_parameters() > 0
 
     changed = quick("amopo", base_model=str(base), reinit_weights=None, amopo={"dimensions": ["helpfulness"]}, **lora)
-    output = axolotl("train", changed)
+    output = axolotl("train", changed, "--launcher", "python")
     assert "Loading prepared dataset from disk" not in output
     assert "Unable to find prepared dataset" in output
 
@@ -202,7 +203,7 @@ def test_changed_settings_never_train_on_rows_prepared_before(tmp_path):
     def train(change):
         folder = tmp_path / change
         shutil.copytree(tmp_path / "prepared", folder / "prepared")
-        output = axolotl("train", write(folder, **changes[change]))
+        output = axolotl("train", write(folder, **changes[change]), "--launcher", "python")
         return "Loading prepared dataset from disk" in output, prepared_folders(folder) - before
 
     with ThreadPoolExecutor(2) as pool:
