@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: a core for each, and for the commands that it runs
+    os.environ |= {"OMP_NUM_THREADS": "1"}
 
 import pytest
 import torch
@@ -82,6 +84,11 @@ def ragged_pairs(dimensions=2):
 
     shapes = [([7, 12, 3, 9], 9, 1), ([20, 1, 6, 4], 2, 14), ([5, 5, 5, 5], 1, 1)]
     return [Pair([tokens(n) for n in prompts[:dimensions]], tokens(c), tokens(r)) for prompts, c, r in shapes]
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that other workers do not wait for them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 @pytest.fixture(scope="session")
