@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data.collating import PairCollator
 from axolotl_mopo.data.rows import DataError
 from axolotl_mopo.engine.scoring import score
-from axolotl_mopo.margins.fingerprint import policy_digests, rows_digest
+from axolotl_mopo.margins.fingerprint import files_digest, policy_digests, rows_digest
 from axolotl_mopo.margins.implicit import with_adapter
 from axolotl_mopo.plugin import MOPOPlugin
 
@@ -457,6 +458,18 @@ def test_digests_name_values_and_nothing_else():
     assert rows_digest(rows, ["a"]) == rows_digest(rows.select([1, 0]).select([1, 0]), ["a"])
     assert rows_digest(rows, ["a"]) != rows_digest(rows.select([1, 0]), ["a"])
     assert rows_digest(rows, ["a", "b"]) != rows_digest(rows, ["a"])
+
+
+def test_a_models_digest_is_of_all_that_its_numbers_depend_on(base, tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    before = files_digest(folder)
+    (folder / "trainer_state.json").write_text("{}")
+    assert files_digest(folder) == before
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template += " "
+    tokenizer.save_pretrained(folder)
+    assert files_digest(folder) != before
 
 
 MODPO = {

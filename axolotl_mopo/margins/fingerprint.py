@@ -71,10 +71,10 @@ def _is_neutral(adapters: Sequence[tuple[str, Tensor]]) -> bool:
 
 
 def files_digest(folder: Path) -> str:
-    """A name made of the weights and configs in a model's folder."""
+    """A name made of the weights, the configs and the tokenizer in a model's folder."""
     hasher = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):
+        if path.suffix in (".safetensors", ".bin") or path.name in _CONFIGS or path.name.startswith(_TOKENIZERS):
             with path.open("rb") as file:
                 hasher.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return hasher.hexdigest()[:32]
@@ -98,5 +98,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+_CONFIGS = ("config.json", "adapter_config.json")
+_TOKENIZERS = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges", "spiece")
 _WRAPPERS = {"base_layer", "original_module"}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
