@@ -179,7 +179,7 @@ Template = Annotated[str, BeforeValidator(_template)]
 
 
 class Directives(Block):
-    """What AMoPO's prompts say before the question: Jinja templates, rendered in a sandbox."""
+    """What AMoPO's prompts say beside the question: Jinja templates, rendered in a sandbox."""
 
     dimension: Template = Field(default=templates.DIMENSION, description="a Jinja template, or {file: PATH}")
     integrated: Template = Field(default=templates.INTEGRATED, description="a Jinja template, or {file: PATH}")
@@ -209,6 +209,7 @@ class AMoPOConfig(Block):
     temperature: Number = Field(1.0, gt=0, description="a positive number; 1.0 is the paper's")
     score_range: tuple[Number, Number] = Field((1, 5), description="[lowest, highest], two different numbers")
     directives: Directives = Field(Directives(), description="{dimension: TEMPLATE, integrated: TEMPLATE}")
+    directive_position: Literal["before", "after"] = Field("before", description="before or after the question")
     sft_coef: Number = Field(0.0, ge=0, description="a number of at least 0; 0.0 leaves the term out")
 
     @field_validator("dimensions")

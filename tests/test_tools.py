@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from axolotl_mopo.cli import mopo
 from axolotl_mopo.config import Directives
-from axolotl_mopo.data.directives import dimension_directive, integrated_directive, with_directive
+from axolotl_mopo.data.directives import dimension_directive, integrated_directive
 from axolotl_mopo.data.notes import notes
 
 HELPFULNESS = ("--type", "helpsteer", "--objective", "helpfulness")
@@ -211,27 +211,31 @@ def test_directives_for_a_question(config, tmp_path):
     assert text.count("=== training: ") == 4
 
 
+@pytest.mark.parametrize("position", ["before", "after"])
 @pytest.mark.parametrize(
-    "messages",
+    "earlier",
     [
-        [{"role": "user", "content": "Why?"}],
+        [],
         [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "Hi"},
             {"role": "assistant", "content": "Hello."},
-            {"role": "user", "content": "Why?"},
         ],
     ],
 )
-def test_the_chat_template_puts_the_directive_in_by_itself(config, tmp_path, tokenizer, messages):
+def test_the_chat_template_puts_the_directive_in_by_itself(config, tmp_path, tokenizer, earlier, position):
     sentence = 'Mind "{% raw %}{{x}}{% endraw %}" \\ and 日本 🙂,\nplease: {{ dimensions | join }}'
-    path = config("amopo", amopo={"dimensions": ["helpfulness"], "directives": {"integrated": sentence}})
+    block = {"dimensions": ["helpfulness"], "directives": {"integrated": sentence}, "directive_position": position}
+    path = config("amopo", amopo=block)
     template = shown(path, "--question", "Why?", "--template", tmp_path=tmp_path)
     directive = 'Mind "{{x}}" \\ and 日本 🙂,\nplease: helpfulness'
     with_template = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     with_template.chat_template = template
-    served = with_template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    asked = with_directive(messages, directive)
+    question, asked = (
+        [*earlier, {"role": "user", "content": content}]
+        for content in ("Why?", f"{directive}\n\nWhy?" if position == "before" else f"Why?\n\n{directive}")
+    )
+    served = with_template.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     assert served == tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
 
 

@@ -1,7 +1,8 @@
-"""AMoPO's directives: what the prompt of each dimension says before the question (arXiv 2506.07165, section 3)."""
+"""AMoPO's directives: what the prompt of each dimension says beside the question (arXiv 2506.07165, section 3)."""
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from axolotl_mopo.config import AMoPOConfig, Directives
 from axolotl_mopo.data.entries import AMoPOData
@@ -12,7 +13,18 @@ DirectiveSettings = AMoPOConfig | AMoPOData
 """What says how directives are worded: the YAML block, or the part of it that prepared rows depend on."""
 
 
-def training_directives(settings: DirectiveSettings, scores: Mapping[str, float]) -> list[str]:
+class Directive(NamedTuple):
+    """What stands around the question in the user's turn; one of the two is empty."""
+
+    before: str
+    after: str
+
+    def around(self, question: str) -> str:
+        """The user's turn."""
+        return f"{self.before}{question}{self.after}"
+
+
+def training_directives(settings: DirectiveSettings, scores: Mapping[str, float]) -> list[Directive]:
     """The directives of the D prompts of a pair.
 
     Args:
@@ -21,12 +33,13 @@ def training_directives(settings: DirectiveSettings, scores: Mapping[str, float]
     """
     common = (settings.dimensions, settings.score_range)
     first = [integrated_directive(settings.directives, *common)] if settings.integrated else []
-    return first + [
-        dimension_directive(settings.directives, name, scores[name], *common) for name in settings.dimensions
-    ]
+    others = [dimension_directive(settings.directives, name, scores[name], *common) for name in settings.dimensions]
+    return [_placed(text, settings) for text in first + others]
 
 
-def inference_directive(settings: DirectiveSettings, dimension: str | None = None, score: float | None = None) -> str:
+def inference_directive(
+    settings: DirectiveSettings, dimension: str | None = None, score: float | None = None
+) -> Directive:
     """The directive to ask a trained model with: the integrated one, or one dimension at a score, by default the best.
 
     Raises:
@@ -41,30 +54,31 @@ def inference_directive(settings: DirectiveSettings, dimension: str | None = Non
                 f"`amopo.integrated` is false, so there is no integrated prompt; choose one dimension of "
                 f"{', '.join(settings.dimensions)}"
             )
-        return integrated_directive(settings.directives, *common)
+        return _placed(integrated_directive(settings.directives, *common), settings)
     if dimension not in settings.dimensions:
         raise ValueError(f"unknown dimension {dimension}; known are {', '.join(settings.dimensions)}")
     low, high = settings.score_range
     score = high if score is None else score
     if not low <= score <= high:
         raise ValueError(f"the score {score:g} is outside `amopo.score_range`, {low:g} to {high:g}")
-    return dimension_directive(settings.directives, dimension, score, *common)
+    return _placed(dimension_directive(settings.directives, dimension, score, *common), settings)
 
 
-def user_template(directive: str) -> str:
+def user_template(directive: Directive) -> str:
     """What the user's turn says, with `{question}` where the question stands."""
-    return f"{directive}\n\n{{question}}"
+    return directive.around("{question}")
 
 
-def with_directive_in_template(chat_template: str, directive: str) -> str:
-    """A chat template that puts the directive in front of the last user turn by itself, as `with_directive` does."""
+def with_directive_in_template(chat_template: str, directive: Directive) -> str:
+    """A chat template that puts the directive into the last user turn by itself, as `with_directive` does."""
+    before, after = (json.dumps(text, ensure_ascii=False) for text in directive)
     return (
         "{% set mopo = namespace(last=-1) %}"
         "{% for message in messages %}{% if message['role'] == 'user' %}{% set mopo.last = loop.index0 %}{% endif %}"
         "{% endfor %}{% if mopo.last >= 0 %}{% set messages = messages[:mopo.last] + [{'role': 'user', 'content': "
-        + json.dumps(f"{directive}\n\n", ensure_ascii=False)
-        + " ~ messages[mopo.last]['content']}] + messages[mopo.last + 1:] %}{% endif %}{{ '' }}"
-        + chat_template
+        f"{before} ~ messages[mopo.last]['content'] ~ {after}"
+        "}] + messages[mopo.last + 1:] %}{% endif %}{{ '' }}"
+        f"{chat_template}"
     )
 
 
@@ -94,11 +108,15 @@ def dimension_directive(
     )
 
 
-def with_directive(messages: Sequence[Message], directive: str) -> list[Message]:
-    """The conversation with the directive in front of its last user turn, the one that is answered."""
+def with_directive(messages: Sequence[Message], directive: Directive) -> list[Message]:
+    """The conversation with the directive in its last user turn, the one that is answered."""
     last = max(index for index, message in enumerate(messages) if message["role"] == "user")
-    turn = {**messages[last], "content": f"{directive}\n\n{messages[last]['content']}"}
+    turn = {**messages[last], "content": directive.around(messages[last]["content"])}
     return [*messages[:last], turn, *messages[last + 1 :]]
+
+
+def _placed(text: str, settings: DirectiveSettings) -> Directive:
+    return Directive(f"{text}\n\n", "") if settings.directive_position == "before" else Directive("", f"\n\n{text}")
 
 
 def _readable(dimensions: Sequence[str]) -> list[str]:

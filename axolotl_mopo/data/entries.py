@@ -46,6 +46,7 @@ class AMoPOData(BaseModel):
     integrated: bool
     score_range: tuple[float, float]
     directives: Directives
+    directive_position: Literal["before", "after"]
 
 
 class MODPOData(BaseModel):
@@ -246,6 +247,7 @@ def _data_settings(block: MODPOConfig | AMoPOConfig) -> MODPOData | AMoPOData:
             integrated=block.integrated,
             score_range=block.score_range,
             directives=block.directives,
+            directive_position=block.directive_position,
         )
     margins = block.margins.items()
     return MODPOData(

@@ -9,6 +9,7 @@ from axolotl.loaders import load_tokenizer
 
 from axolotl_mopo.config import INTEGRATED, AMoPOConfig, ConfigError
 from axolotl_mopo.data.directives import (
+    Directive,
     inference_directive,
     training_directives,
     user_template,
@@ -68,7 +69,7 @@ def preview(
     }
 
 
-def _prompt(name: str, messages: list[Message], directive: str, renderer: ChatRenderer) -> dict[str, Any]:
+def _prompt(name: str, messages: list[Message], directive: Directive, renderer: ChatRenderer) -> dict[str, Any]:
     asked = with_directive(messages, directive)
     return {"name": name, "messages": asked, "text": renderer.prompt(asked)}
 

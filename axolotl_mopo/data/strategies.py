@@ -13,7 +13,7 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_mopo.data.directives import training_directives, with_directive
+from axolotl_mopo.data.directives import Directive, training_directives, with_directive
 from axolotl_mopo.data.entries import PREFIX, AMoPOData, DataSpec, MODPOData
 from axolotl_mopo.data.fitting import Render, TokenizedPair, fit
 from axolotl_mopo.data.formats import FORMATS
@@ -169,13 +169,13 @@ def _located(spec: DataSpec, number: int, function: Callable[..., Any], *args: A
         raise DataError(f"{spec.where}, row {number}: {error}") from None
 
 
-def _directives(pair: PreferencePair, spec: DataSpec) -> Sequence[str | None]:
-    """What each of the D prompts says before the question; MODPO's one says nothing."""
+def _directives(pair: PreferencePair, spec: DataSpec) -> Sequence[Directive | None]:
+    """What each of the D prompts says beside the question; MODPO's one says nothing."""
     return [None] if isinstance(spec.data, MODPOData) else training_directives(spec.data, directive_scores(pair, spec))
 
 
-def _prompts(messages: list[Message], *, renderer: ChatRenderer, directives: Sequence[str | None]) -> list[str]:
-    return [renderer.prompt(messages if text is None else with_directive(messages, text)) for text in directives]
+def _prompts(messages: list[Message], *, renderer: ChatRenderer, directives: Sequence[Directive | None]) -> list[str]:
+    return [renderer.prompt(messages if each is None else with_directive(messages, each)) for each in directives]
 
 
 def _texts(pair: PreferencePair, render: Render, renderer: ChatRenderer) -> tuple[list[str], str, str]:
