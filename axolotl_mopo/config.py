@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from axolotl_mopo.data import templates
+from axolotl_mopo.engine import TREE_BACKENDS
 
 INTEGRATED = "integrated"
 """Name of AMoPO's prompt that asks for all dimensions together."""
@@ -108,7 +109,17 @@ _MARGINS: dict[str, type[MarginBlock]] = {
 }
 
 
-class MODPOConfig(Block):
+class MethodBlock(Block):
+    """What the blocks of both methods may say of how a step is computed."""
+
+    layout: Literal["packed", "padded"] | None = Field(
+        None, description="packed or padded; the cheapest that gives the model's numbers where omitted"
+    )
+    max_tokens_per_step: int | None = Field(None, ge=1, strict=True, description="tokens of a pass, at least 1")
+    logits_budget: Number = Field(1.5, gt=0, description="GiB that logits may take, a positive number")
+
+
+class MODPOConfig(MethodBlock):
     """The `modpo:` block."""
 
     objective: str = Field(description="the name of what `chosen` over `rejected` means in the data")
@@ -197,7 +208,7 @@ class Directives(Block):
         return template
 
 
-class AMoPOConfig(Block):
+class AMoPOConfig(MethodBlock):
     """The `amopo:` block."""
 
     dimensions: list[str] = Field(min_length=1, description="a list of at least one score name, [helpfulness, ...]")
@@ -267,6 +278,8 @@ class AMoPOConfig(Block):
 
 BLOCKS: dict[str, type[MODPOConfig] | type[AMoPOConfig]] = {"modpo": MODPOConfig, "amopo": AMoPOConfig}
 
+_OLD_ATTENTION_KEYS = ("flex_attention", "xformers_attention", "sage_attention")
+"""Keys of the host for what `attn_implementation` says today, and trees cannot go by."""
 _OTHER_METHODS_KEYS = {
     "rl_beta": "beta",
     "simpo_gamma": "gamma",
@@ -321,6 +334,28 @@ def read_method(cfg: Mapping[str, Any], method: str) -> MODPOConfig | AMoPOConfi
     if cfg.get("remove_unused_columns"):
         raise ConfigError(f"`remove_unused_columns: true` would drop the columns of `rl: {method}`; remove it")
     return parse_block(BLOCKS[method], cfg[method], method)
+
+
+def attention_advice(cfg: Mapping[str, Any], method: str, block: MethodBlock) -> str | None:
+    """What to tell of an attention implementation that cannot carry packed trees, where the YAML names one.
+
+    Raises:
+        ConfigError: where packed trees are asked for all the same.
+    """
+    old_keys = (key for key in _OLD_ATTENTION_KEYS if cfg.get(key))
+    chosen = cfg.get("attn_implementation") or next(old_keys, None)
+    if chosen is None or chosen in TREE_BACKENDS or block.layout == "padded":
+        return None
+    choices = ", ".join(TREE_BACKENDS)
+    if block.layout == "packed":
+        raise ConfigError(
+            f"`{method}.layout: packed` does not go with the attention implementation {chosen!r}; set "
+            f"`attn_implementation` to one of {choices}, or drop `layout`"
+        )
+    return (
+        f"The attention implementation {chosen!r} cannot carry packed trees, so padded rows are trained, which costs "
+        f"more; set `attn_implementation` to one of {choices}."
+    )
 
 
 def no_stray_block(cfg: Mapping[str, Any]) -> None:

@@ -6,18 +6,22 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
 
 from axolotl_mopo.config import (
     BLOCKS,
     AMoPOConfig,
     ConfigError,
     MODPOConfig,
+    attention_advice,
     fold_dotted_keys,
     no_stray_block,
     read_method,
 )
 from axolotl_mopo.data.entries import bind_entries
 from axolotl_mopo.margins.settling import settle_margins
+
+LOG = get_logger("axolotl.mopo")
 
 _TRAINERS = {"modpo": "axolotl_mopo.trainers.MODPOTrainer", "amopo": "axolotl_mopo.trainers.AMoPOTrainer"}
 # ORPO is the host's one preference path that loads no reference model and hands the trainer a model with adapters.
@@ -52,6 +56,8 @@ class MOPOPlugin(BasePlugin):
             no_stray_block(cfg)
             return
         block = read_method(cfg, method)
+        if advice := attention_advice(cfg, method, block):
+            LOG.warning(advice)
         if isinstance(block, MODPOConfig):
             block = settle_margins(cfg, block)
         cfg["rl"], cfg["trainer_cls"] = _HOST_RL, _TRAINERS[method]
@@ -66,8 +72,11 @@ class MOPOPlugin(BasePlugin):
         return "axolotl_mopo.plugin.MOPOTrainingArgs"
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
-        """The block of the method in use, for the trainer."""
-        return {method: cfg[method].to_dict() for method in BLOCKS if cfg.get(method)}
+        """The block of the method in use, for the trainer, and what the host leaves out for preference runs."""
+        block = {method: cfg[method].to_dict() for method in BLOCKS if cfg.get(method)}
+        if block and cfg.group_by_length:
+            block["train_sampling_strategy"] = "group_by_length"
+        return block
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: Any) -> list[Any]:
         """What writes `mopo.json` beside every checkpoint."""

@@ -4,10 +4,13 @@ Imported by the host only after it has prepared TRL and its own training argumen
 """
 
 import random
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import trl.trainer.utils
+from accelerate.utils import broadcast_object_list
 from axolotl.core.trainers.mixins import DistributedParallelMixin, RngLoaderMixin
 from axolotl.core.trainers.mixins.optimizer import OptimizerInitMixin, OptimizerMixin
 from axolotl.core.trainers.mixins.scheduler import SchedulerMixin
@@ -20,7 +23,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -30,18 +32,22 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from axolotl_mopo.config import AMoPOConfig, MODPOConfig
 from axolotl_mopo.data.collating import PairCollator, read_tokens
+from axolotl_mopo.data.lengths import budget_message, with_lengths
 from axolotl_mopo.data.notes import notes
 from axolotl_mopo.data.rows import DataError
-from axolotl_mopo.engine.layout import accept_trees, tolerance_of
-from axolotl_mopo.engine.scoring import CompletionScores, by_side, score
+from axolotl_mopo.engine.attention import use_tree_attention
+from axolotl_mopo.engine.layout import choose_layout, tolerance_of
+from axolotl_mopo.engine.log_softmax import selective_log_softmax
+from axolotl_mopo.engine.ranks import PassCounts
+from axolotl_mopo.engine.scoring import CompletionScores, Scorer, by_side
 from axolotl_mopo.losses import adaptive_weights, amopo_loss, modpo_loss
 from axolotl_mopo.margins.cache import TableCache
+from axolotl_mopo.margins.implicit import PairScorer
 from axolotl_mopo.margins.precompute import Constants, Precomputation
 from axolotl_mopo.metrics import MetricWindow
+from axolotl_mopo.stepping import Batch, SteppingMixin
 
 LOG = get_logger("axolotl.mopo")
-
-Batch = dict[str, Any]
 
 _CHECKED_ROWS = 4
 _SPREADS = {"weights/": "weights_std/", "margins/": "margins_std/", "rewards/margins": "rewards/margins_std"}
@@ -49,9 +55,9 @@ _SPREADS = {"weights/": "weights_std/", "margins/": "margins_std/", "rewards/mar
 
 
 class MultiObjectiveTrainer(
-    RngLoaderMixin, SchedulerMixin, OptimizerMixin, OptimizerInitMixin, DistributedParallelMixin, Trainer
+    RngLoaderMixin, SchedulerMixin, OptimizerMixin, OptimizerInitMixin, DistributedParallelMixin, SteppingMixin
 ):
-    """What MODPO and AMoPO share: packing, scoring, metrics and the model card. A child gives `pair_losses`."""
+    """What MODPO and AMoPO share: layout, metrics and the model card. A child gives the losses."""
 
     tag_names: ClassVar[list[str]]
     citation: ClassVar[str]
@@ -61,12 +67,15 @@ class MultiObjectiveTrainer(
     eval_dataset: Any
     data_collator: Any
 
+    method: AMoPOConfig | MODPOConfig
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
         *,
         train_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase,
+        eval_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
         if len(train_dataset) == 0:
@@ -74,13 +83,14 @@ class MultiObjectiveTrainer(
                 "the training set has no rows left; look in the log for how many were longer than sequence_len, and "
                 "raise it, or set excess_length_strategy: truncate"
             )
-        for note in notes(train_dataset, kwargs.get("eval_dataset")):
+        for note in notes(train_dataset, eval_dataset):
             LOG.warning(note)
         disable_dropout_in_model(model)
-        collator = PairCollator(pad_token_id=processing_class.pad_token_id or 0)
+        collator = PairCollator(processing_class.pad_token_id or 0, max_tokens=self.method.max_tokens_per_step)
         super().__init__(
             model=model,
-            train_dataset=train_dataset,
+            train_dataset=with_lengths(train_dataset),
+            eval_dataset=None if eval_dataset is None else with_lengths(eval_dataset),
             processing_class=processing_class,
             data_collator=collator,
             **kwargs,
@@ -88,40 +98,38 @@ class MultiObjectiveTrainer(
         # The loss is a mean over pairs; the host divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._metrics = {"train": MetricWindow(), "eval": MetricWindow()}
+        self.pass_counts = PassCounts(differ=collator.max_tokens is not None)
 
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         base.add_model_tags(self.tag_names)
+        collator.packed, self.scorer = self._lay_out(model, base)
+        if message := budget_message(self.train_dataset, collator):
+            LOG.info(message)
+
+    def _lay_out(self, model: nn.Module, base: PreTrainedModel) -> tuple[bool, Scorer]:
+        """Choose the layout, say so, and prepare the model for it."""
+        rows = self.train_dataset.select(range(min(_CHECKED_ROWS, len(self.train_dataset))))
         with self.accelerator.autocast():
-            reason = accept_trees(model, base, read_tokens(train_dataset[0]))
-        collator.packed = reason is None
-        if reason:
-            LOG.warning("%s is trained in padded rows, not in packed trees: %s.", type(base).__name__, reason)
+            layout = choose_layout(model, base, [read_tokens(row) for row in rows], self.method.layout)
+        (layout,) = broadcast_object_list([layout])  # other ranks may not have had the weights to try it
+        name = type(base).__name__
+        if layout.packed:
+            use_tree_attention(base)
+            LOG.info("%s is trained in packed prefix trees.", name)
+        elif self.method.layout == "padded":
+            LOG.info("%s is trained in padded rows.", name)
         else:
-            LOG.info("%s is trained in packed prefix trees.", type(base).__name__)
+            LOG.warning("%s is trained in padded rows, not in packed trees: %s.", name, layout.why_not_packed)
+        # A compiled forward pass would keep the hooks that it was traced with.
+        why_not_inside = "it is compiled" if self.args.torch_compile else layout.why_not_inside
+        if why_not_inside:
+            LOG.info("The logits of %s are computed at once, `logits_budget` has no effect: %s.", name, why_not_inside)
+        log_softmax = choose_log_softmax(self.args.device)
+        return layout.packed, Scorer(None if why_not_inside else base, self.method.logits_budget * 2**30, log_softmax)
 
-    def pair_losses(self, scores: CompletionScores, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method: scores of the batch's completions -> losses [B] and metrics, each [B]."""
-        raise NotImplementedError
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Mean loss over the pairs of a micro-batch."""
-        losses, metrics = self.pair_losses(score(model, inputs), inputs)
-        self._metrics["train" if model.training else "eval"].add({"loss": losses, **metrics})
-        loss = losses.mean()
-        return (loss, {}) if return_outputs else loss
-
-    def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss and metrics of an evaluation batch; there are no predictions to gather."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+    def record(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add metrics of some pairs to the window of the mode that the model is in."""
+        self._metrics["train" if self.model.training else "eval"].add(metrics)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The host's loop, with our metrics among its own and a loss that is the mean over pairs."""
@@ -171,15 +179,21 @@ class AMoPOTrainer(MultiObjectiveTrainer):
 }"""
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, args: Any, **kwargs: Any) -> None:
+        self.method: AMoPOConfig = AMoPOConfig.model_validate(args.amopo)
         super().__init__(model, args=args, **kwargs)
-        self.method = AMoPOConfig.model_validate(args.amopo)
-        self._draw_step, self._draws = -1, 0
+        self._micro_batch = (0, 0)
         weighting, names = self.method.weighting, self.method.prompt_names
         self._fixed_weights = None
         if isinstance(weighting, dict):
             self._fixed_weights = torch.tensor([weighting[name] for name in names], device=args.device)
         elif weighting == "uniform":
             self._fixed_weights = torch.full((len(names),), 1 / len(names), device=args.device)
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The shared step, counted within its optimizer step."""
+        step, number = self._micro_batch
+        self._micro_batch = (self.state.global_step, number + 1 if step == self.state.global_step else 1)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def pair_losses(self, scores: CompletionScores, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """See `losses.amopo_loss`.
@@ -188,19 +202,7 @@ class AMoPOTrainer(MultiObjectiveTrainer):
         """
         method, names = self.method, self.method.prompt_names
         chosen, rejected = by_side(scores, len(names))
-        weights = self._weights(chosen, rejected)
-        losses, _ = amopo_loss(
-            chosen.logps,
-            rejected.logps,
-            chosen.lengths,
-            rejected.lengths,
-            weights,
-            beta=method.beta,
-            gamma=method.gamma,
-            loss_type=method.loss_type,
-        )
-        if method.sft_coef:
-            losses = losses - method.sft_coef * (chosen.logps / chosen.lengths).mean(-1)
+        weights = self._weights(chosen, rejected, inputs)
         chosen_rewards = method.beta * chosen.logps.detach() / chosen.lengths
         rejected_rewards = method.beta * rejected.logps.detach() / rejected.lengths
         margins = chosen_rewards - rejected_rewards
@@ -213,28 +215,55 @@ class AMoPOTrainer(MultiObjectiveTrainer):
             metrics[f"rewards/margins/{name}"] = margins[:, dimension]
             metrics[f"rewards/accuracies/{name}"] = margins[:, dimension] > 0
             metrics[f"weights/{name}"] = weights[:, dimension]
-        return losses, metrics
+        return self._weighted_losses(chosen, rejected, weights), metrics
 
-    def _weights(self, chosen: CompletionScores, rejected: CompletionScores) -> Tensor:
+    def prompt_losses(self, scores: CompletionScores, whole: CompletionScores, inputs: Batch) -> Tensor:
+        """The weights need the token probabilities of all prompts, but no gradient; the loss is a sum over prompts."""
+        first, end = inputs["prompts"]
+        weights = self._weights(*by_side(whole, len(self.method.prompt_names)), inputs)
+        return self._weighted_losses(*by_side(scores, end - first), weights[:, first:end])
+
+    def _weighted_losses(self, chosen: CompletionScores, rejected: CompletionScores, weights: Tensor) -> Tensor:
+        """Losses [b] of b pairs, or what some of their prompts contribute: scores and weights are [b, D] or less."""
+        method = self.method
+        losses, _ = amopo_loss(
+            chosen.logps,
+            rejected.logps,
+            chosen.lengths,
+            rejected.lengths,
+            weights,
+            beta=method.beta,
+            gamma=method.gamma,
+            loss_type=method.loss_type,
+        )
+        if method.sft_coef:
+            losses = losses - method.sft_coef * (chosen.logps / chosen.lengths).sum(-1) / len(method.prompt_names)
+        return losses
+
+    def _weights(self, chosen: CompletionScores, rejected: CompletionScores, inputs: Batch) -> Tensor:
         if self._fixed_weights is not None:
             return self._fixed_weights.expand_as(chosen.prob_mean)
         drawn = self.method.weighting == "gaussian" and self.model.training
+        pairs = inputs["pairs"]
+
+        def among_all(values: Tensor) -> Tensor:
+            return values.new_zeros(inputs["size"], values.shape[1]).index_copy(0, pairs, values)
+
+        # Drawn for the whole micro-batch, so that a pair's draw is the same in whatever pass it is.
         return adaptive_weights(
-            chosen.prob_mean,
-            chosen.prob_std,
-            rejected.prob_mean,
-            rejected.prob_std,
+            among_all(chosen.prob_mean),
+            among_all(chosen.prob_std),
+            among_all(rejected.prob_mean),
+            among_all(rejected.prob_std),
             scheme="gaussian" if drawn else "mean",
             temperature=self.method.temperature,
             generator=self._draw_generator() if drawn else None,
-        )
+        )[pairs]
 
     def _draw_generator(self) -> torch.Generator:
         """A generator for this micro-batch alone, so that a resumed run draws what an undisturbed one would."""
-        if self.state.global_step != self._draw_step:
-            self._draw_step, self._draws = self.state.global_step, 0
-        self._draws += 1
-        moment = f"{self.args.seed} {self.args.process_index} {self._draw_step} {self._draws}"
+        step, number = self._micro_batch
+        moment = f"{self.args.seed} {self.args.process_index} {step} {number}"
         seed = random.Random(moment).getrandbits(63)  # noqa: S311 (no secret)
         return torch.Generator(device=self.args.device).manual_seed(seed)
 
@@ -256,8 +285,8 @@ class MODPOTrainer(MultiObjectiveTrainer):
 }"""
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, args: Any, **kwargs: Any) -> None:
+        self.method: MODPOConfig = MODPOConfig.model_validate(args.modpo)
         super().__init__(model, args=args, **kwargs)
-        self.method = MODPOConfig.model_validate(args.modpo)
         self._margin_weights = torch.tensor(self.method.margin_weights, device=args.device)
         LOG.info("MODPO's effective beta / w_k is %g.", self.method.beta / self.method.objective_weight)
         self._constants: dict[str, Constants] = {}
@@ -287,7 +316,7 @@ class MODPOTrainer(MultiObjectiveTrainer):
 
     def _evaluate_foreign(self, rows: Dataset, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate rows that the trainer was not built with, as `axolotl evaluate` asks for."""
-        rows, tables = _numbered(rows, 0), self._tables
+        rows, tables = _numbered(with_lengths(rows), 0), self._tables
         sets = {"evaluation": rows, **({"train": self.train_dataset} if self._normalised else {})}
         constants = self._precomputation(self.model).constants(sets)["evaluation"]
         self._tables = Constants(*(part.float().to(self.args.device) for part in constants))
@@ -302,8 +331,11 @@ class MODPOTrainer(MultiObjectiveTrainer):
 
     def _precomputation(self, wrapped: nn.Module) -> Precomputation:
         cache = TableCache(Path(str(self.method.cache_dir)), self.accelerator)
+        return Precomputation(self.method, self.model, self._pair_scorer(wrapped), cache)
+
+    def _pair_scorer(self, wrapped: nn.Module) -> PairScorer:
         batch_size = self.args.per_device_train_batch_size
-        return Precomputation(self.method, self.model, wrapped, self.data_collator, self.accelerator, cache, batch_size)
+        return PairScorer(wrapped, self.scorer, self.data_collator, self.accelerator, self.pass_counts, batch_size)
 
     def precompute(self, wrapped: nn.Module, train: bool = True) -> None:
         """Compute the reference log-probs and margins of rows with the policy as it stands, or find them.
@@ -335,13 +367,12 @@ class MODPOTrainer(MultiObjectiveTrainer):
             return
         LOG.info("The reference is the policy before its first step.")
         rows = self.train_dataset.select(range(min(_CHECKED_ROWS, len(self.train_dataset))))
-        batch = self._prepare_inputs(self.data_collator(list(rows)))
         wrapped.train()
-        with torch.no_grad(), self.accelerator.autocast():
-            scores = score(wrapped, batch)
+        logps = self._pair_scorer(wrapped).logps(rows, title=None)
+        lengths = torch.tensor([[len(row["chosen_input_ids"]), len(row["rejected_input_ids"])] for row in rows])
         assert self._tables  # noqa: S101 (computed just before)
-        expected = self._tables.reference[: len(rows)].flatten()
-        difference = ((scores.logps.float() - expected).abs() / scores.lengths).max().item()
+        expected = self._tables.reference[: len(rows)]
+        difference = ((logps - expected).abs().cpu() / lengths).max().item()
         tolerance = tolerance_of(next(self.model.parameters()), self.accelerator.mixed_precision != "no")
         if not difference <= tolerance:
             raise RuntimeError(
@@ -376,7 +407,7 @@ class MODPOTrainer(MultiObjectiveTrainer):
         method = self.method
         policy_chosen_logps, policy_rejected_logps = scores.logps.view(-1, 2).unbind(-1)
         assert self._tables  # noqa: S101 (computed before the first step)
-        index = inputs["pair_index"]
+        index = inputs["pair_index"][inputs["pairs"]]
         ref_chosen_logps, ref_rejected_logps = self._tables.reference[index].unbind(-1)
         chosen_margins, rejected_margins = self._tables.margins[index].unbind(1)
         losses, chosen_rewards, rejected_rewards = modpo_loss(
@@ -419,6 +450,11 @@ class _BeforeFirstStep(TrainerCallback):
         if state.global_step == 0:
             self.trainer.precompute(self.trainer.model_wrapped)
             self.trainer.check_start(self.trainer.model_wrapped)
+
+
+def choose_log_softmax(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """The cheapest on a device: on a GPU the host's kernel, which it puts into TRL's module when it loads a model."""
+    return trl.trainer.utils.selective_log_softmax if device.type == "cuda" else selective_log_softmax
 
 
 def _numbered(rows: Dataset, first: int) -> Dataset:

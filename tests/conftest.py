@@ -24,9 +24,16 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OlmoConfig,
+    Phi3Config,
     Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import axolotl_mopo
@@ -35,7 +42,7 @@ from axolotl_mopo.engine.trees import Pair
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "example_configs" / "smoke"
 
-_SHAPE = {
+SHAPE = {
     "vocab_size": 97,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -49,15 +56,28 @@ _SHAPE = {
 }
 # A window of 5 is shorter than every prompt but the shortest.
 CONFIGS = {
-    "llama": LlamaConfig(**_SHAPE),
-    "qwen2": Qwen2Config(**_SHAPE),
-    "mistral": MistralConfig(**_SHAPE, sliding_window=5),
-    "gemma": GemmaConfig(**_SHAPE, head_dim=8),
-    "gemma2": Gemma2Config(**_SHAPE, head_dim=8, sliding_window=5, attn_logit_softcapping=0.5),
-    "gemma3": Gemma3TextConfig(**_SHAPE, head_dim=8, sliding_window=5),
+    "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=8),
+    "mistral": MistralConfig(**SHAPE, sliding_window=5),
+    "gemma": GemmaConfig(**SHAPE, head_dim=8),
+    "gemma2": Gemma2Config(
+        **SHAPE, head_dim=8, sliding_window=5, attn_logit_softcapping=0.5, final_logit_softcapping=5.0
+    ),
+    "gemma3": Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=5),
+    "phi3": Phi3Config(**SHAPE, sliding_window=5),
+    "olmo": OlmoConfig(**SHAPE),
+    "olmo2": Olmo2Config(**SHAPE),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
     "gpt2": GPT2Config(
         vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2, pad_token_id=0
     ),
+}
+
+
+MIXTURES = {
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=None),
+    "qwen3_moe": Qwen3MoeConfig(**SHAPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 }
 
 

@@ -1,6 +1,7 @@
 """Every setting that cannot work is refused with the key, the fault and the mend."""
 
 import copy
+import logging
 import math
 
 import pytest
@@ -193,6 +194,19 @@ def test_the_two_bases_are_accepted():
         (changed(AMOPO, pad_to_multiple_of=8), ["`pad_to_multiple_of` has no effect", "remove it"]),
         (changed(AMOPO, context_parallel_size=2), ["`context_parallel_size` other than 1 does not work", "remove it"]),
         (changed(AMOPO, remove_unused_columns=True), ["`remove_unused_columns: true`", "remove it"]),
+        (changed(AMOPO, amopo__layout="row"), ["`amopo.layout`", "'packed' or 'padded'", "'row'"]),
+        (changed(AMOPO, amopo__max_tokens_per_step=0), ["`amopo.max_tokens_per_step`", "at least 1"]),
+        (changed(AMOPO, amopo__max_tokens_per_step=True), ["`amopo.max_tokens_per_step`", "at least 1"]),
+        (changed(MODPO, modpo__logits_budget=0), ["`modpo.logits_budget`", "a positive number"]),
+        (changed(AMOPO, amopo__directive_position="behind"), ["`amopo.directive_position`", "before or after"]),
+        (
+            changed({**MODPO, "attn_implementation": "flex_attention"}, modpo__layout="packed"),
+            ["`modpo.layout: packed` does not go with the attention implementation 'flex_attention'", "one of sdpa,"],
+        ),
+        (
+            changed({**AMOPO, "xformers_attention": True}, amopo__layout="packed"),
+            ["does not go with the attention implementation 'xformers_attention'", "or drop `layout`"],
+        ),
         (changed(AMOPO, trainer_cls="my.Trainer"), ["`trainer_cls` has no effect with `rl: amopo`", "remove it"]),
         (changed(AMOPO, datasets=3), ["`datasets` must be a list of mappings", "not 3"]),
         (changed(AMOPO, mopo_data=[1]), ["`mopo_data` is what the plugin fills in itself", "remove it"]),
@@ -224,6 +238,19 @@ def test_a_setting_that_cannot_work_is_refused(cfg, words):
     text = refusal(copy.deepcopy(cfg))
     for word in words:
         assert word in text
+
+
+def test_an_attention_implementation_that_cannot_carry_trees_is_told_of(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    for attention, layout, told in (
+        ("flex_attention", None, True),
+        ("flex_attention", "padded", False),
+        ("sdpa", None, False),
+        ("flash_attention_2", "packed", False),
+    ):
+        caplog.clear()
+        MOPOPlugin().register(changed({**AMOPO, "attn_implementation": attention}, amopo__layout=layout))
+        assert ("'flex_attention' cannot carry packed trees, so padded rows are trained" in caplog.text) is told
 
 
 def test_every_fault_is_told_at_once():

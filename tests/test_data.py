@@ -8,15 +8,18 @@ import pytest
 from axolotl.utils.data.rl import _drop_long_sequences
 from axolotl.utils.schemas.enums import RLType
 from conftest import SMOKE, prepare
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
 from axolotl_mopo.config import Directives
+from axolotl_mopo.data.collating import PairCollator, read_tokens
 from axolotl_mopo.data.directives import dimension_directive, integrated_directive
 from axolotl_mopo.data.formats import FORMATS
+from axolotl_mopo.data.lengths import budget_message, pair_lengths, with_lengths
 from axolotl_mopo.data.options import PairsOptions
 from axolotl_mopo.data.pairing import PairReader
 from axolotl_mopo.data.reading import Reading
 from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.engine.trees import trie_size
 
 ROW = {
     "prompt": "Which is bigger?",
@@ -56,6 +59,60 @@ def test_every_dimension_has_a_prompt_of_its_own(tokenizer):
     assert prompts == [CHAT.format(f"{directive}\n\nWhich is bigger?") for directive in directives]
     assert (chosen, rejected) == ("The sun is bigger.<|im_end|>", "Moon.<|im_end|>")
     assert row["prompt"] == max(prompts, key=lambda prompt: len(tokenizer(prompt)["input_ids"]))
+
+
+def test_directives_after_the_question_let_all_prompts_share_it(tokenizer):
+    question = " ".join(f"word{index}" for index in range(60))
+    before, after = (
+        prepare([{**ROW, "prompt": question}], tokenizer, directive_position=position)[0]
+        for position in ("before", "after")
+    )
+    directives = [
+        integrated_directive(Directives(), ["helpfulness"], (0, 4)),
+        dimension_directive(Directives(), "helpfulness", 4, ["helpfulness"], (0, 4)),
+    ]
+    assert texts(after, tokenizer)[0] == [CHAT.format(f"{question}\n\n{directive}") for directive in directives]
+    assert pair_lengths(Dataset.from_list([before, after])).std() <= 4  # the same tokens, but for the seams
+    saved = trie_size(read_tokens(before)) - trie_size(read_tokens(after))
+    assert saved == pytest.approx(len(tokenizer(question)["input_ids"]), abs=4)
+
+
+def test_a_question_that_is_too_long_leaves_a_directive_after_it_whole(tokenizer):
+    question = " ".join(f"word{index}" for index in range(300))
+    (row,) = prepare([{**ROW, "prompt": question}], tokenizer, sequence_len=200, directive_position="after")
+    prompts, _, _ = texts(row, tokenizer)
+    assert prompts[0].endswith("helpfulness.<|im_end|>\n<|im_start|>assistant\n")
+    assert "word299\n\nAs an expert" in prompts[0]
+    assert row["cut_prompt_tokens"] > 100
+    assert fits(row, tokenizer, 200)
+
+
+def numbered(*shapes):
+    """Rows of two prompts and two completions of so many tokens."""
+    names = ("chosen_input_ids", "rejected_input_ids")
+    return Dataset.from_list(
+        [
+            {"prompt_input_ids": [[1] * first, [2] * second], **dict(zip(names, ([3] * c, [4] * r), strict=True))}
+            for first, second, c, r in shapes
+        ]
+    )
+
+
+def test_the_length_of_a_row_counts_every_prompt_with_both_completions():
+    rows = numbered((5, 7, 2, 3), (1, 1, 1, 1), (10, 1, 4, 0))
+    assert pair_lengths(rows).tolist() == [5 + 7 + 2 * (2 + 3), 2 + 2 * 2, 11 + 2 * 4]
+    assert with_lengths(rows)["length"] == pair_lengths(rows).tolist()
+    assert pair_lengths(rows.select([])).tolist() == []
+
+
+def test_what_a_budget_of_tokens_means_for_the_rows_is_told():
+    rows = with_lengths(numbered((5, 7, 2, 3), (1, 1, 1, 1), (50, 60, 9, 9)))
+    assert budget_message(rows, PairCollator(0)) is None
+    assert budget_message(rows, PairCollator(0, max_tokens=1000)) is None
+    some = budget_message(rows, PairCollator(0, max_tokens=100))
+    assert some.startswith("of 3 pairs, 1 are split by their prompts to keep to max_tokens_per_step, and take one more")
+    assert "exceed" not in some
+    assert "; 1 exceed it all the same" in budget_message(rows, PairCollator(0, max_tokens=22))
 
 
 def test_directives_are_templates_of_the_users(tokenizer, tmp_path):

@@ -4,15 +4,24 @@ import copy
 
 import pytest
 import torch
-from conftest import CONFIGS, build_model, ragged_pairs
+from conftest import CONFIGS, MIXTURES, SHAPE, build_model, ragged_pairs
 from torch import nn
-from transformers import GptOssConfig, LlamaForCausalLM, MambaConfig, MixtralConfig
+from transformers import (
+    FalconH1Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    PhiConfig,
+    RecurrentGemmaConfig,
+)
 
 from axolotl_mopo.engine.attention import TREE_PREFIX, use_plain_attention, use_tree_attention
-from axolotl_mopo.engine.layout import accept_trees, why_not_trees
-from axolotl_mopo.engine.scoring import completion_scores, score, token_logps
+from axolotl_mopo.engine.layout import Layout, choose_layout, why_not_trees
+from axolotl_mopo.engine.scoring import Scorer, completion_scores
 from axolotl_mopo.engine.trees import Pair, pack, pad
 
+score = Scorer()
 ARCHITECTURES = list(CONFIGS)
 
 
@@ -35,6 +44,8 @@ def build_float64(architecture, attention="sdpa"):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm"):
                 setattr(parent, name, FineNorm(child, gemma=architecture.startswith("gemma")))
+            elif type(child).__name__ == "OlmoLayerNorm":
+                setattr(parent, name, nn.LayerNorm(child.normalized_shape, eps=1e-5, elementwise_affine=False))
     return model
 
 
@@ -78,6 +89,14 @@ def test_packed_equals_padded_with_eager_attention(architecture):
     assert_same(scores_and_gradients(model, pack(ragged_pairs())), padded, 2e-4)
 
 
+@pytest.mark.parametrize("config", [*CONFIGS.values(), *MIXTURES.values(), PhiConfig(**SHAPE)], ids=type)
+def test_the_cheapest_layout_that_gives_the_models_numbers_is_found(config):
+    model = build_model(config)
+    assert choose_layout(model, model, ragged_pairs()) == Layout(packed=True, inside=True)
+    assert not choose_layout(model, model, ragged_pairs(), "padded").packed
+    assert not model.config._attn_implementation.startswith(TREE_PREFIX)
+
+
 def test_attention_matters_in_these_models():
     """The parity above would show a wrong window, a wrong cap or a wrong key."""
     pairs = ragged_pairs()
@@ -111,7 +130,7 @@ def test_a_completion_does_not_see_the_other_one(architecture):
     before = score(model, pack([pair, *rest])).logps.view(-1, 2, 2)
     other_rejected = pair._replace(rejected=[5] * 11)
     after = score(model, pack([other_rejected, *rest])).logps.view(-1, 2, 2)
-    assert torch.equal(before[0, :, 0], after[0, :, 0])
+    assert torch.allclose(before[0, :, 0], after[0, :, 0], atol=1e-5)
     assert not torch.isclose(before[0, :, 1], after[0, :, 1]).any()
     other_chosen = pair._replace(chosen=[5] * 3)
     after = score(model, pack([other_chosen, *rest])).logps.view(-1, 2, 2)
@@ -125,7 +144,7 @@ def test_a_packed_row_has_no_padding_and_every_prompt_once():
     tokens = sum(len(prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs for prompt in pair.prompts)
     assert batch["input_ids"].shape == (1, tokens)
     # The first tokens of both completions share a row of logits.
-    assert len(batch["logits_to_keep"]) == len(batch["targets"]) - len(batch["lengths"]) // 2
+    assert len(batch["logits_to_keep"]) == len(batch["predictors"]) - len(batch["lengths"]) // 2
 
 
 def test_whatever_sequences_share_is_computed_once_and_exactly():
@@ -176,12 +195,16 @@ def test_without_segments_the_model_is_as_it_was(attention):
         assert torch.equal(before, generate())
 
 
-def test_half_precision_logits_are_summed_in_float32():
-    logits = torch.randn(7, 50, dtype=torch.bfloat16)
-    targets = torch.arange(7)
-    logps = token_logps(logits, torch.arange(7), targets)
+@pytest.mark.parametrize("inside", [False, True])
+def test_half_precision_logits_are_summed_in_float32(inside):
+    model = build_model(CONFIGS["llama"], dtype=torch.bfloat16)
+    prompt, completion = [5, 6, 7], [8, 9, 10, 11]
+    batch = pad([Pair([prompt], completion, completion)], 0)
+    logps = Scorer(model if inside else None)(model, batch).logps
     assert logps.dtype == torch.float32
-    assert torch.allclose(logps, logits.float().log_softmax(-1)[targets, targets], atol=1e-6)
+    logits = model(torch.tensor([prompt + completion])).logits[0, 2:-1].float()
+    expected = logits.log_softmax(-1)[range(4), completion].sum()
+    assert torch.allclose(logps, expected, atol=1e-5)
 
 
 def test_a_single_token_has_no_spread():
@@ -190,29 +213,57 @@ def test_a_single_token_has_no_spread():
     assert scores.prob_std[1] == pytest.approx(torch.tensor([-0.5, -0.7]).exp().std().item())
 
 
-def test_a_mixture_of_experts_takes_trees():
-    config = MixtralConfig(**{**CONFIGS["llama"].to_dict(), "num_local_experts": 4, "sliding_window": None})
-    model = build_model(config)
+@pytest.mark.parametrize("architecture", list(MIXTURES))
+def test_a_mixture_of_experts_takes_trees(architecture):
+    model = build_model(MIXTURES[architecture])
     padded = scores_and_gradients(model, pad(ragged_pairs(), 0))
     assert why_not_trees(model) is None
     use_tree_attention(model)
     assert_same(scores_and_gradients(model, pack(ragged_pairs())), padded, 1e-3)
 
 
+SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
+MAMBA_SHAPE = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (MambaConfig(vocab_size=97, hidden_size=32), "AttentionInterface"),
-        (GptOssConfig(vocab_size=97, hidden_size=32, intermediate_size=48, head_dim=8, num_local_experts=4), "sinks"),
+        (MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2), "AttentionInterface"),
+        (FalconH1Config(**SMALL, **MAMBA_SHAPE, num_key_value_heads=2, mamba_chunk_size=8), "AttentionInterface"),
+        (RecurrentGemmaConfig(**SMALL, num_key_value_heads=1, lru_width=32, attention_window_size=5), "recurrent"),
+        (GptOssConfig(**SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=4), "sinks"),
+        (
+            Llama4TextConfig(**SMALL, num_key_value_heads=2, head_dim=8, intermediate_size_mlp=48, num_local_experts=2),
+            "chunked_attention",
+        ),
     ],
-    ids=["mamba", "gpt_oss"],
+    ids=["mamba", "falcon_h1", "recurrent_gemma", "gpt_oss", "llama4"],
 )
 def test_an_architecture_that_cannot_take_trees_is_told(config, reason):
-    config.num_hidden_layers = 2
     model = build_model(config, "eager")
     assert reason in why_not_trees(model)
-    assert reason in accept_trees(model, model, ragged_pairs()[0])
+    layout = choose_layout(model, model, ragged_pairs())
+    assert not layout.packed
+    assert layout.inside is not isinstance(config, RecurrentGemmaConfig)  # which caps its head's logits its own way
+    assert reason in layout.why_not_packed
     assert score(model, pad(ragged_pairs(), 0)).logps.isfinite().all()
+    with pytest.raises(ValueError, match=reason):
+        choose_layout(model, model, ragged_pairs(), "packed")
+
+
+def test_an_architecture_that_hands_its_attention_something_unknown_goes_to_padded_rows():
+    class Sinking(LlamaForCausalLM):
+        """Hands its attention what could be a bias of the scores."""
+
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0, **kwargs):
+            inputs = (input_ids, attention_mask, position_ids)
+            return super().forward(*inputs, logits_to_keep=logits_to_keep, attention_bias=1.0, **kwargs)
+
+    model = Sinking(copy.deepcopy(CONFIGS["llama"]))
+    layout = choose_layout(model, model, ragged_pairs())
+    assert not layout.packed
+    assert "LlamaAttention hands its attention attention_bias" in layout.why_not_packed
 
 
 def test_an_attention_implementation_that_cannot_carry_trees_is_told():
@@ -233,5 +284,9 @@ def test_a_model_whose_numbers_differ_falls_back_to_padded_rows():
 
     model = Leaky(copy.deepcopy(CONFIGS["llama"]))
     assert why_not_trees(model) is None
-    assert "differ" in accept_trees(model, model, Pair([[5, 6, 7]], [8, 9, 10], [11, 12]))
+    layout = choose_layout(model, model, [Pair([[5, 6, 7]], [8, 9, 10], [11, 12])])
+    assert not layout.packed
+    assert "differ" in layout.why_not_packed
+    with pytest.raises(ValueError, match="cannot be trained in packed trees: token log-probs differ"):
+        choose_layout(model, model, ragged_pairs(), "packed")
     assert not model.config._attn_implementation.startswith(TREE_PREFIX)

@@ -25,7 +25,7 @@ from transformers import (
 from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data.collating import PairCollator
 from axolotl_mopo.data.rows import DataError
-from axolotl_mopo.engine.scoring import score
+from axolotl_mopo.engine.scoring import Scorer
 from axolotl_mopo.margins.fingerprint import files_digest, policy_digests, rows_digest
 from axolotl_mopo.margins.implicit import with_adapter
 from axolotl_mopo.plugin import MOPOPlugin
@@ -92,9 +92,9 @@ def computed(trainer):
 
 
 def logps(model, rows, count=6):
-    batch = PairCollator(pad_token_id=0, packed=False)(list(rows.select(range(count))))
+    ((batch,),) = PairCollator(pad_token_id=0, packed=False)(list(rows.select(range(count))))["units"]
     with torch.no_grad():
-        return score(model.eval(), batch).logps.view(-1, 2)
+        return Scorer()(model.eval(), batch).logps.view(-1, 2)
 
 
 @pytest.mark.parametrize("policy", [{}, LORA], ids=["full", "lora"])

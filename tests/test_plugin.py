@@ -66,6 +66,7 @@ def with_changes(base, **changes):
         (AMOPO, {"amopo": {"dimensions": ["helpfulness"]}}),
         (AMOPO, {"amopo": {"integrated": False}}),
         (AMOPO, {"amopo": {"score_range": [0, 9]}}),
+        (AMOPO, {"amopo": {"directive_position": "after"}}),
         (AMOPO, {"amopo": {"directives": {"integrated": "Mind {{ dimensions }}."}}}),
         (AMOPO, {"entry": {"score_scale": [0, 4]}}),
         (AMOPO, {"entry": {"field_prompt": "question"}}),
@@ -83,6 +84,7 @@ def test_settings_that_change_the_rows_change_the_name_of_the_prepared_rows(base
     ("base", "changes"),
     [
         (AMOPO, {"amopo": {"beta": 1, "gamma": 0, "weighting": "uniform"}}),
+        (AMOPO, {"amopo": {"layout": "padded", "max_tokens_per_step": 4096, "logits_budget": 1}}),
         (MODPO, {"modpo": {"weights": {"better": 0.9, "safer": 0.1}, "beta": 0.5}}),
     ],
 )
@@ -139,6 +141,9 @@ def test_the_hosts_schema_keeps_our_fields(monkeypatch):
     arguments = PluginManager.get_instance().get_training_args(validated)
     assert set(arguments) == {"amopo"}
     assert arguments["amopo"]["beta"] == 0.8
+    validated.group_by_length = True  # the host leaves it out for preference runs
+    arguments = PluginManager.get_instance().get_training_args(validated)
+    assert arguments["train_sampling_strategy"] == "group_by_length"
 
 
 def test_naming_the_package_imports_nothing_heavy():

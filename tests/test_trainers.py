@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import json
+import logging
 import math
 import random
 from pathlib import Path
@@ -10,9 +12,11 @@ from pathlib import Path
 import ddp_worker
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import host_trainer, smoke_config, torchrun
+from conftest import ROOT, host_trainer, smoke_config, torchrun
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MambaConfig, TrainerCallback
 
 from axolotl_mopo.metrics import MetricWindow
@@ -80,6 +84,126 @@ def test_accumulating_two_batches_of_two_is_one_batch_of_four(build, method, ada
     for name in ("rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/rejected"):
         assert log[name] == pytest.approx(other_log[name], rel=1e-5, abs=1e-5)
     assert_same_gradients(gradients, other_gradients)
+
+
+def method_block(method, **settings):
+    """The smoke YAML's block with some settings besides."""
+    cfg = yaml.safe_load((ROOT / "example_configs" / f"smoke-{method}.yaml").read_text())
+    return {method: {**cfg[method], **settings}}
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize(("method", "limit"), [("amopo", 2000), ("amopo", 250), ("amopo", 1), ("modpo", 150)])
+def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, caplog, monkeypatch):
+    """At 2000 several pairs share a pass, at 250 some are split by their prompts, at 1 every prompt stands alone."""
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    common = {"max_steps": 1, "micro_batch_size": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 1e9}
+    log, gradients = first_step(build(method, "whole", **common, **method_block(method, layout=layout)))
+    limited = build(method, "limited", **common, **method_block(method, layout=layout, max_tokens_per_step=limit))
+    forwards = []
+    limited.model.register_forward_pre_hook(lambda model, args, kwargs: forwards.append(kwargs), with_kwargs=True)
+    other_log, other_gradients = first_step(limited)
+    assert len(forwards) > 2
+    if limit > 1:
+        assert all(kwargs["input_ids"].numel() <= limit for kwargs in forwards)
+    if method == "amopo" and limit <= 250:
+        assert "are split by their prompts to keep to max_tokens_per_step" in caplog.text
+    assert log.keys() == other_log.keys()
+    for name in log.keys() - {"epoch"}:
+        assert log[name] == pytest.approx(other_log[name], rel=1e-4, abs=1e-5), name
+    assert_same_gradients(gradients, other_gradients)
+    whole, limited = (
+        build(method, name, **method_block(method, layout=layout, **settings)).evaluate()
+        for name, settings in (("a", {}), ("b", {"max_tokens_per_step": limit}))
+    )
+    assert whole["eval_loss"] == pytest.approx(limited["eval_loss"], rel=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Notes every operation that would make an accelerator's queue wait for the CPU."""
+
+    waiting = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name.startswith(self.waiting):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_waits_for_no_number(build, method):
+    trainer = build(method, max_steps=1)
+    trainer.train()  # leaves everything as a step finds it
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(3)])
+    with Reads() as reads:
+        for _ in range(2):
+            trainer.training_step(trainer.model, batch)
+    assert reads.seen == []
+    with Reads() as reads:
+        torch.ones(()).item()
+    assert reads.seen
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_garbage_is_collected_when_the_host_is_asked_to_and_never_else(build, every):
+    trainer = build("amopo", max_steps=4, eval_strategy="no", eval_steps=None, gc_collect_steps=every)
+    steps, collected = [], []
+    gc.collect()
+    gc.disable()  # what is left are the explicit ones
+    note = lambda phase, info: collected.append(trainer.state.global_step) if phase == "start" else None  # noqa: E731
+    gc.callbacks.append(note)
+    trainer.add_callback(Marks(steps))
+    try:
+        trainer.train()
+    finally:
+        gc.callbacks.remove(note)
+        gc.enable()
+    assert steps == [0, 1, 2, 3]
+    between = [step for step in collected if 0 < step < 4]
+    assert bool(between) is (every is not None)
+
+
+class Marks(TrainerCallback):
+    """Notes where steps begin."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+def test_the_hosts_own_log_softmax_is_in_use(build):
+    """Axolotl puts its GPU kernel in the place of TRL's function when a model is loaded."""
+    from axolotl.monkeypatch.trainer import utils as host
+
+    from axolotl_mopo.engine.log_softmax import selective_log_softmax
+    from axolotl_mopo.trainers import choose_log_softmax
+
+    assert build("amopo").scorer.log_softmax is choose_log_softmax(torch.device("cpu")) is selective_log_softmax
+    assert choose_log_softmax(torch.device("cuda")) is host.selective_log_softmax
+
+
+def test_rows_of_like_length_are_grouped(build):
+    def spread(name, **overrides):
+        trainer = build("modpo", name, micro_batch_size=8, **overrides)
+        lengths = trainer.train_dataset["length"]
+        assert lengths == [
+            len(row["prompt_input_ids"][0]) + len(row["chosen_input_ids"]) + len(row["rejected_input_ids"])
+            for row in trainer.train_dataset
+        ]
+        batches = [
+            sorted(lengths[number] for number in batch["pair_index"].tolist())
+            for batch in trainer.get_train_dataloader()
+        ]
+        return sum(batch[-1] - batch[0] for batch in batches)
+
+    assert spread("grouped", group_by_length=True) < spread("random") / 2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -166,8 +290,8 @@ def test_amopos_draws_are_only_in_training(build):
     trainer = build("amopo", max_steps=1)
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
     batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
-    trainer.model.train()
-    assert trainer.compute_loss(trainer.model, batch) != trainer.compute_loss(trainer.model, batch)
+    trainer.current_gradient_accumulation_steps = 2
+    assert trainer.training_step(trainer.model, batch) != trainer.training_step(trainer.model, batch)
     trainer.model.eval()
     assert trainer.compute_loss(trainer.model, batch) == trainer.compute_loss(trainer.model, batch)
 
@@ -271,8 +395,11 @@ def test_a_window_averages_over_pairs():
     assert window.pop(accelerator) == {}
 
 
+@pytest.mark.parametrize("limit", [None, 300])
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_as_one_with_the_same_batch(tmp_path, method):
+def test_two_processes_train_as_one_with_the_same_batch(tmp_path, method, limit):
+    """With a limit of tokens one of them has more passes to make than the other."""
+    settings = {"weighting": "uniform"} if method == "amopo" else {}
     results = []
     for processes in (1, 2):
         cfg = smoke_config(
@@ -285,7 +412,7 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path, method):
             micro_batch_size=4 // processes,
             gradient_accumulation_steps=1,
             eval_batch_size=4 // processes,
-            **FIXED[method],
+            **method_block(method, **settings, max_tokens_per_step=limit),
         )
         config, result = tmp_path / f"{processes}.json", tmp_path / f"{processes}.pt"
         config.write_text(json.dumps(cfg))

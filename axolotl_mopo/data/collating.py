@@ -6,20 +6,36 @@ from typing import Any
 
 import torch
 
-from axolotl_mopo.engine.trees import Pair, pack, pad
+from axolotl_mopo.engine.packing import lay_out, share_out
+from axolotl_mopo.engine.trees import Pair
 
 
 @dataclass
 class PairCollator:
-    """Collates rows into packed trees or padded rows, with the rows' numbers, `pair_index` [B], if they have some."""
+    """Collates B rows into `units` of passes, `size` (B), and the rows' numbers, `pair_index` [B], if they have some.
+
+    A unit is the list of the passes that complete its pairs: one pass of whole pairs, or several that split one pair.
+
+    Args:
+        pad_token_id: fills padded rows.
+        packed: whether passes are packed trees or padded rows.
+        max_tokens: of a pass, padding included; None for a single pass.
+    """
 
     pad_token_id: int
     packed: bool = True
+    max_tokens: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One batch of B pairs."""
         pairs = [read_tokens(row) for row in rows]
-        batch = pack(pairs) if self.packed else pad(pairs, self.pad_token_id)
+        batch: dict[str, Any] = {
+            "units": [
+                [lay_out(pairs, share, self.packed, self.pad_token_id) for share in unit]
+                for unit in share_out(pairs, self.max_tokens, self.packed)
+            ],
+            "size": len(pairs),
+        }
         if "pair_index" in rows[0]:
             batch["pair_index"] = torch.tensor([row["pair_index"] for row in rows])
         return batch

@@ -21,7 +21,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from axolotl_mopo.engine.trees import Segments
 
 TREE_PREFIX = "mopo_tree_"
-TREE_BACKENDS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+
+_CHANGE_NO_SCORE = {
+    "cache_position",
+    "dropout",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+"""What models hand their attention besides what `tree_attention` heeds; dropout is off in training."""
 
 
 def use_tree_attention(model: PreTrainedModel) -> None:
@@ -41,7 +52,8 @@ def use_tree_attention(model: PreTrainedModel) -> None:
 
 def use_plain_attention(model: PreTrainedModel) -> None:
     """Undo `use_tree_attention`."""
-    model.set_attn_implementation(model.config._attn_implementation.removeprefix(TREE_PREFIX))
+    if model.config._attn_implementation.startswith(TREE_PREFIX):
+        model.set_attn_implementation(model.config._attn_implementation.removeprefix(TREE_PREFIX))
 
 
 def tree_attention(
@@ -74,6 +86,9 @@ def tree_attention(
 
     Returns:
         The attended values [1, T, heads, head_dim], and None.
+
+    Raises:
+        ValueError: where the model hands over something that would change what packed trees attend to.
     """
     if segments is None:
         fallback: Callable[..., Any] = _eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
@@ -88,6 +103,8 @@ def tree_attention(
             softcap=softcap,
             **kwargs,
         )
+    if unknown := sorted(name for name in kwargs.keys() - _CHANGE_NO_SCORE if kwargs[name] is not None):
+        raise ValueError(f"{type(module).__name__} hands its attention {', '.join(unknown)}")
     key, value = key[:, :, segments.key_index], value[:, :, segments.key_index]
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
     if implementation.startswith("flash_attention"):

@@ -1,12 +1,21 @@
 """One forward pass over a batch -> log-prob and token-probability statistics of every completion."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from axolotl_mopo.engine.log_softmax import selective_log_softmax
 
 MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", "segments", "logits_to_keep")
+
+_BYTES_PER_LOGIT = 12
+"""Of a logit, its float32 copy and its gradient, at most."""
 
 
 class CompletionScores(NamedTuple):
@@ -28,23 +37,116 @@ def by_side(scores: CompletionScores, prompts: int) -> tuple[CompletionScores, C
     return CompletionScores(*(v[..., 0] for v in sides)), CompletionScores(*(v[..., 1] for v in sides))
 
 
-def score(model: nn.Module, batch: Mapping[str, Any]) -> CompletionScores:
-    """Score a batch of `pack` or `pad`, computing logits only where they predict a completion token.
+def joined(parts: Sequence[CompletionScores]) -> CompletionScores:
+    """The scores of several batches' completions, one batch after the other."""
+    return parts[0] if len(parts) == 1 else CompletionScores(*map(torch.cat, zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores batches of `pack` or `pad`, with logits only where they predict a completion token.
 
     Args:
-        model: a causal language model, possibly wrapped (PEFT, DDP, FSDP).
-        batch: a batch on the model's device.
+        base: the transformers model inside the model that is run, whose head is asked within its forward pass; None
+            takes the logits that the forward pass returns.
+        logits_budget: bytes that logits and their gradient may take before the head runs in chunks, whose logits are
+            computed a second time in the backward pass; None sets no limit. Heeded with `base` alone.
+        log_softmax: computes log-probs as `selective_log_softmax` does, from logits in float32 or finer.
     """
-    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-    logps = token_logps(logits, batch["predictors"], batch["targets"])
-    return completion_scores(logps, batch["completion_ids"], batch["lengths"])
+
+    base: PreTrainedModel | None = None
+    logits_budget: float | None = None
+    log_softmax: Callable[[Tensor, Tensor], Tensor] = selective_log_softmax
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> CompletionScores:
+        """The scores of the C completions of a batch on the model's device.
+
+        Args:
+            model: a causal language model, possibly wrapped (PEFT, DDP, FSDP).
+            batch: of `pack` or `pad`.
+        """
+        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        rows, targets = batch["rows"], batch["targets"]
+        if self.base is None:
+            logps = self._logps(model(**inputs, use_cache=False).logits.flatten(0, 1)[rows], targets)
+        else:
+            with self._head_answers_logps(self.base, rows, targets):
+                logps = model(**inputs, use_cache=False).logits
+        return completion_scores(logps.flatten()[batch["predictors"]], batch["completion_ids"], batch["lengths"])
+
+    @contextmanager
+    def _head_answers_logps(self, base: PreTrainedModel, rows: Tensor, targets: Tensor) -> Iterator[None]:
+        """For a while the head answers with log-probs [1, P, K] of `targets` in the place of logits.
+
+        So they are computed within the wrapped forward pass: sharded weights are there, and mixed precision turns
+        log-probs and not logits into float32.
+        """
+        head = base.get_output_embeddings()
+        size = self._rows_at_once(base) or len(rows)
+        chunks: list[Tensor] = []
+        answering = False
+
+        def choose_rows(head: nn.Module, args: tuple[Tensor, ...]) -> Tensor | None:
+            if answering:
+                return None
+            chunks.extend(args[0].flatten(0, 1)[rows].split(size))
+            return chunks[0][None] if len(chunks) == 1 else chunks[0][None, :1]  # chunks are run by `answer`
+
+        def answer(head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor | None:
+            nonlocal answering
+            if answering:
+                return None
+            if len(chunks) == 1:
+                return self._logps(logits.squeeze(0), targets, cap)[None]
+            answering = True
+            parts = zip(chunks, targets.split(size), strict=True)
+            return torch.cat([_recomputed(chunk_logps, *part) for part in parts])[None]
+
+        def chunk_logps(hidden: Tensor, targets: Tensor) -> Tensor:
+            return self._logps(head(hidden[None]).squeeze(0), targets, cap)
+
+        # The hooks of wrappers run outside ours.
+        handles = [head.register_forward_pre_hook(choose_rows), head.register_forward_hook(answer, prepend=True)]
+        try:
+            with _without_soft_cap(base.config) as cap:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _rows_at_once(self, base: PreTrainedModel) -> int | None:
+        if self.logits_budget is None:
+            return None
+        return max(1, int(self.logits_budget / (_BYTES_PER_LOGIT * base.config.get_text_config().vocab_size)))
+
+    def _logps(self, logits: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+        """Log-probs of targets under their rows of logits, in float32 or finer: [P, V], [P, K] -> [P, K]."""
+        # Half-precision logits would give half-precision log-probs.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return self.log_softmax(logits[None], targets[None]).squeeze(0)
 
 
-def token_logps(logits: Tensor, predictors: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target under its row of logits, in float32 or finer: [K, V], [N], [N] -> [N]."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits[predictors, targets] - logits.logsumexp(-1)[predictors]
+def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """The function's result, computed a second time in the backward pass in the place of keeping what it needs."""
+    result = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(result, Tensor)  # noqa: S101 (torch says Any or None)
+    return result
+
+
+@contextmanager
+def _without_soft_cap(config: PreTrainedConfig) -> Iterator[float | None]:
+    """Keep the model from capping what its head answers, for a while; gives the cap."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is None:
+        yield None
+        return
+    config.final_logit_softcapping = None
+    try:
+        yield cap
+    finally:
+        config.final_logit_softcapping = cap
 
 
 def completion_scores(logps: Tensor, completion_ids: Tensor, lengths: Tensor) -> CompletionScores:
@@ -57,3 +159,14 @@ def completion_scores(logps: Tensor, completion_ids: Tensor, lengths: Tensor) ->
     prob_mean = total(probs) / lengths
     prob_variance = total((probs - prob_mean[completion_ids]) ** 2) / (lengths - 1).clamp(min=1)
     return CompletionScores(total(logps), prob_mean, prob_variance.sqrt(), lengths)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model as it is evaluated, for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -5,21 +5,25 @@ right-padded row, for models that cannot take trees. Both number the completions
 prompt by prompt, the chosen one before the rejected one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Tokens = NDArray[np.int64]
 
 
 class Pair(NamedTuple):
     """Token ids of one preference pair: D prompts that share both completions."""
 
-    prompts: Sequence[list[int]]
-    chosen: list[int]
-    rejected: list[int]
+    prompts: Sequence[Sequence[int]]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -64,46 +68,48 @@ def pack(pairs: Sequence[Pair]) -> dict[str, Any]:
     completions of pairs that stem from one group of responses.
 
     Returns:
-        The model's inputs (`input_ids`, `position_ids`, `attention_mask`, `segments`, and `logits_to_keep`, the
-        positions that predict a completion token [K]), and for the N completion tokens `targets` [N], `predictors` [N]
-        (which of the K logits predict them), `completion_ids` [N] (whose token it is, of C completions) and `lengths`
-        [C].
+        The model's inputs (`input_ids`, `position_ids`, `attention_mask`, `segments`, and `logits_to_keep`, the P
+        positions that predict a completion token); `rows` [P], which of the kept positions predict; `targets` [P, K],
+        the tokens that each of them predicts, where completions branch more than one; and for the N completion tokens
+        `predictors` [N] (which of the flattened [P * K] log-probs are theirs), `completion_ids` [N] (whose token it is,
+        of C completions) and `lengths` [C].
     """
-    trie: dict[tuple[int, int], int] = {}  # (where the parent lies, token) -> where the token lies
-    input_ids: list[int] = []
-    positions: list[int] = []
-    keys: list[int] = []
-    query_lengths: list[int] = []
-    key_lengths: list[int] = []
-    predictors: list[int] = []
-    for prompt, completion in _sequences(pairs):
-        tokens, path, place = [*prompt, *completion], [], -1
-        for token in tokens:
-            place = trie.setdefault((place, token), len(trie))
-            path.append(place)
-        predictors += path[len(prompt) - 1 : -1]
-        if new := len(trie) - len(input_ids):
-            input_ids += tokens[-new:]
-            positions += range(len(tokens) - new, len(tokens))
-            keys += path
-            query_lengths.append(new)
-            key_lengths.append(len(tokens))
-    kept, rows = torch.tensor(predictors).unique(return_inverse=True)
+    sequences = _sequences(pairs)
+    input_ids, positions, keys = [], [], []
+    paths: list[Tokens] = [np.empty(0, np.int64)] * len(sequences)  # where each token of a sequence lies in the row
+    size = 0
+    for number, shared, previous in _in_order([tokens for _, tokens in sequences]):
+        tokens = sequences[number][1]
+        inherited = paths[previous][:shared] if shared else paths[number][:0]
+        paths[number] = np.concatenate([inherited, np.arange(size, size + len(tokens) - shared)])
+        if shared < len(tokens):
+            input_ids.append(tokens[shared:])
+            positions.append(np.arange(shared, len(tokens)))
+            keys.append(paths[number])
+            size += len(tokens) - shared
+    query_lengths = [len(part) for part in input_ids]
+    key_lengths = [len(part) for part in keys]
+    row = np.concatenate(input_ids)
+    parents = np.concatenate([path[start - 1 : -1] for (start, _), path in zip(sequences, paths, strict=True)])
+    children = np.concatenate([path[start:] for (start, _), path in zip(sequences, paths, strict=True)])
+    kept, targets, predictors = _branches(parents, children, row)
     return {
-        "input_ids": torch.tensor([input_ids]),
-        "position_ids": torch.tensor([positions]),
+        "input_ids": torch.from_numpy(row)[None],
+        "position_ids": torch.from_numpy(np.concatenate(positions))[None],
         # transformers hands a 4-D mask on untouched, so none of size T x T is built; `segments` says who sees whom.
         "attention_mask": torch.zeros(1, 1, 1, 1),
         "segments": Segments(
-            key_index=torch.tensor(keys),
+            key_index=torch.from_numpy(np.concatenate(keys)),
             cu_seq_q=_boundaries(query_lengths),
             cu_seq_k=_boundaries(key_lengths),
             query_lengths=tuple(query_lengths),
             key_lengths=tuple(key_lengths),
         ),
-        "logits_to_keep": kept,
-        "predictors": rows,
-        **_targets(pairs),
+        "logits_to_keep": torch.from_numpy(kept),
+        "rows": torch.arange(len(kept)),
+        "targets": torch.from_numpy(targets),
+        "predictors": torch.from_numpy(predictors),
+        **_completions(sequences),
     }
 
 
@@ -111,44 +117,83 @@ def pad(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Any]:
     """Every prompt-completion sequence in a row of its own, padded on the right to the longest [C, T].
 
     Returns:
-        The model's inputs (`input_ids`, `attention_mask`, `logits_to_keep`, the range of positions in which any row has
-        completion tokens [K]), `predictors` [N] (which of the flattened [C * K] logits predict them), and `targets`,
-        `completion_ids`, `lengths` as `pack` gives them.
+        The model's inputs (`input_ids`, `attention_mask`, and `logits_to_keep`, the L positions between which any row
+        has completion tokens), `rows` [P], which of the flattened [C * L] kept positions predict, `targets` [P, 1], and
+        `predictors`, `completion_ids`, `lengths` as `pack` gives them.
     """
     sequences = _sequences(pairs)
-    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    first = min(len(prompt) for prompt, _ in sequences) - 1
-    input_ids = torch.full((len(sequences), width), pad_token_id)
-    attention_mask = torch.zeros(len(sequences), width, dtype=torch.long)
-    predictors: list[int] = []
-    for row, (prompt, completion) in enumerate(sequences):
-        length = len(prompt) + len(completion)
-        input_ids[row, :length] = torch.tensor([*prompt, *completion])
-        attention_mask[row, :length] = 1
-        offset = row * (width - 1 - first) + len(prompt) - 1 - first
-        predictors += range(offset, offset + len(completion))
+    width = max(len(tokens) for _, tokens in sequences)
+    first = min(start for start, _ in sequences) - 1
+    input_ids = np.full((len(sequences), width), pad_token_id)
+    attention_mask = np.zeros_like(input_ids)
+    for tokens, line, mask in zip((tokens for _, tokens in sequences), input_ids, attention_mask, strict=True):
+        line[: len(tokens)] = tokens
+        mask[: len(tokens)] = 1
+    kept = width - 1 - first
+    rows = [
+        np.arange(start - 1, len(tokens) - 1) - first + number * kept
+        for number, (start, tokens) in enumerate(sequences)
+    ]
+    targets = np.concatenate([tokens[start:] for start, tokens in sequences])
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attention_mask),
         "logits_to_keep": torch.arange(first, width - 1),
-        "predictors": torch.tensor(predictors),
-        **_targets(pairs),
+        "rows": torch.from_numpy(np.concatenate(rows)),
+        "targets": torch.from_numpy(targets)[:, None],
+        "predictors": torch.arange(len(targets)),
+        **_completions(sequences),
     }
 
 
-def _sequences(pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
-    """Every prompt with each of its completions, in the order in which completions are numbered."""
-    return [(prompt, side) for pair in pairs for prompt in pair.prompts for side in (pair.chosen, pair.rejected)]
+def trie_size(pair: Pair) -> int:
+    """How many tokens the row of this pair alone has."""
+    sequences = [tokens for _, tokens in _sequences([pair])]
+    return sum(len(sequences[number]) - shared for number, shared, _ in _in_order(sequences))
 
 
-def _targets(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    completions = [completion for _, completion in _sequences(pairs)]
-    lengths = torch.tensor([len(completion) for completion in completions])
-    return {
-        "targets": torch.tensor(list(chain.from_iterable(completions))),
-        "completion_ids": torch.arange(len(completions)).repeat_interleave(lengths),
-        "lengths": lengths,
-    }
+def _sequences(pairs: Sequence[Pair]) -> list[tuple[int, Tokens]]:
+    """Every prompt with each of its completions, and where the completion starts, in the order of completions."""
+    sequences = []
+    for pair in pairs:
+        sides = [np.asarray(side, np.int64) for side in (pair.chosen, pair.rejected)]
+        for prompt in pair.prompts:
+            tokens = np.asarray(prompt, np.int64)
+            sequences += [(len(tokens), np.concatenate([tokens, side])) for side in sides]
+    return sequences
+
+
+def _in_order(sequences: Sequence[Tokens]) -> Iterator[tuple[int, int, int]]:
+    """Sequences in the order of a trie's leaves: (which, how many tokens it shares with the one before, which that is).
+
+    In lexicographic order no earlier sequence shares more of its beginning with a sequence than the one before it.
+    """
+    # Big-endian bytes compare as the tokens do.
+    order = sorted(range(len(sequences)), key=[tokens.astype(">u4").tobytes() for tokens in sequences].__getitem__)
+    previous = order[0]
+    yield previous, 0, previous
+    for number in order[1:]:
+        length = min(len(sequences[previous]), len(sequences[number]))
+        differs = sequences[previous][:length] != sequences[number][:length]
+        yield number, int(differs.argmax()) if differs.any() else length, previous
+        previous = number
+
+
+def _branches(parents: Tokens, children: Tokens, row: Tokens) -> tuple[Tokens, Tokens, Tokens]:
+    """Positions that predict [P], the tokens that follow each [P, K], and where in [P * K] each child stands [N]."""
+    branches, first, branch_of = np.unique(children, return_index=True, return_inverse=True)
+    kept, kept_of = np.unique(parents[first], return_inverse=True)
+    by_parent = np.argsort(kept_of, kind="stable")
+    slots = np.empty_like(kept_of)
+    slots[by_parent] = np.arange(len(kept_of)) - np.searchsorted(kept_of[by_parent], kept_of[by_parent])
+    targets = np.zeros((len(kept), slots.max() + 1), np.int64)
+    targets[kept_of, slots] = row[branches]
+    return kept, targets, (kept_of * targets.shape[1] + slots)[branch_of]
+
+
+def _completions(sequences: Sequence[tuple[int, Tokens]]) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(tokens) - start for start, tokens in sequences])
+    return {"completion_ids": torch.arange(len(sequences)).repeat_interleave(lengths), "lengths": lengths}
 
 
 def _boundaries(lengths: list[int]) -> Tensor:

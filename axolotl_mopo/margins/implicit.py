@@ -1,7 +1,8 @@
 """Log-probs of the rows' completions under a model: the reference's, and those that implicit rewards are made of."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,35 +16,55 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_mopo.data.collating import PairCollator, read_tokens
-from axolotl_mopo.engine.layout import accept_trees
-from axolotl_mopo.engine.scoring import score
+from axolotl_mopo.engine.attention import TREE_PREFIX, use_tree_attention
+from axolotl_mopo.engine.layout import choose_layout
+from axolotl_mopo.engine.ranks import PassCounts
+from axolotl_mopo.engine.scoring import Scorer
 
 _NAME = "margin"
 
 
-@torch.no_grad()
-def completion_logps(
-    model: nn.Module, rows: Dataset, collator: PairCollator, accelerator: Accelerator, batch_size: int, title: str
-) -> Tensor:
-    """Log-probs [N, 2] of the chosen and the rejected completions of N rows, without dropout, in float32.
+@dataclass(frozen=True)
+class PairScorer:
+    """A model and how pairs of a single prompt are scored by it.
 
     Args:
         model: as it is run, possibly wrapped.
-        rows: prepared rows.
-        collator: makes their batches.
+        scorer: scores its batches.
+        collator: makes them.
         accelerator: gives device and precision.
+        pass_counts: keeps the ranks together.
         batch_size: rows at a time.
-        title: of the progress bar.
     """
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator)
-    was_training = model.training
-    model.eval()
-    logps = []
-    for batch in tqdm(loader, desc=title, disable=not accelerator.is_main_process):
-        with accelerator.autocast():
-            logps.append(score(model, send_to_device(batch, accelerator.device)).logps.view(-1, 2).float())
-    model.train(was_training)
-    return torch.cat(logps)
+
+    model: nn.Module
+    scorer: Scorer
+    collator: PairCollator
+    accelerator: Accelerator
+    pass_counts: PassCounts
+    batch_size: int
+
+    @torch.no_grad()
+    def logps(self, rows: Dataset, title: str | None) -> Tensor:
+        """Log-probs [N, 2] of the chosen and the rejected completions of N rows, without gradient, in float32.
+
+        Args:
+            rows: prepared rows, as many on every rank.
+            title: of the progress bar; None shows none.
+        """
+        loader = DataLoader(rows, batch_size=self.batch_size, collate_fn=self.collator)
+        quiet = title is None or not self.accelerator.is_main_process
+        return torch.cat([self._batch_logps(batch) for batch in tqdm(loader, desc=title, disable=quiet)])
+
+    def _batch_logps(self, batch: Mapping[str, Any]) -> Tensor:
+        device = self.accelerator.device
+        passes = [one for unit in batch["units"] for one in unit]
+        logps = torch.empty(batch["size"], 2, device=device)
+        with self.accelerator.autocast():
+            for one in passes + passes[-1:] * self.pass_counts.fillers(len(passes)):
+                scores = self.scorer(self.model, send_to_device(one, device))
+                logps[one["pairs"]] = scores.logps.view(-1, 2).float()
+        return logps
 
 
 def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
@@ -95,28 +116,36 @@ def _unwrap_untouched(model: nn.Module) -> None:
 
 
 @contextmanager
-def separate_model(path: str, like: PreTrainedModel, rows: Dataset, device: torch.device) -> Iterator[tuple]:
+def separate_model(path: str, like: PreTrainedModel, policy: PairScorer, rows: Dataset) -> Iterator[PairScorer]:
     """A whole model of its own, loaded for a while, in the policy's precision.
 
     Args:
         path: a folder or a model of the hub.
-        like: the policy, whose type and attention it gets.
+        like: the policy's model, whose type and attention it gets.
+        policy: how the policy is scored.
         rows: prepared rows, one of which tries the layout.
-        device: where it goes.
 
     Yields:
-        The model and the collator that makes its batches.
+        How it is scored.
     """
-    attention = (like.config._attn_implementation or "sdpa").removeprefix("mopo_tree_")
+    attention = (like.config._attn_implementation or "sdpa").removeprefix(TREE_PREFIX)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=like.dtype, attn_implementation=attention)
-    model.to(device)
+    model.to(policy.accelerator.device)
     if model.config.vocab_size != like.config.vocab_size:
         raise ValueError(
             f"{path} has a vocabulary of {model.config.vocab_size} tokens and the policy one of "
             f"{like.config.vocab_size}; an implicit reward needs the policy's own tokenizer"
         )
-    reason = accept_trees(model, model, read_tokens(rows[0]))
+    model.eval()
+    layout = choose_layout(model, model, [read_tokens(rows[0])])
+    if layout.packed:
+        use_tree_attention(model)
     try:
-        yield model, PairCollator(pad_token_id=model.config.pad_token_id or 0, packed=reason is None)
+        yield replace(
+            policy,
+            model=model,
+            scorer=replace(policy.scorer, base=model if layout.inside else None),
+            collator=replace(policy.collator, packed=layout.packed),
+        )
     finally:
         model.to("meta")  # frees the memory, whoever still refers to the model

@@ -7,22 +7,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 
 from axolotl_mopo.config import AdapterMargin, CallableMargin, Margin, MarginBlock, MODPOConfig, RewardModelMargin
-from axolotl_mopo.data.collating import PairCollator
+from axolotl_mopo.data.lengths import pair_lengths
 from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.engine.scoring import evaluating
 from axolotl_mopo.margins.cache import TableCache
 from axolotl_mopo.margins.fingerprint import digest, files_digest, policy_digests, rows_digest
 from axolotl_mopo.margins.functions import function_digest
-from axolotl_mopo.margins.implicit import completion_logps, separate_model, with_adapter, without_adapters
+from axolotl_mopo.margins.implicit import PairScorer, separate_model, with_adapter, without_adapters
 from axolotl_mopo.margins.rewards import function_rewards, model_rewards
 from axolotl_mopo.margins.rows import row_margin_names
 
@@ -51,23 +50,18 @@ class Precomputation:
     Args:
         method: the `modpo:` block.
         model: the policy as it stood before its first step, not wrapped.
-        wrapped: the same, as it is run.
-        collator: makes its batches.
-        accelerator: of the run.
+        policy: the same as it is run, and how it is scored.
         cache: where tables are kept.
-        batch_size: rows at a time.
     """
 
     method: MODPOConfig
     model: Any
-    wrapped: nn.Module
-    collator: PairCollator
-    accelerator: Accelerator
+    policy: PairScorer
     cache: TableCache
-    batch_size: int
     _tables: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.accelerator = self.policy.accelerator
         base, policy = policy_digests(self.model)
         self._weights = {"base": self._agreed(base), "initial": self._agreed(policy)}
 
@@ -147,8 +141,8 @@ class Precomputation:
         self, title: str, rows: Dataset, rows_key: str, weights: str, state: Callable[[], AbstractContextManager[None]]
     ) -> Tensor:
         def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
-            with state():
-                return completion_logps(self.wrapped, rows, self.collator, self.accelerator, self.batch_size, title)
+            with state(), evaluating(self.policy.model):
+                return self.policy.logps(rows, title)
 
         content = {"rows": rows_key, "weights": weights, "precision": self.accelerator.mixed_precision}
         return self._table(title, content, rows, score)
@@ -157,8 +151,8 @@ class Precomputation:
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
         def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
-            with separate_model(path, base, rows, self.accelerator.device) as (model, collator):
-                return completion_logps(model, rows, collator, self.accelerator, self.batch_size, title)
+            with separate_model(path, base, self.policy, rows) as model:
+                return model.logps(rows, title)
 
         content = {"rows": rows_key, "weights": model_digest(path), "precision": str(base.dtype)}
         return self._table(title, content, rows, score)
@@ -181,7 +175,7 @@ class Precomputation:
     def _spread_over_ranks(self, rows: Dataset, score: Score) -> Tensor:
         """Every rank scores the same number of rows, the longest first."""
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
-        order = np.argsort(-_lengths(rows), kind="stable")
+        order = np.argsort(-pair_lengths(rows), kind="stable")
         padded = np.resize(order, -(-len(order) // world_size) * world_size)
         mine = padded[rank::world_size]
         scores = score(rows.select(mine), mine.tolist(), not self.accelerator.is_main_process)
@@ -218,12 +212,3 @@ def model_digest(path: str) -> str:
 
 def _clipped(rewards: Tensor, margin: MarginBlock) -> Tensor:
     return rewards.clamp(*margin.clip) if margin.clip else rewards
-
-
-def _lengths(rows: Dataset) -> np.ndarray:
-    """Tokens of every row, to within what makes batches of rows of like length."""
-    lengths = [
-        pc.add(pc.list_value_length(batch["chosen_input_ids"]), pc.list_value_length(batch["rejected_input_ids"]))
-        for batch in rows.select_columns(["chosen_input_ids", "rejected_input_ids"]).with_format("arrow").iter(1000)
-    ]
-    return np.concatenate([part.to_numpy() for part in lengths])

@@ -1,0 +1,46 @@
+"""Log-probs of some tokens from logits over the whole vocabulary, with the least memory beside the logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BYTES_AT_ONCE = 1 << 20
+"""Of logits that are worked on together, so that a core's cache holds them."""
+
+
+def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
+    """Log-probs of some entries of every row of logits: [..., V], [..., K] -> [..., K].
+
+    Its backward pass writes the gradient over the logits, so nothing else may need them by then; torch raises an error
+    where something does.
+    """
+    flat, columns = logits.reshape(-1, logits.shape[-1]), index.reshape(-1, index.shape[-1])
+    logps: Tensor = _SelectiveLogSoftmax.apply(flat, columns)
+    return logps.view(index.shape)
+
+
+class _SelectiveLogSoftmax(torch.autograd.Function):
+    """[N, V], [N, K] -> [N, K]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
+        normalisers = torch.cat([rows.logsumexp(-1, keepdim=True) for rows in logits.split(_rows_at_once(logits))])
+        ctx.save_for_backward(logits, index, normalisers)
+        return logits.gather(-1, index) - normalisers
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        logits, index, normalisers = ctx.saved_tensors
+        totals = gradient.sum(-1, keepdim=True)
+        size = _rows_at_once(logits)
+        parts = (tensor.split(size) for tensor in (logits, index, normalisers, totals, gradient))
+        for rows, columns, normaliser, total, own in zip(*parts, strict=True):
+            # d logp_k / d logit_v = [v = k] - prob_v
+            rows.sub_(normaliser).exp_().mul_(-total).scatter_add_(-1, columns, own)
+        return logits, None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return max(1, _BYTES_AT_ONCE // (logits.shape[-1] * logits.element_size()))

@@ -1,0 +1,89 @@
+"""A micro-batch in several passes: within their tokens, and with the loss and gradients of a single pass."""
+
+import random
+
+import pytest
+import torch
+from conftest import CONFIGS, build_model, ragged_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from axolotl_mopo.data.collating import PairCollator
+from axolotl_mopo.engine.attention import use_tree_attention
+from axolotl_mopo.engine.packing import lay_out, share_out, share_size
+from axolotl_mopo.engine.scoring import Scorer, joined
+from axolotl_mopo.engine.trees import Pair
+
+LENGTHS = st.integers(1, 30)
+SHAPES = st.lists(st.tuples(st.lists(LENGTHS, min_size=3, max_size=3), LENGTHS, LENGTHS), min_size=1, max_size=6)
+
+
+def random_pairs(shapes):
+    rng = random.Random(0)
+
+    def tokens(count):
+        return [rng.randrange(3, 97) for _ in range(count)]
+
+    return [
+        Pair([tokens(n) for n in prompts], tokens(chosen), tokens(rejected)) for prompts, chosen, rejected in shapes
+    ]
+
+
+def tokens_of(one):
+    return one["input_ids"].numel()
+
+
+@settings(deadline=None, max_examples=200)
+@given(SHAPES, st.integers(1, 400), st.booleans())
+def test_every_prompt_of_every_pair_is_in_one_pass_of_no_more_tokens_than_allowed(shapes, max_tokens, packed):
+    pairs = random_pairs(shapes)
+    seen = []
+    for unit in share_out(pairs, max_tokens, packed):
+        for share in unit:
+            first, end = share.prompts or (0, 3)
+            seen += [(number, prompt) for number in share.pairs for prompt in range(first, end)]
+            if tokens_of(lay_out(pairs, share, packed, 0)) > max_tokens:
+                assert len(share.pairs) == 1
+                assert end - first == 1  # a prompt and its two completions are never split
+        assert len(unit) == 1 or all(share.pairs == unit[0].pairs and len(share.pairs) == 1 for share in unit)
+    assert sorted(seen) == [(number, prompt) for number in range(len(pairs)) for prompt in range(3)]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_sizes_are_those_of_the_batches(packed):
+    pairs = ragged_pairs()
+    for unit in share_out(pairs, 30, packed):
+        for share in unit:
+            if len(share.pairs) == 1:
+                one = lay_out(pairs, share, packed, 0)
+                assert share_size(pairs[share.pairs[0]], share, packed) == tokens_of(one)
+
+
+def test_without_a_limit_there_is_one_pass():
+    ((share,),) = share_out(ragged_pairs(), None, True)
+    assert share.pairs == [0, 1, 2]
+    assert share.prompts is None
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("max_tokens", [20, 40, 75])
+def test_the_scores_of_all_passes_are_those_of_one(packed, max_tokens):
+    model = build_model(CONFIGS["llama"], dtype=torch.float64)
+    if packed:
+        use_tree_attention(model)
+    pairs, scorer = ragged_pairs(), Scorer()
+    ((whole,),) = collated(pairs, None, packed)
+    expected = scorer(model, whole).logps.view(len(pairs), -1)
+    units = collated(pairs, max_tokens, packed)
+    assert sum(map(len, units)) > 1
+    for unit in units:
+        logps = joined([scorer(model, one) for one in unit]).logps
+        assert torch.allclose(logps, expected[unit[0]["pairs"]].flatten(), atol=1e-6)
+
+
+def collated(pairs, max_tokens, packed):
+    rows = [
+        {"prompt_input_ids": pair.prompts, "chosen_input_ids": pair.chosen, "rejected_input_ids": pair.rejected}
+        for pair in pairs
+    ]
+    return PairCollator(0, packed, max_tokens)(rows)["units"]
