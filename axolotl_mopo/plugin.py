@@ -73,10 +73,12 @@ class MOPOPlugin(BasePlugin):
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
         """The block of the method in use, for the trainer, and what the host leaves out for preference runs."""
-        block = {method: cfg[method].to_dict() for method in BLOCKS if cfg.get(method)}
-        if block and cfg.group_by_length:
-            block["train_sampling_strategy"] = "group_by_length"
-        return block
+        arguments: dict[str, Any] = {method: cfg[method].to_dict() for method in BLOCKS if cfg.get(method)}
+        if arguments:
+            arguments["logging_nan_inf_filter"] = False  # it hides bad losses, and waits for the device in every step
+            if cfg.group_by_length:
+                arguments["train_sampling_strategy"] = "group_by_length"
+        return arguments
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: Any) -> list[Any]:
         """What writes `mopo.json` beside every checkpoint."""

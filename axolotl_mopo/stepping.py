@@ -1,9 +1,11 @@
 """How a micro-batch is stepped: pass by pass, with the loss and the gradients of a single pass over all its pairs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -11,6 +13,8 @@ from axolotl_mopo.engine.ranks import PassCounts
 from axolotl_mopo.engine.scoring import CompletionScores, Scorer, joined
 
 Batch = dict[str, Any]
+Losses = Callable[[CompletionScores, Batch], Tensor]
+"""Scores of completions, and the batch with `pairs` and `prompts` of their pass -> losses of its pairs [b]."""
 
 
 class SteppingMixin(Trainer):
@@ -20,6 +24,7 @@ class SteppingMixin(Trainer):
     pass_counts: PassCounts
     args: Any
     model: Any
+    optimizer: Any
 
     def pair_losses(self, scores: CompletionScores, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The method: scores of the completions of b pairs -> losses [b] and metrics, each [b].
@@ -30,13 +35,12 @@ class SteppingMixin(Trainer):
         """
         raise NotImplementedError
 
-    def prompt_losses(self, scores: CompletionScores, whole: CompletionScores, inputs: Batch) -> Tensor:
-        """What some of a pair's prompts contribute to its loss [1], where its prompts do not fit into one pass.
+    def prompt_losses(self, whole: CompletionScores, inputs: Batch) -> Losses:
+        """What gives the loss of some of a pair's prompts, where its prompts do not fit into one pass.
 
         Args:
-            scores: of the completions of these prompts.
             whole: of all completions of the pair, without gradient.
-            inputs: the batch, `pairs` [1], and `prompts`, the first of them and one past the last.
+            inputs: the batch, and `pairs` [1].
         """
         raise NotImplementedError
 
@@ -52,18 +56,13 @@ class SteppingMixin(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """What the units in `inputs` contribute to the mean loss over the pairs of their micro-batch."""
-        losses = [self._unit_loss(model, unit, inputs) for unit in inputs["units"]]
-        loss = torch.stack(losses).sum() / inputs["size"]
+        losses: Losses = inputs.get("losses", self._recorded_losses)
+        contributions = []
+        for unit in inputs["units"]:
+            scores = joined([self.scorer(model, one) for one in unit])
+            contributions.append(losses(scores, {**inputs, **unit[0]}).sum())
+        loss = torch.stack(contributions).sum() / inputs["size"]
         return (loss, {}) if return_outputs else loss
-
-    def _unit_loss(self, model: nn.Module, unit: list[Batch], inputs: Batch) -> Tensor:
-        scores = joined([self.scorer(model, one) for one in unit])
-        inputs = {**inputs, **unit[0]}
-        if inputs.get("filler"):
-            return scores.logps.sum() * 0
-        if whole := inputs.get("whole"):
-            return self.prompt_losses(scores, CompletionScores(*whole), inputs).sum()
-        return self._recorded_losses(scores, inputs).sum()
 
     def _recorded_losses(self, scores: CompletionScores, inputs: Batch) -> Tensor:
         losses, metrics = self.pair_losses(scores, inputs)
@@ -73,15 +72,23 @@ class SteppingMixin(Trainer):
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Forward and backward, unit by unit; ranks exchange gradients with the last one, where the host wants it."""
         model.train()
-        jobs = self._jobs(model, self._prepare_inputs(inputs))
-        gradient_state = self.accelerator.gradient_state
-        synchronised, loss = gradient_state.sync_gradients, torch.zeros((), device=self.args.device)
-        for job in jobs[:-1]:
-            gradient_state._set_sync_gradients(False)
-            with self.accelerator.no_sync(model):
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # schedule-free ones keep two sets of weights
+        *jobs, last = self._jobs(model, self._prepare_inputs(inputs))
+        state, loss = self.accelerator.gradient_state, torch.zeros((), device=self.args.device)
+        synchronised = state.sync_gradients
+        for job in jobs:
+            with self._apart(model):
+                state._set_sync_gradients(False)
                 loss += super().training_step(model, job, num_items_in_batch)
-        gradient_state._set_sync_gradients(synchronised)
-        return loss + super().training_step(model, jobs[-1], num_items_in_batch)
+            state._set_sync_gradients(synchronised)
+        return loss + super().training_step(model, last, num_items_in_batch)
+
+    def _apart(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Keep gradients on this rank for a while, unless they stay there anyway or the host exchanges each of them."""
+        state, deepspeed = self.accelerator.gradient_state, DistributedType.DEEPSPEED
+        exchanged = state.plugin_kwargs.get("sync_each_batch") or self.accelerator.distributed_type == deepspeed
+        return self.accelerator.no_sync(model) if state.sync_gradients and not exchanged else nullcontext()
 
     def _jobs(self, model: nn.Module, inputs: Batch) -> list[Batch]:
         """What to run forward and backward one after the other, as much on every rank.
@@ -91,19 +98,21 @@ class SteppingMixin(Trainer):
         """
         jobs = [{**inputs, "units": [unit]} for unit in inputs["units"] if len(unit) == 1]
         split = [unit for unit in inputs["units"] if len(unit) > 1]
+        parts = sum(map(len, split))
+        idle_parts, idle_jobs = self.pass_counts.missing(parts, len(jobs) + parts)
         with torch.no_grad(), self.compute_loss_context_manager():
             for unit in split:
-                scores = joined([self.scorer(model, one) for one in unit])
-                self._recorded_losses(scores, {**inputs, **unit[0]})
-                # A plain tuple, since the host rebuilds what it moves to the device.
-                jobs += [{**inputs, "units": [[one]], "whole": tuple(scores)} for one in unit]
-            self._fill_up(model, inputs, sum(map(len, split)))
-        filler = {**inputs, "units": [inputs["units"][-1][-1:]], "filler": True}
-        return jobs + [filler] * self.pass_counts.fillers(len(jobs))
+                whole, own = joined([self.scorer(model, one) for one in unit]), {**inputs, **unit[0]}
+                self._recorded_losses(whole, own)
+                losses = self.prompt_losses(whole, own)
+                jobs += [{**inputs, "units": [[one]], "losses": losses} for one in unit]
+            self._idle(model, inputs, idle_parts)
+        idle = {**inputs, "units": [inputs["units"][-1][-1:]], "losses": _no_losses}
+        return jobs + [idle] * idle_jobs
 
-    def _fill_up(self, model: nn.Module, inputs: Batch, passes: int) -> None:
-        """Passes without use, where another rank makes more than these."""
-        for _ in range(self.pass_counts.fillers(passes)):
+    def _idle(self, model: nn.Module, inputs: Batch, passes: int) -> None:
+        """Passes without use, while another rank makes more."""
+        for _ in range(passes):
             self.scorer(model, inputs["units"][-1][-1])
 
     def prediction_step(
@@ -111,7 +120,22 @@ class SteppingMixin(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss and metrics of an evaluation batch; there are no predictions to gather."""
         inputs = self._prepare_inputs(inputs)
+        (idle,) = self.pass_counts.missing(sum(map(len, inputs["units"])))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-            self._fill_up(model, inputs, sum(map(len, inputs["units"])))
+            self._idle(model, inputs, idle)
         return loss, None, None
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """The host's estimate, of all passes."""
+        return sum(super(SteppingMixin, self).floating_point_ops(one) for unit in inputs["units"] for one in unit)
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        for unit in inputs["units"]:
+            for one in unit:
+                super()._track_num_input_tokens({"input_ids": one["input_ids"]})
+
+
+def _no_losses(scores: CompletionScores, inputs: Batch) -> Tensor:
+    """Nothing, with a gradient of zeros."""
+    return scores.logps * 0

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import disable_dropout_in_model
 
-from axolotl_mopo.config import AMoPOConfig, MODPOConfig
+from axolotl_mopo.config import AMoPOConfig, ConfigError, MODPOConfig
 from axolotl_mopo.data.collating import PairCollator, read_tokens
 from axolotl_mopo.data.lengths import budget_message, with_lengths
 from axolotl_mopo.data.notes import notes
@@ -45,7 +45,7 @@ from axolotl_mopo.margins.cache import TableCache
 from axolotl_mopo.margins.implicit import PairScorer
 from axolotl_mopo.margins.precompute import Constants, Precomputation
 from axolotl_mopo.metrics import MetricWindow
-from axolotl_mopo.stepping import Batch, SteppingMixin
+from axolotl_mopo.stepping import Batch, Losses, SteppingMixin
 
 LOG = get_logger("axolotl.mopo")
 
@@ -103,14 +103,17 @@ class MultiObjectiveTrainer(
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         base.add_model_tags(self.tag_names)
         collator.packed, self.scorer = self._lay_out(model, base)
-        if message := budget_message(self.train_dataset, collator):
+        if self.is_world_process_zero() and (message := budget_message(self.train_dataset, collator)):
             LOG.info(message)
 
     def _lay_out(self, model: nn.Module, base: PreTrainedModel) -> tuple[bool, Scorer]:
         """Choose the layout, say so, and prepare the model for it."""
         rows = self.train_dataset.select(range(min(_CHECKED_ROWS, len(self.train_dataset))))
-        with self.accelerator.autocast():
-            layout = choose_layout(model, base, [read_tokens(row) for row in rows], self.method.layout)
+        try:
+            with self.accelerator.autocast():
+                layout = choose_layout(model, base, [read_tokens(row) for row in rows], self.method.layout)
+        except ValueError as error:
+            raise ConfigError(f"`layout: packed`: {error}; drop the key, or set it to padded") from None
         (layout,) = broadcast_object_list([layout])  # other ranks may not have had the weights to try it
         name = type(base).__name__
         if layout.packed:
@@ -217,11 +220,15 @@ class AMoPOTrainer(MultiObjectiveTrainer):
             metrics[f"weights/{name}"] = weights[:, dimension]
         return self._weighted_losses(chosen, rejected, weights), metrics
 
-    def prompt_losses(self, scores: CompletionScores, whole: CompletionScores, inputs: Batch) -> Tensor:
+    def prompt_losses(self, whole: CompletionScores, inputs: Batch) -> Losses:
         """The weights need the token probabilities of all prompts, but no gradient; the loss is a sum over prompts."""
-        first, end = inputs["prompts"]
         weights = self._weights(*by_side(whole, len(self.method.prompt_names)), inputs)
-        return self._weighted_losses(*by_side(scores, end - first), weights[:, first:end])
+
+        def losses(scores: CompletionScores, inputs: Batch) -> Tensor:
+            first, end = inputs["prompts"]
+            return self._weighted_losses(*by_side(scores, end - first), weights[:, first:end])
+
+        return losses
 
     def _weighted_losses(self, chosen: CompletionScores, rejected: CompletionScores, weights: Tensor) -> Tensor:
         """Losses [b] of b pairs, or what some of their prompts contribute: scores and weights are [b, D] or less."""

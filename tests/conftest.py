@@ -1,6 +1,7 @@
 """Tiny real models, the embedded tokenizer, and rows to train on."""
 
 import copy
+import logging
 import os
 import random
 import subprocess
@@ -114,6 +115,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(SMOKE / "model")
+
+
+@pytest.fixture
+def host_log(caplog, monkeypatch):
+    """What the host's loggers say, ours among them; importing its command line configures them."""
+    import axolotl.cli  # noqa: F401
+
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    return caplog
 
 
 def smoke_config(method, output_dir, **overrides):

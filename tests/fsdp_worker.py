@@ -1,4 +1,4 @@
-"""Compute a run's constants through a sharded policy, one of several processes under torchrun."""
+"""Compute a run's constants and evaluate through a sharded policy, one of several processes under torchrun."""
 
 import json
 import sys
@@ -24,8 +24,10 @@ def main(config: str, result: str) -> None:
     fully_shard(model, mesh=mesh)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     trainer.precompute(model)
+    constants = {name: tuple(tables) for name, tables in trainer._constants.items()}
+    metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        torch.save({name: tuple(constants) for name, constants in trainer._constants.items()}, result)
+        torch.save({"constants": constants, "eval_loss": metrics["eval_loss"]}, result)
 
 
 if __name__ == "__main__":

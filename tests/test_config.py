@@ -1,7 +1,6 @@
 """Every setting that cannot work is refused with the key, the fault and the mend."""
 
 import copy
-import logging
 import math
 
 import pytest
@@ -240,17 +239,16 @@ def test_a_setting_that_cannot_work_is_refused(cfg, words):
         assert word in text
 
 
-def test_an_attention_implementation_that_cannot_carry_trees_is_told_of(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+def test_an_attention_implementation_that_cannot_carry_trees_is_told_of(host_log):
     for attention, layout, told in (
         ("flex_attention", None, True),
         ("flex_attention", "padded", False),
         ("sdpa", None, False),
         ("flash_attention_2", "packed", False),
     ):
-        caplog.clear()
+        host_log.clear()
         MOPOPlugin().register(changed({**AMOPO, "attn_implementation": attention}, amopo__layout=layout))
-        assert ("'flex_attention' cannot carry packed trees, so padded rows are trained" in caplog.text) is told
+        assert ("'flex_attention' cannot carry packed trees, so padded rows are trained" in host_log.text) is told
 
 
 def test_every_fault_is_told_at_once():

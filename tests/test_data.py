@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 
 import pytest
 from axolotl.utils.data.rl import _drop_long_sequences
@@ -328,14 +327,13 @@ def test_a_conversation_that_the_template_refuses_is_named(strict):
         prepare([{**ROW, "prompt": messages}], strict)
 
 
-def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(strict, caplog, monkeypatch):
+def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(strict, host_log):
     rows = [{**ROW, "prompt": [{"role": "user", "content": "x"}]}] * 3
     rows[1] = {**ROW, "prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}
-    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
-    with caplog.at_level("INFO", "axolotl.mopo"):
+    with host_log.at_level("INFO", "axolotl.mopo"):
         assert len(prepare(rows, strict, entry={"on_bad_row": "drop"})) == 2
-    assert "3 rows read; 2 pairs made" in caplog.text
-    assert "1 bad rows or responses dropped: 1 refused by the chat template" in caplog.text
+    assert "3 rows read; 2 pairs made" in host_log.text
+    assert "1 bad rows or responses dropped: 1 refused by the chat template" in host_log.text
 
 
 def test_a_template_that_leaves_the_answer_out_is_refused(tokenizer):

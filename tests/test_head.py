@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import CONFIGS, SHAPE, build_model, ragged_pairs
 from peft import LoraConfig, get_peft_model
+from test_engine import build_float64
 from torch import nn
-from transformers import CohereConfig, PhiConfig
+from transformers import CohereConfig, Gemma4Config, Gemma4ForConditionalGeneration, PhiConfig
 
 from axolotl_mopo.engine import log_softmax
 from axolotl_mopo.engine.attention import use_tree_attention
@@ -56,10 +57,10 @@ def assert_same(one, other, tolerance=1e-8):
         assert torch.allclose(gradient, other_gradients[name], rtol=tolerance, atol=tolerance), name
 
 
-def build(kind):
+def build(kind, base=None):
     """A model in float64 whose head is of some kind, and the transformers model inside it."""
     config = {"bias": PhiConfig(**SHAPE), "cap": CONFIGS["gemma2"]}.get(kind, CONFIGS["llama"])
-    base = build_model(config, dtype=torch.float64)
+    base = base or build_model(config, dtype=torch.float64)
     if kind == "tied":
         base.lm_head.weight = base.model.embed_tokens.weight
     if kind == "bias":
@@ -97,14 +98,14 @@ def test_the_head_answers_with_the_log_probs_of_its_logits(kind, checkpointing):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("budget", [None, BUDGET], ids=["whole", "chunks"])
 def test_adapters_have_the_same_gradients_in_every_layout(budget, checkpointing):
-    model, base = build("lora")
+    model, base = build("lora", build_float64("llama"))
     expected = scores_and_gradients(model, Scorer(), pad(ragged_pairs(), 0))
     use_tree_attention(base)
     if checkpointing:
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    assert_same(scores_and_gradients(model, Scorer(base, budget), pack(ragged_pairs())), expected, 1e-6)
+    assert_same(scores_and_gradients(model, Scorer(base, budget), pack(ragged_pairs())), expected)
 
 
 def test_a_quantised_head_is_asked_as_a_module():
@@ -151,6 +152,30 @@ def test_the_model_returns_logits_again_when_it_was_scored():
         Scorer(model)(model, pad([Pair([[5]], [VOCABULARY + 3], [6])], 0))
     assert torch.equal(model(ids).logits, before)
     assert model.config.final_logit_softcapping == 5.0
+
+
+def test_a_cap_in_the_config_of_a_text_model_within_is_applied_once():
+    text = {
+        **SHAPE,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        "final_logit_softcapping": 3.0,
+    }
+    torch.manual_seed(0)
+    model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=None, audio_config=None))
+    nn.init.normal_(model.lm_head.weight)
+    batch = pad(ragged_pairs(), 0)
+    assert choose_layout(model, model, ragged_pairs()).inside
+    with torch.no_grad():
+        expected = Scorer()(model, batch).logps
+        assert torch.allclose(Scorer(model, BUDGET)(model, batch).logps, expected, atol=1e-4)
+        model.config.text_config.final_logit_softcapping = None
+        assert (Scorer()(model, batch).logps - expected).abs().max() > 1  # the cap matters
 
 
 def test_an_architecture_that_changes_its_heads_logits_is_told():

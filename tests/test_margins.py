@@ -311,7 +311,7 @@ def test_every_ingredient_misses_the_cache(build, base, adapter, tmp_path):
     assert set(cache_files(tmp_path)) - known
 
 
-def test_the_reference_is_never_ambiguous(build, caplog):
+def test_the_reference_is_never_ambiguous(build):
     trained = build(name="trained", **LORA)
     with torch.no_grad():
         for name, parameter in trained.model.named_parameters():
@@ -357,14 +357,12 @@ def test_weights_that_make_the_loss_stiff_stay_finite(build):
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
 
 
-def test_a_margin_on_another_scale_is_warned_of(build, caplog, monkeypatch):
-    import logging
+def test_a_margin_on_another_scale_is_warned_of(build, host_log):
 
-    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
     small = {"other": {"source": "column", "field": "correctness", "scale": 1e-3}, "w": {"source": "length"}}
     build(small, weights={"overall": 0.5, "other": 0.5, "w": 0.5}).train()
-    assert "The margin other, weighted, spreads" in caplog.text
-    assert "mind its `scale`, its `normalize` or its weight" in caplog.text
+    assert "The margin other, weighted, spreads" in host_log.text
+    assert "mind its `scale`, its `normalize` or its weight" in host_log.text
 
 
 def worker(config, *point):
@@ -410,15 +408,16 @@ def test_two_runs_that_start_together_compute_once(written_config):
 
 
 def test_a_sharded_policy_computes_the_same_constants(adapter, base, tmp_path):
-    """FSDP2, by torch itself: on a CPU accelerate would not shard."""
+    """FSDP2, by torch itself: on a CPU accelerate would not shard. Ranks have different numbers of passes."""
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     margin = {"source": "adapter", "path": str(tmp_path / "merged"), "reference": str(base), "beta": 0.2}
     block = {"objective": "overall", "weights": {"overall": 0.5, "safer": 0.5}, "margins": {"safer": margin}}
-    made = []
+    block["max_tokens_per_step"] = 120
+    made, losses = [], []
     for name in ("whole", "sharded"):
         block["cache_dir"] = str(tmp_path / name / "cache")
-        cfg = smoke_config("modpo", tmp_path, modpo=block, seed=3, **LORA)
+        cfg = smoke_config("modpo", tmp_path, modpo=block, seed=3, eval_batch_size=3, **LORA)
         few_rows(cfg, tmp_path)
         cfg["datasets"][0]["split"] = "train[:41]"  # not the same number of rows for every process
         if name == "whole":
@@ -426,11 +425,17 @@ def test_a_sharded_policy_computes_the_same_constants(adapter, base, tmp_path):
             trainer = host_trainer(cfg)
             trainer.precompute(trainer.model)
             made.append(trainer._constants)
+            losses.append(trainer.evaluate()["eval_loss"])
+            passes = [len(batch["units"]) for batch in trainer.get_eval_dataloader()]
+            assert any(one != other for one, other in zip(passes[::2], passes[1::2], strict=True))
         else:
             (tmp_path / "cfg.json").write_text(json.dumps(cfg))
             torchrun("fsdp_worker.py", tmp_path / "cfg.json", tmp_path / "constants.pt")
-            made.append(torch.load(tmp_path / "constants.pt", weights_only=True))
+            result = torch.load(tmp_path / "constants.pt", weights_only=True)
+            made.append(result["constants"])
+            losses.append(result["eval_loss"])
     whole, sharded = made
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     for name, (reference, margins) in sharded.items():
         assert torch.allclose(reference, whole[name].reference, atol=1e-4)
         assert torch.allclose(margins, whole[name].margins, atol=1e-5)

@@ -139,7 +139,7 @@ def test_the_hosts_schema_keeps_our_fields(monkeypatch):
     MOPOPlugin().register(again)  # as a Ray worker does, with the host's defaults filled in
     assert again == validated
     arguments = PluginManager.get_instance().get_training_args(validated)
-    assert set(arguments) == {"amopo"}
+    assert set(arguments) == {"amopo", "logging_nan_inf_filter"}
     assert arguments["amopo"]["beta"] == 0.8
     validated.group_by_length = True  # the host leaves it out for preference runs
     arguments = PluginManager.get_instance().get_training_args(validated)

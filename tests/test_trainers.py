@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import gc
 import json
-import logging
 import math
 import random
 from pathlib import Path
@@ -16,9 +15,10 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT, host_trainer, smoke_config, torchrun
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from transformers import MambaConfig, TrainerCallback
 
+from axolotl_mopo.config import ConfigError
 from axolotl_mopo.metrics import MetricWindow
 
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.1}
@@ -93,10 +93,9 @@ def method_block(method, **settings):
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize(("method", "limit"), [("amopo", 2000), ("amopo", 250), ("amopo", 1), ("modpo", 150)])
-def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, caplog, monkeypatch):
-    """At 2000 several pairs share a pass, at 250 some are split by their prompts, at 1 every prompt stands alone."""
-    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+@pytest.mark.parametrize(("method", "limit"), [("amopo", 2000), ("amopo", 480), ("amopo", 1), ("modpo", 150)])
+def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, host_log):
+    """At 2000 several pairs share a pass, at 480 some are split by their prompts, at 1 every prompt stands alone."""
     common = {"max_steps": 1, "micro_batch_size": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 1e9}
     log, gradients = first_step(build(method, "whole", **common, **method_block(method, layout=layout)))
     limited = build(method, "limited", **common, **method_block(method, layout=layout, max_tokens_per_step=limit))
@@ -104,14 +103,18 @@ def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, caplog,
     limited.model.register_forward_pre_hook(lambda model, args, kwargs: forwards.append(kwargs), with_kwargs=True)
     other_log, other_gradients = first_step(limited)
     assert len(forwards) > 2
+    if limit == 480 and layout == "packed":
+        units = [len(unit) for batch in limited.get_train_dataloader() for unit in batch["units"]]
+        assert {1, 2} <= set(units)
     if limit > 1:
         assert all(kwargs["input_ids"].numel() <= limit for kwargs in forwards)
-    if method == "amopo" and limit <= 250:
-        assert "are split by their prompts to keep to max_tokens_per_step" in caplog.text
+    if method == "amopo" and limit <= 480:
+        assert "are split by their prompts to keep to max_tokens_per_step" in host_log.text
     assert log.keys() == other_log.keys()
     for name in log.keys() - {"epoch"}:
         assert log[name] == pytest.approx(other_log[name], rel=1e-4, abs=1e-5), name
     assert_same_gradients(gradients, other_gradients)
+    assert limited.state.total_flos > 0
     whole, limited = (
         build(method, name, **method_block(method, layout=layout, **settings)).evaluate()
         for name, settings in (("a", {}), ("b", {"max_tokens_per_step": limit}))
@@ -119,34 +122,42 @@ def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, caplog,
     assert whole["eval_loss"] == pytest.approx(limited["eval_loss"], rel=1e-5)
 
 
-class Reads(TorchDispatchMode):
-    """Notes every operation that would make an accelerator's queue wait for the CPU."""
+class Reads(TorchFunctionMode):
+    """Notes every call that would make the CPU wait for an accelerator's numbers."""
 
-    waiting = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique")
+    waiting = ("item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique", "equal", "__bool__", "__int__")
 
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name.startswith(self.waiting):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = function.__name__
+        chosen = args[1] if name in ("__getitem__", "__setitem__") else ()
+        masks = [part for part in (chosen if isinstance(chosen, tuple) else (chosen,)) if torch.is_tensor(part)]
+        repeats = name == "repeat_interleave" and torch.is_tensor(args[1])
+        if name in self.waiting or repeats or any(mask.dtype == torch.bool for mask in masks):
             self.seen.append(name)
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_waits_for_no_number(build, method):
-    trainer = build(method, max_steps=1)
+@pytest.mark.parametrize(
+    ("method", "settings"), [("amopo", {}), ("amopo", {"max_tokens_per_step": 480}), ("modpo", {})]
+)
+def test_a_step_waits_for_no_number(build, method, settings):
+    trainer = build(method, max_steps=1, **method_block(method, **settings))
     trainer.train()  # leaves everything as a step finds it
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(3)])
     with Reads() as reads:
         for _ in range(2):
             trainer.training_step(trainer.model, batch)
     assert reads.seen == []
-    with Reads() as reads:
-        torch.ones(()).item()
-    assert reads.seen
+    assert trainer.args.logging_nan_inf_filter is False  # by which the host would look at every loss
+    x = torch.ones(2)
+    for read in (x.sum().item, x.tolist, x.cpu, lambda: x[x > 0], lambda: bool(x[0]), x.nonzero):
+        with Reads() as reads:
+            read()
+        assert len(reads.seen) == 1
 
 
 @pytest.mark.parametrize("every", [None, 2])
@@ -370,15 +381,18 @@ def test_bf16_mixed_precision_trains_float32_weights(build, method):
         assert entry["loss"] == pytest.approx(exact["loss"], rel=0.03)
 
 
-def test_a_model_that_cannot_take_trees_trains_in_padded_rows(build, tmp_path, tokenizer, caplog):
+def test_a_model_that_cannot_take_trees_trains_in_padded_rows(build, tmp_path, tokenizer, host_log):
     folder = tmp_path / "mamba"
     MambaConfig(
         vocab_size=1024, hidden_size=32, num_hidden_layers=1, pad_token_id=0, eos_token_id=2, bos_token_id=1
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    trainer = build("amopo", base_model=str(folder), max_steps=1, attn_implementation=None)
-    assert "padded rows" in caplog.text
-    assert "MambaForCausalLM" in caplog.text
+    common = {"base_model": str(folder), "attn_implementation": None}
+    with pytest.raises(ConfigError, match="`layout: packed`: MambaForCausalLM cannot be trained in packed trees"):
+        build("amopo", **common, **method_block("amopo", layout="packed"))
+    trainer = build("amopo", max_steps=1, **common)
+    assert "padded rows" in host_log.text
+    assert "MambaForCausalLM" in host_log.text
     trainer.train()
     assert training_logs(trainer)[0]["loss"] > 0
 
@@ -395,10 +409,9 @@ def test_a_window_averages_over_pairs():
     assert window.pop(accelerator) == {}
 
 
-@pytest.mark.parametrize("limit", [None, 300])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "limit"), [("amopo", None), ("amopo", 480), ("modpo", None), ("modpo", 80)])
 def test_two_processes_train_as_one_with_the_same_batch(tmp_path, method, limit):
-    """With a limit of tokens one of them has more passes to make than the other."""
+    """With a limit of tokens now one and now the other has more passes to make, or pairs to split."""
     settings = {"weighting": "uniform"} if method == "amopo" else {}
     results = []
     for processes in (1, 2):
@@ -406,9 +419,10 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path, method, limit)
             method,
             tmp_path / str(processes),
             seed=7,
-            max_steps=3,
+            max_steps=6,
             eval_strategy="steps",
-            eval_steps=3,
+            eval_steps=6,
+            dataloader_num_workers=0,
             micro_batch_size=4 // processes,
             gradient_accumulation_steps=1,
             eval_batch_size=4 // processes,
@@ -422,6 +436,13 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path, method, limit)
             torchrun("ddp_worker.py", config, result, processes=processes)
         results.append(torch.load(result, weights_only=True))
     (one, two) = results
+    if limit:
+        units = [json.loads((tmp_path / f"2.pt.units{rank}").read_text()) for rank in (0, 1)]
+        more = {sum(ours) > sum(theirs) for ours, theirs in zip(*units, strict=True) if sum(ours) != sum(theirs)}
+        assert more == {True, False}
+    if method == "amopo" and limit:
+        split = {(max(ours) > 1, max(theirs) > 1) for ours, theirs in zip(*units, strict=True)}
+        assert split >= {(True, False), (False, True)}
     assert len(one["log"]) == len(two["log"])
     for entry, other in zip(one["log"], two["log"], strict=True):
         for name in entry.keys() - {"epoch"}:

@@ -35,8 +35,12 @@ def budget_message(rows: Dataset, collator: PairCollator) -> str | None:
     """What `max_tokens_per_step` means for rows that are too long for it by themselves, or None where none is."""
     if collator.max_tokens is None:
         return None
+    if collator.packed:  # no trie has more tokens than its sequences
+        rows_in_doubt = rows.select(np.flatnonzero(np.asarray(rows[LENGTH]) > collator.max_tokens))
+    else:
+        rows_in_doubt = rows
     split = alone = 0
-    for row in rows.select(np.flatnonzero(np.asarray(rows[LENGTH]) > collator.max_tokens)):
+    for row in rows_in_doubt:
         pair = read_tokens(row)
         ((*passes,),) = share_out([pair], collator.max_tokens, collator.packed)
         split += len(passes) > 1

@@ -17,10 +17,13 @@ class PassCounts:
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo") if together and differ else None
 
-    def fillers(self, passes: int) -> int:
-        """How many passes without use this rank must add to the ones that it makes now; every rank must ask."""
+    def missing(self, *passes: int) -> list[int]:
+        """How many passes of each kind this rank must add without use to those that it is about to make.
+
+        Every rank must ask before it makes the first of them.
+        """
         if self._group is None:
-            return 0
+            return [0] * len(passes)
         most = torch.tensor(passes)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
-        return int(most) - passes
+        return [int(number) - own for number, own in zip(most, passes, strict=True)]

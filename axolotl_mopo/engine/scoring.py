@@ -12,10 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from axolotl_mopo.engine.log_softmax import selective_log_softmax
 
+_SOFT_CAP = "final_logit_softcapping"
 MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", "segments", "logits_to_keep")
 
 _BYTES_PER_LOGIT = 12
-"""Of a logit, its float32 copy and its gradient, at most."""
+"""Of a logit, its float32 copy and its gradient, at most; twice as much where logits are capped."""
 
 
 class CompletionScores(NamedTuple):
@@ -66,30 +67,30 @@ class Scorer:
             batch: of `pack` or `pad`.
         """
         inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-        rows, targets = batch["rows"], batch["targets"]
+        rows, targets = batch.get("rows"), batch["targets"]
         if self.base is None:
-            logps = self._logps(model(**inputs, use_cache=False).logits.flatten(0, 1)[rows], targets)
+            logps = self._logps(_chosen(model(**inputs, use_cache=False).logits, rows), targets)
         else:
             with self._head_answers_logps(self.base, rows, targets):
                 logps = model(**inputs, use_cache=False).logits
         return completion_scores(logps.flatten()[batch["predictors"]], batch["completion_ids"], batch["lengths"])
 
     @contextmanager
-    def _head_answers_logps(self, base: PreTrainedModel, rows: Tensor, targets: Tensor) -> Iterator[None]:
+    def _head_answers_logps(self, base: PreTrainedModel, rows: Tensor | None, targets: Tensor) -> Iterator[None]:
         """For a while the head answers with log-probs [1, P, K] of `targets` in the place of logits.
 
         So they are computed within the wrapped forward pass: sharded weights are there, and mixed precision turns
         log-probs and not logits into float32.
         """
         head = base.get_output_embeddings()
-        size = self._rows_at_once(base) or len(rows)
+        size = self._rows_at_once(base.config.get_text_config()) or len(targets)
         chunks: list[Tensor] = []
         answering = False
 
         def choose_rows(head: nn.Module, args: tuple[Tensor, ...]) -> Tensor | None:
             if answering:
                 return None
-            chunks.extend(args[0].flatten(0, 1)[rows].split(size))
+            chunks.extend(_chosen(args[0], rows).split(size))
             return chunks[0][None] if len(chunks) == 1 else chunks[0][None, :1]  # chunks are run by `answer`
 
         def answer(head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor | None:
@@ -108,16 +109,17 @@ class Scorer:
         # The hooks of wrappers run outside ours.
         handles = [head.register_forward_pre_hook(choose_rows), head.register_forward_hook(answer, prepend=True)]
         try:
-            with _without_soft_cap(base.config) as cap:
+            with _without_soft_cap(base.config.get_text_config()) as cap:
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _rows_at_once(self, base: PreTrainedModel) -> int | None:
+    def _rows_at_once(self, config: PreTrainedConfig) -> int | None:
         if self.logits_budget is None:
             return None
-        return max(1, int(self.logits_budget / (_BYTES_PER_LOGIT * base.config.get_text_config().vocab_size)))
+        each = _BYTES_PER_LOGIT if getattr(config, _SOFT_CAP, None) is None else 2 * _BYTES_PER_LOGIT
+        return max(1, int(self.logits_budget / (each * config.vocab_size)))
 
     def _logps(self, logits: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
         """Log-probs of targets under their rows of logits, in float32 or finer: [P, V], [P, K] -> [P, K]."""
@@ -138,15 +140,21 @@ def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
 @contextmanager
 def _without_soft_cap(config: PreTrainedConfig) -> Iterator[float | None]:
     """Keep the model from capping what its head answers, for a while; gives the cap."""
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap = getattr(config, _SOFT_CAP, None)
     if cap is None:
         yield None
         return
-    config.final_logit_softcapping = None
+    setattr(config, _SOFT_CAP, None)
     try:
         yield cap
     finally:
-        config.final_logit_softcapping = cap
+        setattr(config, _SOFT_CAP, cap)
+
+
+def _chosen(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Some of the rows of [B, L, ...] -> [P, ...]."""
+    flat = values.flatten(0, 1)
+    return flat if rows is None else flat[rows]
 
 
 def completion_scores(logps: Tensor, completion_ids: Tensor, lengths: Tensor) -> CompletionScores:

@@ -69,10 +69,9 @@ def pack(pairs: Sequence[Pair]) -> dict[str, Any]:
 
     Returns:
         The model's inputs (`input_ids`, `position_ids`, `attention_mask`, `segments`, and `logits_to_keep`, the P
-        positions that predict a completion token); `rows` [P], which of the kept positions predict; `targets` [P, K],
-        the tokens that each of them predicts, where completions branch more than one; and for the N completion tokens
-        `predictors` [N] (which of the flattened [P * K] log-probs are theirs), `completion_ids` [N] (whose token it is,
-        of C completions) and `lengths` [C].
+        positions that predict a completion token); `targets` [P, K], the tokens that each of them predicts, where
+        completions branch more than one; and for the N completion tokens `predictors` [N] (which of the flattened
+        [P * K] log-probs are theirs), `completion_ids` [N] (whose token it is, of C completions) and `lengths` [C].
     """
     sequences = _sequences(pairs)
     input_ids, positions, keys = [], [], []
@@ -106,7 +105,6 @@ def pack(pairs: Sequence[Pair]) -> dict[str, Any]:
             key_lengths=tuple(key_lengths),
         ),
         "logits_to_keep": torch.from_numpy(kept),
-        "rows": torch.arange(len(kept)),
         "targets": torch.from_numpy(targets),
         "predictors": torch.from_numpy(predictors),
         **_completions(sequences),

@@ -60,8 +60,9 @@ class PairScorer:
         device = self.accelerator.device
         passes = [one for unit in batch["units"] for one in unit]
         logps = torch.empty(batch["size"], 2, device=device)
+        (idle,) = self.pass_counts.missing(len(passes))
         with self.accelerator.autocast():
-            for one in passes + passes[-1:] * self.pass_counts.fillers(len(passes)):
+            for one in passes + passes[-1:] * idle:
                 scores = self.scorer(self.model, send_to_device(one, device))
                 logps[one["pairs"]] = scores.logps.view(-1, 2).float()
         return logps
