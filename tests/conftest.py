@@ -123,6 +123,8 @@ def host_log(caplog, monkeypatch):
     import axolotl.cli  # noqa: F401
 
     monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)  # a command in this process may have set it
+    caplog.set_level(logging.INFO, "axolotl")
     return caplog
 
 
