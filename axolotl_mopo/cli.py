@@ -12,6 +12,7 @@ import yaml
 from axolotl_mopo.config import ConfigError, parse_block
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.options import ObjectiveOptions, PairsOptions
+from axolotl_mopo.front.commands import front, generate, score
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,7 +24,11 @@ _FIELDS = [name for name in PairsOptions.model_fields if name.startswith("field_
 
 @click.group()
 def mopo() -> None:
-    """Multi-objective preference tuning: its data and its prompts."""
+    """Multi-objective preference tuning: its data, its prompts, and the front that it leads to."""
+
+
+for _command in (generate, score, front):
+    mopo.add_command(_command)
 
 
 def _field_options(command: F) -> F:

@@ -14,14 +14,14 @@ FILE_NAME = "mopo.json"
 _PACKAGES = ("axolotl-mopo", "axolotl", "torch", "transformers", "trl", "peft")
 
 
-def manifest(block: MODPOConfig | AMoPOConfig) -> dict[str, Any]:
+def manifest(block: MODPOConfig | AMoPOConfig, base_model: str) -> dict[str, Any]:
     """The method's settings, the versions, and for AMoPO what the user's turn says to each of its prompts.
 
     `inference` holds a template for every name; put the question in the place of `{question}`. The dimensions' ask for
     the best score.
     """
     method = "amopo" if isinstance(block, AMoPOConfig) else "modpo"
-    content: dict[str, Any] = {"method": method, **block.model_dump(mode="json")}
+    content: dict[str, Any] = {"method": method, "base_model": base_model, **block.model_dump(mode="json")}
     if isinstance(block, AMoPOConfig):
         content["inference"] = {
             name: user_template(inference_directive(block, name if name in block.dimensions else None))
@@ -30,19 +30,19 @@ def manifest(block: MODPOConfig | AMoPOConfig) -> dict[str, Any]:
     return content | {"versions": {package: version(package) for package in _PACKAGES}}
 
 
-def write_manifest(block: MODPOConfig | AMoPOConfig, folder: Path) -> None:
+def write_manifest(block: MODPOConfig | AMoPOConfig, base_model: str, folder: Path) -> None:
     """Write `mopo.json` into a folder."""
-    text = json.dumps(manifest(block), indent=2, ensure_ascii=False)
+    text = json.dumps(manifest(block, base_model), indent=2, ensure_ascii=False)
     (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 class ManifestCallback(TrainerCallback):
     """Writes the manifest beside every checkpoint."""
 
-    def __init__(self, block: MODPOConfig | AMoPOConfig) -> None:
-        self.block = block
+    def __init__(self, block: MODPOConfig | AMoPOConfig, base_model: str) -> None:
+        self.block, self.base_model = block, base_model
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The host's checkpoint is complete."""
         if state.is_world_process_zero:
-            write_manifest(self.block, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            write_manifest(self.block, self.base_model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")

@@ -81,10 +81,12 @@ class MOPOPlugin(BasePlugin):
         return arguments
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: Any) -> list[Any]:
-        """What writes `mopo.json` beside every checkpoint."""
+        """What writes `mopo.json` and `mopo.png` beside every checkpoint."""
+        from axolotl_mopo.history import HistoryCallback
         from axolotl_mopo.manifest import ManifestCallback
 
-        return [ManifestCallback(block) for block in _blocks(cfg)]
+        blocks = _blocks(cfg)
+        return [*(ManifestCallback(block, cfg.base_model) for block in blocks), *(HistoryCallback() for _ in blocks)]
 
     def post_train(self, cfg: DictDefault, model: Any) -> None:
         """Write `mopo.json` beside the final model."""
@@ -94,7 +96,7 @@ class MOPOPlugin(BasePlugin):
 
         for block in _blocks(cfg):
             if is_main_process():
-                write_manifest(block, Path(cfg.output_dir))
+                write_manifest(block, cfg.base_model, Path(cfg.output_dir))
 
 
 def _blocks(cfg: DictDefault) -> list[MODPOConfig | AMoPOConfig]:

@@ -9,12 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, SMOKE, build_model, smoke_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_pairing import helpsteer_rows
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+)
 
 import axolotl_mopo
 from axolotl_mopo.config import Directives
@@ -67,6 +74,8 @@ def check_manifest(output_dir, method):
     """`mopo.json` beside the model and beside its checkpoint: the method, and how to ask the model."""
     (checkpoint,) = output_dir.glob("checkpoint-*")
     manifest = json.loads((output_dir / "mopo.json").read_text())
+    for folder in (output_dir, checkpoint):
+        assert (folder / "mopo.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((checkpoint / "mopo.json").read_text()) == manifest
     assert manifest["method"] == method
     assert manifest["versions"]["axolotl-mopo"] == axolotl_mopo.__version__
@@ -106,9 +115,71 @@ def test_sweep_modpo(tmp_path):
         manifest = check_manifest(run, "modpo")
         assert (manifest["weights"], manifest["objective"]) == (trained[-1], "overall")
     assert sorted(trained, key=lambda weights: weights["overall"]) == sweep  # the host shuffles a sweep
+    compare(tmp_path, tmp_path / "out", "--reference", "none")
+    front = json.loads((tmp_path / "compared" / "front.json").read_text())
+    assert [policy["name"] for policy in front["policies"]] == [run.name for run in runs]
+    assert [policy["weights"] for policy in front["policies"]] == trained
+    assert any(policy["on_front"] for policy in front["policies"])
     embeddings = [load_file(run / "model.safetensors")["model.embed_tokens.weight"] for run in runs]
     assert not embeddings[0].equal(embeddings[1])
     assert not embeddings[1].equal(embeddings[2])
+
+
+def compare(folder, *runs):
+    """Generate, score and compare, by the real commands."""
+    prompts, out = ROOT / "example_configs" / "smoke" / "pairs-test.jsonl", folder / "compared"
+    generated = axolotl(
+        "mopo", "generate", *runs, "--prompts", prompts, "--limit", 5, "--max-new-tokens", 8, "--out", out
+    )
+    assert "5 prompts" in generated
+    scorers = ("--scorer", "brief=length:words", "--scorer", "long=length", "--lower-is-better", "long")
+    assert "brief, long: scored" in axolotl("mopo", "score", out, *scorers)
+    assert "Hypervolume above" in axolotl("mopo", "front", out)
+    for name in ("front.html", "front.png", "front.svg", "front.csv", "front.json"):
+        assert (out / name).stat().st_size > 100
+
+
+def test_modpo_from_prompts_and_two_reward_models_alone(tmp_path, tokenizer):
+    """No preference data at all: responses of the base model, scored, paired, trained on, and compared with it."""
+    base = tmp_path / "base"
+    build_model(AutoConfig.from_pretrained(SMOKE / "model")).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    for seed, name in enumerate(("helpful", "harmless")):
+        torch.manual_seed(seed)
+        shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = LlamaConfig(**shape, vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+
+    prompts, drawn = ROOT / "example_configs" / "smoke" / "pairs.jsonl", tmp_path / "drawn"
+    common = ("--prompts", prompts, "--limit", 12, "--samples", 3, "--max-new-tokens", 8)
+    axolotl("mopo", "generate", base, *common, "--reference", "none", "--out", drawn)
+    scorers = [
+        f"{name}={{source: reward_model, path: {tmp_path / name}, dtype: float32}}" for name in ("helpful", "harmless")
+    ]
+    axolotl("mopo", "score", drawn, *(part for scorer in scorers for part in ("--scorer", scorer)))
+    pairs = tmp_path / "pairs.jsonl"
+    arguments = ("--type", "responses", "--objective", "helpful", "--attributes", "helpful,harmless", "--output", pairs)
+    summary = axolotl("mopo", "pairs", drawn / "responses" / "base.jsonl", *arguments)
+    assert "36 rows read" in summary
+    assert "How often two orders agree" in summary
+
+    block = {
+        "objective": "helpful",
+        "weights": {"helpful": 0.5, "harmless": 0.5},
+        "margins": {"harmless": {"source": "column"}},
+    }
+    lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+    overrides = {"base_model": str(base), "reinit_weights": None, "test_datasets": None, "eval_steps": None, **lora}
+    cfg = smoke_config("modpo", tmp_path, modpo=block, max_steps=2, **overrides)
+    cfg["datasets"] = [{"path": str(pairs), "ds_type": "json", "type": "axolotl_mopo.pairs"}]
+    (tmp_path / "modpo.yaml").write_text(yaml.safe_dump(cfg))
+    axolotl("train", tmp_path / "modpo.yaml", "--launcher", "python")
+    assert (tmp_path / "out" / "mopo.png").read_bytes().startswith(b"\x89PNG")
+    compare(tmp_path, tmp_path / "out")
+    policies = json.loads((tmp_path / "compared" / "front.json").read_text())["policies"]
+    assert [(policy["name"], policy["kind"]) for policy in policies] == [("out", "policy"), ("reference", "reference")]
+    assert policies[1]["kl"]["mean"] == 0
 
 
 @pytest.fixture

@@ -40,6 +40,21 @@ def test_what_is_written_is_read_back_as_it_was():
     assert read("pairs", [row])[0] == [row]
 
 
+def test_scored_responses_are_paired_by_any_of_their_scores():
+    common = {"prompt_id": 0, "prompt": USER, "token_ids": [1, 2], "finished": True, "logp": -3.0, "ref_logp": -2.0}
+    rows = [
+        {**common, "sample": sample, "response": text, "nice": nice, "brief": brief}
+        for sample, (text, nice, brief) in enumerate([("A", 1.5, -1.0), ("B", 2.5, -4.0), ("C", 1.5, -2.0)])
+    ]
+    pairs, tally = read("responses", rows, objective=("nice",))
+    b, others = {"nice": 2.5, "brief": -4.0}, {"A": {"nice": 1.5, "brief": -1.0}, "C": {"nice": 1.5, "brief": -2.0}}
+    expected = [canonical("B", name, chosen_scores=b, rejected_scores=scores) for name, scores in others.items()]
+    assert pairs == expected
+    assert (tally.rows, tally.ties) == (3, 1)
+    with pytest.raises(DataError, match="its responses are rated and not ordered; name what orders them"):
+        reader("responses", rows)
+
+
 def test_amopo_scores_are_strings():
     row = {
         "prompt": "Why is the sky blue?",

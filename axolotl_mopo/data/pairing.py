@@ -65,7 +65,7 @@ class PairReader:
         if not labelled and not reading.objective:
             raise DataError(
                 f"{where}: its responses are rated and not ordered; name what orders them with objective: one or "
-                f"several of {', '.join(format.objectives)}"
+                f"several of {'its scores' if format.objectives is None else ', '.join(format.objectives)}"
             )
         self._read = self._labelled if labelled else self._rated
 

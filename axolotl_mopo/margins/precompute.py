@@ -22,7 +22,7 @@ from axolotl_mopo.margins.cache import TableCache
 from axolotl_mopo.margins.fingerprint import digest, files_digest, policy_digests, rows_digest
 from axolotl_mopo.margins.functions import function_digest
 from axolotl_mopo.margins.implicit import PairScorer, separate_model, with_adapter, without_adapters
-from axolotl_mopo.margins.rewards import function_rewards, model_rewards
+from axolotl_mopo.margins.rewards import both_sides, function_rewards, model_rewards
 from axolotl_mopo.margins.rows import row_margin_names
 
 LOG = get_logger("axolotl.mopo")
@@ -111,14 +111,15 @@ class Precomputation:
                 source = {"model": model_digest(margin.path), "head": margin.head, "dtype": margin.dtype}
 
                 def by_model(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
-                    return model_rewards(margin, rows, numbers, self.accelerator.device, title, quiet)
+                    with model_rewards(margin, self.accelerator.device) as rewards:
+                        return both_sides(rewards, rows, numbers, margin.batch_size, title, quiet)
 
                 return self._table(title, {"texts": rows_digest(rows, _TEXTS), **source}, rows, by_model)
             case CallableMargin():
                 LOG.info("The margin %s runs the code of %s.", margin_name, margin.function)
 
                 def by_function(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
-                    return function_rewards(margin, rows, numbers, title, quiet)
+                    return both_sides(function_rewards(margin), rows, numbers, margin.batch_size, title, quiet)
 
                 content = {"texts": rows_digest(rows, _TEXTS), "function": function_digest(margin.function)}
                 return self._table(title, content, rows, by_function)

@@ -3,12 +3,12 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import tqdm
 from datasets import Dataset
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from axolotl_mopo.config import CallableMargin, ConfigError, RewardModelMargin
@@ -16,13 +16,16 @@ from axolotl_mopo.data.rows import DataError, Message
 from axolotl_mopo.margins.functions import import_function
 from axolotl_mopo.margins.settling import find_head
 
+Rewards = Callable[[list[list[Message]], list[str], Sequence[int]], list[float]]
+"""Prompts, one response to each, and the numbers of their rows -> a reward of each response."""
 
-def function_rewards(margin: CallableMargin, rows: Dataset, numbers: Sequence[int], title: str, quiet: bool) -> Tensor:
-    """What a function says of the responses of N rows, [N, 2].
+
+def function_rewards(margin: CallableMargin) -> Rewards:
+    """What a user's function says of responses.
 
     Raises:
-        DataError: where it raises, or returns something else than a finite number for each response; naming it and the
-            first row of the batch, or the row.
+        DataError: from the result, where the function raises, or returns something else than a finite number for each
+            response; naming it and the first row of the batch, or the row.
     """
     function = import_function(margin.function)
 
@@ -39,18 +42,16 @@ def function_rewards(margin: CallableMargin, rows: Dataset, numbers: Sequence[in
                 raise DataError(f"{margin.function} returned {value} for row {number}, {prompt[-1]['content']!r:.80}")
         return values
 
-    return _both_sides(rows, numbers, margin.batch_size, rewards, title, quiet)
+    return rewards
 
 
-@torch.no_grad()
-def model_rewards(
-    margin: RewardModelMargin, rows: Dataset, numbers: Sequence[int], device: torch.device, title: str, quiet: bool
-) -> Tensor:
-    """What a reward model says of the responses of N rows, [N, 2]; the model is loaded and freed.
+@contextmanager
+def model_rewards(margin: RewardModelMargin, device: torch.device) -> Iterator[Rewards]:
+    """What a reward model says of responses; the model is loaded, and freed afterwards.
 
     Raises:
         ConfigError: where its head or its chat template is not clear.
-        DataError: where a text is longer than the model takes, or a reward is not finite.
+        DataError: from the result, where a text is longer than the model takes, or a reward is not finite.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(margin.path)
     model = AutoModelForSequenceClassification.from_pretrained(margin.path, dtype=getattr(torch, margin.dtype))
@@ -66,6 +67,7 @@ def model_rewards(
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     model.to(device).eval()
 
+    @torch.no_grad()
     def rewards(prompts: list[list[Message]], responses: list[str], numbers: Sequence[int]) -> list[float]:
         texts = [
             tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
@@ -79,19 +81,16 @@ def model_rewards(
             raise DataError(f"{margin.path} gives row {bad[0]} a reward that is not finite")
         return values
 
-    table = _both_sides(rows, numbers, margin.batch_size, rewards, title, quiet)
-    model.to("meta")
-    return table
+    try:
+        yield rewards
+    finally:
+        model.to("meta")  # frees the memory, whoever still refers to the model
 
 
-def _both_sides(
-    rows: Dataset,
-    numbers: Sequence[int],
-    batch_size: int,
-    rewards: Callable[[list[list[Message]], list[str], Sequence[int]], list[float]],
-    title: str,
-    quiet: bool,
-) -> Tensor:
+def both_sides(
+    rewards: Rewards, rows: Dataset, numbers: Sequence[int], batch_size: int, title: str, quiet: bool
+) -> torch.Tensor:
+    """The rewards of both responses of N prepared rows, [N, 2]."""
     table = torch.zeros(len(rows), 2)
     batches: Iterator[Any] = rows.select_columns(["messages", "chosen_text", "rejected_text"]).iter(batch_size)
     total = math.ceil(len(rows) / batch_size)

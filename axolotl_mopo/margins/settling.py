@@ -9,6 +9,7 @@ from axolotl_mopo.config import (
     AdapterMargin,
     CallableMargin,
     ConfigError,
+    MarginBlock,
     MODPOConfig,
     RewardModelMargin,
     parse_block,
@@ -26,19 +27,39 @@ def settle_margins(cfg: MutableMapping[str, Any], block: MODPOConfig) -> MODPOCo
     raw = cfg["modpo"]
     if block.cache_dir is None:
         raw["cache_dir"] = str(Path(cfg.get("dataset_prepared_path") or _DEFAULT_PREPARED_PATH) / "modpo-cache")
+    sharded = bool(cfg.get("fsdp") or cfg.get("fsdp_config") or cfg.get("deepspeed"))
     for name, margin in block.margins.items():
-        where = f"`modpo.margins.{name}"
-        try:
-            match margin:
-                case AdapterMargin():
-                    raw["margins"][name]["beta"] = _settle_adapter(cfg, margin, where)
-                case RewardModelMargin():
-                    _check_reward_model(margin, where)
-                case CallableMargin():
-                    _check_function(margin, where)
-        except (OSError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{where}.path` cannot be read: {error}") from None
+        beta = check_margin(margin, f"`modpo.margins.{name}", sharded)
+        if beta is not None:
+            raw["margins"][name]["beta"] = beta
     return parse_block(MODPOConfig, raw, "modpo")
+
+
+def check_margin(margin: MarginBlock, where: str, sharded: bool = False) -> float | None:
+    """Hold a margin against its source, without loading a model.
+
+    Args:
+        margin: as the user gives it.
+        where: the beginning of its key in messages, a backtick first.
+        sharded: whether the policy's weights will be split.
+
+    Returns:
+        The beta of an implicit reward; None for every other source.
+
+    Raises:
+        ConfigError: where the source is not there, does not fit, or does not say its beta.
+    """
+    try:
+        match margin:
+            case AdapterMargin():
+                return _adapter_beta(margin, where, sharded)
+            case RewardModelMargin():
+                _check_reward_model(margin, where)
+            case CallableMargin():
+                _check_function(margin, where)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{where}.path` cannot be read: {error}") from None
+    return None
 
 
 def _check_function(margin: CallableMargin, where: str) -> None:
@@ -50,14 +71,14 @@ def _check_function(margin: CallableMargin, where: str) -> None:
         raise ConfigError(f"{where}.function`: {error}") from None
 
 
-def _settle_adapter(cfg: MutableMapping[str, Any], margin: AdapterMargin, where: str) -> float:
+def _adapter_beta(margin: AdapterMargin, where: str, sharded: bool) -> float:
     folder = Path(margin.path)
     if (folder / "adapter_config.json").exists():
         if margin.reference is not None:
             raise ConfigError(
                 f"{where}.reference` has no effect: the reference of an adapter is the base model; drop it"
             )
-        if cfg.get("fsdp") or cfg.get("fsdp_config") or cfg.get("deepspeed"):
+        if sharded:
             raise ConfigError(
                 f"{where}` is an adapter, which cannot be put into a model that FSDP or DeepSpeed has split; merge it "
                 "with `axolotl merge-lora` and give the merged model and its `reference`"

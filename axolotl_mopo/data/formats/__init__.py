@@ -28,8 +28,8 @@ class Format:
     """The prompt's column where the rated responses of a prompt stand in several rows."""
     scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """The lowest and the highest value of every score that the data is known to hold; empty where any is possible."""
-    objectives: tuple[str, ...] = ()
-    """What may order the pairs; empty where the data's own label does."""
+    objectives: tuple[str, ...] | None = ()
+    """What may order the pairs; empty where the data's own label does, None where any score may."""
 
     def is_labelled(self, columns: Collection[str]) -> bool:
         """Whether a label orders the rows with these columns."""
@@ -39,12 +39,12 @@ class Format:
 
     def objective_fault(self, names: Sequence[str]) -> str | None:
         """What is wrong with ordering the pairs by these names, if anything."""
-        if not self.objectives:
+        if self.objectives == ():
             return "the pairs are ordered by the data's own label; drop it" if names else None
-        known = ", ".join(self.objectives)
+        known = "its scores" if self.objectives is None else ", ".join(self.objectives)
         if len(set(names)) < len(names):
             return f"{', '.join(names)} names one twice"
-        if unknown := [name for name in names if name not in self.objectives]:
+        if unknown := [name for name in names if name not in (self.objectives or names)]:
             return f"{', '.join(unknown)} cannot order the pairs; choose of {known}"
         if self.read_responses is None and len(names) != 1:
             return f"name one of {known}, which orders the pairs"
@@ -82,6 +82,7 @@ FORMATS: dict[str, Format] = {
         scales=_ULTRAFEEDBACK,
         objectives=tuple(_ULTRAFEEDBACK),
     ),
+    "responses": Format(ObjectiveOptions, read_responses=rated.read_responses, group_column="prompt", objectives=None),
     "safe_rlhf": Format(
         ObjectiveOptions,
         labelled.read_safe_rlhf,

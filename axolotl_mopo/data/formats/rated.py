@@ -4,12 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from axolotl_mopo.data.rows import Message, RatedResponse, Row, RowError, column, score, text, user
+from axolotl_mopo.data.rows import Message, RatedResponse, Row, RowError, column, messages, score, text, user
 from axolotl_mopo.data.turns import marked_turns
 
 HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 ULTRAFEEDBACK_ATTRIBUTES = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 OVERALL = "overall"
+RESPONSE_COLUMNS = ("prompt_id", "sample", "prompt", "response", "token_ids", "finished", "logp", "ref_logp")
+"""What `axolotl mopo generate` writes of a response; other columns are scores."""
 
 
 def read_helpsteer(row: Row) -> tuple[list[Message], list[RatedResponse]]:
@@ -17,6 +19,12 @@ def read_helpsteer(row: Row) -> tuple[list[Message], list[RatedResponse]]:
     scores = {name: score(row.get(name)) for name in HELPSTEER_ATTRIBUTES}
     response = RatedResponse(text(row, "response"), scores | {OVERALL: mean(scores, HELPSTEER_ATTRIBUTES)})
     return marked_turns(text(row, "prompt")), [response]
+
+
+def read_responses(row: Row) -> tuple[list[Message], list[RatedResponse]]:
+    """What `axolotl mopo score` leaves: a row is one response, and every column of numbers that is not ours a score."""
+    scores = {name: score(value) for name, value in row.items() if name not in RESPONSE_COLUMNS}
+    return messages(column(row, "prompt"), "prompt"), [RatedResponse(text(row, "response"), scores)]
 
 
 def read_ultrafeedback(row: Row) -> tuple[list[Message], list[RatedResponse]]:

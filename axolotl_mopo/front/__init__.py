@@ -1,0 +1,1 @@
+"""From trained policies to a decision: their responses, the responses' scores, the Pareto front."""

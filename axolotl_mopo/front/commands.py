@@ -1,0 +1,180 @@
+"""`axolotl mopo generate`, `score` and `front`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+FAULTS = (OSError, ValueError, TimeoutError)
+"""What can be wrong with files, data and settings, our own errors among them; anything else shows its traceback."""
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--prompts", "source", required=True, help="A file, a folder or a data set of the hub.")
+@click.option("--out", type=_FOLDER, required=True, help="The folder of the comparison.")
+@click.option("--baseline", "baselines", multiple=True, help="A run to compare with, drawn apart; may be repeated.")
+@click.option("--reference", help="The model that the runs were trained from; `none` for no reference.")
+@click.option("--field", help="The prompts' column; by default prompt, messages, question or instruction.")
+@click.option("--limit", type=click.IntRange(min=1), help="Read no more distinct prompts than this.")
+@click.option("--split", default="train", show_default=True, help="A split, or a part such as train[:200].")
+@click.option("--name", help="The configuration of a data set of the hub.")
+@click.option("--data-files", multiple=True, help="Files in the data set; may be repeated.")
+@click.option("--revision", help="The revision of a data set of the hub.")
+@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Responses to each prompt.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0: the likeliest.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", default=42, show_default=True)
+@click.option("--dimension", help="AMoPO: ask for this dimension, and not for all together.")
+@click.option("--score", type=float, help="AMoPO: which score of the dimension to ask for; by default the best.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at a time.")
+@click.option("--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, float16.")
+@click.option("--engine", type=click.Choice(["auto", "transformers", "vllm"]), default="auto", show_default=True)
+def generate(
+    runs: tuple[str, ...],
+    source: str,
+    out: Path,
+    baselines: tuple[str, ...],
+    reference: str | None,
+    field: str | None,
+    limit: int | None,
+    dimension: str | None,
+    score: float | None,
+    batch_size: int,
+    dtype: str,
+    engine: str,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    **table: Any,
+) -> None:
+    """Let every policy of RUNS answer the same prompts.
+
+    RUNS are sweeps' folders, runs' folders, checkpoints or models of the hub; NAME=PATH names one. Adapters of one base
+    model share it. What is there already is not generated again.
+    """
+    from axolotl_mopo.front.engines import choose_engine
+    from axolotl_mopo.front.generating import Generation
+    from axolotl_mopo.front.models import Models, Sampling
+    from axolotl_mopo.front.policies import Asking, find_policies, reference_policy
+    from axolotl_mopo.front.prompts import read_prompts
+    from axolotl_mopo.front.store import Comparison
+
+    sampling = Sampling(samples, max_new_tokens, temperature, top_p, seed)
+    try:
+        policies = [*find_policies(runs), *find_policies(baselines, "baseline")]
+        compared = None if reference == "none" else reference_policy(policies, reference)
+        prompts = read_prompts(source, field=field, limit=limit, **table)
+        models = Models(dtype)
+        Generation(
+            comparison=Comparison(out),
+            prompts=prompts,
+            sampling=sampling,
+            asking=Asking(dimension, score),
+            engine=choose_engine(engine, models, sampling),
+            models=models,
+            batch_size=batch_size,
+            say=click.echo,
+        ).run(policies, compared)
+    except FAULTS as error:
+        raise click.ClickException(str(error)) from None
+    repeated = f" ({prompts.repeated:,} rows repeat one)" if prompts.repeated else ""
+    click.echo(
+        f"{len(prompts.conversations):,} prompts{repeated}, {samples} responses to each, are in {out}.\n"
+        f"Next: axolotl mopo score {out} --scorer NAME=SOURCE"
+    )
+
+
+@click.command()
+@click.argument("folder", type=_FOLDER)
+@click.option(
+    "--scorer",
+    "scorers",
+    multiple=True,
+    required=True,
+    help="NAME=SOURCE[:ARGUMENT], or NAME={source: SOURCE, ...} with the keys of a margin in YAML; may be repeated. "
+    "Sources: reward_model:PATH, callable:package.module:function, length:words, adapter:PATH.",
+)
+@click.option("--lower-is-better", "lower", multiple=True, help="An objective of which less is better, as a cost.")
+@click.option("--higher-is-better", "higher", multiple=True, help="An objective of which more is better: the default.")
+@click.option("--replace", is_flag=True, help="Score objectives anew that another scorer scored.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Of implicit rewards.")
+@click.option("--dtype", default="auto", show_default=True, help="Of the weights, for implicit rewards.")
+def score(
+    folder: Path,
+    scorers: tuple[str, ...],
+    lower: tuple[str, ...],
+    higher: tuple[str, ...],
+    replace: bool,
+    batch_size: int,
+    dtype: str,
+) -> None:
+    """Score the responses in FOLDER: a column for every objective. What is scored already is not scored again."""
+    from axolotl_mopo.front.models import Models
+    from axolotl_mopo.front.scoring import Scoring, parse_scorer
+    from axolotl_mopo.front.store import Comparison
+
+    try:
+        parsed = [parse_scorer(text) for text in scorers]
+        named = [name for name, _ in parsed]
+        if len(set(named)) < len(named) or set(lower) & set(higher) or {*lower, *higher} - set(named):
+            raise click.UsageError(
+                "every objective has one --scorer and one direction, and a direction belongs to a --scorer"
+            )
+        comparison = Comparison.existing(folder)
+        Scoring(comparison, Models(dtype), batch_size, click.echo).run(dict(parsed), lower, replace)
+    except FAULTS as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"{', '.join(named)}: scored. Next: axolotl mopo front {folder}")
+
+
+@click.command()
+@click.argument("folder", type=_FOLDER)
+@click.option("--objectives", help="Compare by these only: a,b,c.")
+@click.option("--reference-point", help="Where hypervolumes begin: a=0,b=-5; by default the worst means.")
+@click.option(
+    "--shown-prompts", type=click.IntRange(min=1), default=100, show_default=True, help="With responses, in the page."
+)
+def front(folder: Path, objectives: str | None, reference_point: str | None, shown_prompts: int) -> None:
+    """Compare the policies in FOLDER: which are on the Pareto front, and by how much.
+
+    Prints a table and writes front.csv, front.json, front.png, front.svg and front.html into FOLDER.
+    """
+    from rich.console import Console
+
+    from axolotl_mopo.front.page import render
+    from axolotl_mopo.front.plots import draw
+    from axolotl_mopo.front.report import table, to_csv, to_json
+    from axolotl_mopo.front.statistics import find_front
+    from axolotl_mopo.front.store import Comparison
+
+    try:
+        comparison = Comparison.existing(folder)
+        names = objectives.split(",") if objectives else None
+        found = find_front(comparison, names, _point(reference_point))
+        for name, text in (
+            ("front.csv", to_csv(found)),
+            ("front.json", to_json(found)),
+            ("front.html", render(found, comparison, shown_prompts)),
+        ):
+            (folder / name).write_text(text, encoding="utf-8")
+        for name in ("front.png", "front.svg"):
+            draw(found, folder / name)
+    except FAULTS as error:
+        raise click.ClickException(str(error)) from None
+    Console().print(table(found))
+    click.echo(f"{folder}: front.html, front.png, front.svg, front.csv and front.json are written.")
+
+
+def _point(text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    try:
+        return {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise click.BadParameter(f"--reference-point {text}: write a=0,b=-5") from None

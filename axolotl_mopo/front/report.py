@@ -1,0 +1,130 @@
+"""A front as a terminal table, as CSV and as JSON."""
+
+import csv
+import io
+import json
+import math
+from typing import Any
+
+from rich.table import Table
+
+from axolotl_mopo.front.statistics import Estimate, Front, Standing
+
+
+def table(front: Front) -> Table:
+    """The policies, a line each; means with the half-widths of their 95% intervals."""
+    shown = Table(title="Pareto front", caption="\n".join(notes(front)), caption_justify="left")
+    shown.add_column("policy")
+    shown.add_column("weights")
+    for name in front.objectives:
+        shown.add_column(f"{name} {'↓' if name in front.lower_is_better else '↑'}", justify="right")
+    against = any(standing.win_rates for standing in front.standings)
+    for name in front.objectives if against else ():
+        shown.add_column(f"wins on {name}", justify="right")
+    for head in ("KL", "tokens", "finished"):
+        shown.add_column(head, justify="right")
+    shown.add_column("front")
+    for standing in front.standings:
+        wins = [f"{100 * rate:.0f}%" for rate in (standing.win_rates or {}).values()] if against else []
+        shown.add_row(
+            standing.policy.name + {"baseline": " (baseline)"}.get(standing.policy.kind, ""),
+            "" if standing.policy.label == standing.policy.name else standing.policy.label,
+            *(_with_width(standing.rewards[name]) for name in front.objectives),
+            *wins,
+            _with_width(standing.kl) if standing.kl else "-",
+            f"{standing.tokens:.0f}",
+            f"{100 * standing.finished:.0f}%",
+            "yes" if standing.on_front else f"no, {', '.join(standing.dominated_by)}",
+            style="bold" if standing.on_front else "dim",
+        )
+    return shown
+
+
+def notes(front: Front) -> list[str]:
+    """What a reader of the numbers must know."""
+    point = ", ".join(f"{name} {value:.4g}" for name, value in front.reference_point.items())
+    lines = [
+        f"{front.prompts:,} prompts, {front.samples} responses to each; ± is half of a 95% bootstrap interval over "
+        "prompts.",
+        f"Hypervolume above ({point}): {front.hypervolume['policies']:.4g} for the policies, "
+        f"{front.hypervolume['all']:.4g} with baselines and reference.",
+    ]
+    if not front.exact_sampling and any(standing.kl for standing in front.standings):
+        lines.append(
+            "KL: the mean log-ratio of these responses, which were not drawn at temperature 1 and top-p 1; so it is no "
+            "estimate of the policies' divergence."
+        )
+    return lines
+
+
+def to_csv(front: Front) -> str:
+    """A line for every policy."""
+    text = io.StringIO()
+    lines = [_flat(front, standing) for standing in front.standings]
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def to_json(front: Front) -> str:
+    """Everything, with null where there is no number."""
+    content = {
+        "objectives": [
+            {"name": name, "lower_is_better": name in front.lower_is_better, "begins_at": front.reference_point[name]}
+            for name in front.objectives
+        ],
+        "hypervolume": front.hypervolume,
+        "prompts": front.prompts,
+        "samples": front.samples,
+        "exact_sampling": front.exact_sampling,
+        "policies": [
+            {
+                "name": standing.policy.name,
+                "kind": standing.policy.kind,
+                "path": standing.policy.path,
+                "weights": standing.policy.manifest.get("weights"),
+                "rewards": {name: _numbers(value) for name, value in standing.rewards.items()},
+                "win_rates": standing.win_rates,
+                "kl": _numbers(standing.kl) if standing.kl else None,
+                "tokens": standing.tokens,
+                "finished": standing.finished,
+                "on_front": standing.on_front,
+                "dominated_by": standing.dominated_by,
+            }
+            for standing in front.standings
+        ],
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _flat(front: Front, standing: Standing) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "policy": standing.policy.name,
+        "kind": standing.policy.kind,
+        "weights": standing.policy.label,
+    }
+    for name in front.objectives:
+        line |= _columns(name, standing.rewards[name])
+        line[f"{name}_win_rate"] = (standing.win_rates or {}).get(name)
+    line |= _columns("kl", standing.kl)
+    return line | {
+        "tokens": standing.tokens,
+        "finished": standing.finished,
+        "on_front": standing.on_front,
+        "dominated_by": " ".join(standing.dominated_by),
+    }
+
+
+def _columns(name: str, value: Estimate | None) -> dict[str, float | None]:
+    numbers = _numbers(value) if value else dict.fromkeys(Estimate._fields)
+    return {name if part == "mean" else f"{name}_{part}": number for part, number in numbers.items()}
+
+
+def _numbers(value: Estimate) -> dict[str, float | None]:
+    return {part: None if math.isnan(number) else number for part, number in value._asdict().items()}
+
+
+def _with_width(value: Estimate) -> str:
+    half = (value.high - value.low) / 2
+    return f"{value.mean:.3g}" if math.isnan(half) else f"{value.mean:.3g} ± {half:.2g}"

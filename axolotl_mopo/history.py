@@ -1,0 +1,90 @@
+"""`mopo.png`: how every objective went over a training run, for those without a tracker."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from axolotl.utils.logging import get_logger
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+FILE_NAME = "mopo.png"
+LOG = get_logger("axolotl.mopo")
+
+_PANELS = {
+    "loss": ("loss",),
+    "reward margins": ("rewards/margins", "rewards/margins/", "rewards/collective_margins"),
+    "accuracies": ("rewards/accuracies", "rewards/accuracies/"),
+    "weights of the dimensions": ("weights/",),
+    "margin rewards, chosen - rejected": ("margins/",),
+}
+"""The title of a panel, and the metrics that it shows: by name, or all that begin with it where it ends with `/`."""
+
+Curve = list[tuple[int, float]]
+
+
+def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
+    """What there is to draw: for every panel the metrics' values by step; `eval_` is part of a name."""
+    panels: dict[str, dict[str, Curve]] = defaultdict(lambda: defaultdict(list))
+    for entry in history:
+        for key, value in entry.items():
+            name = key.removeprefix("eval_")
+            for title, metrics in _PANELS.items():
+                if any(_shows(metric, name) for metric in metrics) and isinstance(value, int | float):
+                    panels[title][key].append((entry["step"], float(value)))
+    return {title: dict(panels[title]) for title in _PANELS if title in panels}
+
+
+def draw(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the picture of a run's log; a line for training, a dashed one for evaluation, where there is any."""
+    from matplotlib.figure import Figure
+
+    panels = curves(history)
+    if not panels:
+        return
+    figure = Figure(figsize=(7, 2.6 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (title, metrics) in zip(axes, panels.items(), strict=True):
+        names = list(dict.fromkeys(key.removeprefix("eval_") for key in metrics))
+        for key, curve in metrics.items():
+            held_out = key.startswith("eval_")
+            colour = f"C{names.index(key.removeprefix('eval_')) % 10}"
+            style = {"linestyle": "--", "marker": "o", "markersize": 3} if held_out else {"label": _label(key)}
+            axis.plot(*zip(*curve, strict=True), color=colour, linewidth=1.2, **style)
+        axis.set_title(title, fontsize=9, loc="left")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[-1].set_xlabel("step (dashed: evaluation)")
+    figure.savefig(path, dpi=120)
+
+
+class HistoryCallback(TrainerCallback):
+    """Draws the picture beside every checkpoint, and beside the final model."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The host's checkpoint is complete."""
+        self._draw(state, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """All steps are made."""
+        self._draw(state, Path(str(args.output_dir)))
+
+    @staticmethod
+    def _draw(state: TrainerState, folder: Path) -> None:
+        if state.is_world_process_zero:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                draw(state.log_history, folder / FILE_NAME)
+            except Exception as error:  # a picture is not worth a run
+                LOG.warning("%s could not be drawn: %r", folder / FILE_NAME, error)
+
+
+def _shows(metric: str, name: str) -> bool:
+    if not metric.endswith("/"):
+        return name == metric
+    rest = name.removeprefix(metric)
+    return rest != name and "/" not in rest
+
+
+def _label(key: str) -> str:
+    return key.rpartition("/")[2]

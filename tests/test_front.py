@@ -1,0 +1,296 @@
+"""From scored responses to a front: statistics against hand-made numbers, reports, and what is refused."""
+
+import csv
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from axolotl_mopo.config import ConfigError
+from axolotl_mopo.front.page import render
+from axolotl_mopo.front.plots import draw
+from axolotl_mopo.front.policies import Policy
+from axolotl_mopo.front.report import table, to_csv, to_json
+from axolotl_mopo.front.scoring import parse_scorer
+from axolotl_mopo.front.statistics import estimate, find_front
+from axolotl_mopo.front.store import Comparison
+
+HELPFUL = {"scorer": {}, "digest": "x", "lower_is_better": False}
+COST = {**HELPFUL, "lower_is_better": True}
+
+
+def policy(name, kind="policy", weights=None):
+    return Policy(name, f"runs/{name}", kind, manifest={"method": "modpo", "weights": weights} if weights else {})
+
+
+def comparison(folder, rewards, objectives=None, samples=2, temperature=1.0, log_ratio=0.25):
+    """A comparison in which policy `p` has `rewards[p]`: for every prompt a list of (helpful, cost) of each sample."""
+    made = Comparison(folder)
+    prompts = len(next(iter(rewards.values())))
+    made.agree(
+        prompts={"count": prompts, "digest": 1},
+        sampling={"samples": samples, "max_new_tokens": 8, "temperature": temperature, "top_p": 1.0, "seed": 1},
+    )
+    made.settings["objectives"] = objectives or {"helpful": HELPFUL, "cost": COST}
+    for name, each in rewards.items():
+        kind = name if name in ("reference", "baseline") else "policy"
+        made.add_policy(policy(name, kind, {"helpful": 0.5} if kind == "policy" else None))
+        rows = [
+            {
+                "prompt_id": prompt,
+                "sample": sample,
+                "prompt": [{"role": "user", "content": f"Question {prompt}?"}],
+                "response": f"{name} says {prompt}.{sample}",
+                "token_ids": [1] * (3 + sample),
+                "finished": sample == 0,
+                "logp": -1.0,
+                "ref_logp": -1.0 - log_ratio,
+                **dict(zip(made.objectives, values, strict=True)),
+            }
+            for prompt, of_prompt in enumerate(each)
+            for sample, values in enumerate(of_prompt)
+        ]
+        made.append(name, rows)
+    made.save_settings()
+    return Comparison(folder)
+
+
+@pytest.fixture
+def four(tmp_path):
+    """Means: a (3, 1), b (2, 0), c (1, 2), reference (2, 1)."""
+    return comparison(
+        tmp_path,
+        {
+            "a": [[(4, 2), (2, 0)], [(3, 1), (3, 1)]],
+            "b": [[(2, 0), (2, 0)], [(2, 0), (2, 0)]],
+            "c": [[(1, 2), (1, 2)], [(1, 2), (1, 2)]],
+            "reference": [[(3, 1), (1, 1)], [(2, 1), (2, 1)]],
+        },
+    )
+
+
+def test_means_directions_and_dominance(four):
+    front = find_front(four)
+    means = {s.policy.name: tuple(s.rewards[name].mean for name in ("helpful", "cost")) for s in front.standings}
+    assert means == {"a": (3, 1), "b": (2, 0), "c": (1, 2), "reference": (2, 1)}
+    dominated = {s.policy.name: s.dominated_by for s in front.standings}
+    assert dominated == {"a": [], "b": [], "c": ["a", "b", "reference"], "reference": ["a", "b"]}
+    assert [s.on_front for s in front.standings] == [True, True, False, False]
+    assert {s.tokens for s in front.standings} == {3.5}
+    assert {s.finished for s in front.standings} == {0.5}
+    only_cost = find_front(four, ["cost"])
+    assert [s.policy.name for s in only_cost.standings if s.on_front] == ["b"]
+
+
+def test_policies_that_are_equal_do_not_dominate_each_other(tmp_path):
+    same = [[(1, 1)], [(2, 0)]]
+    front = find_front(comparison(tmp_path, {"a": same, "b": same}, samples=1))
+    assert all(s.on_front for s in front.standings)
+
+
+def test_the_hypervolume_is_the_area_between_the_front_and_its_beginning(four):
+    front = find_front(four, reference_point={"helpful": 0, "cost": 3})
+    # a spans 3 x 2, b 2 x 3; they share 2 x 2.
+    assert front.hypervolume == {"policies": 6 + 6 - 4, "all": 8}
+    by_default = find_front(four)
+    assert by_default.reference_point == {"helpful": 1, "cost": 2}  # c, the worst in both
+    assert by_default.hypervolume["policies"] == 2 * 1 + 1 * 2 - 1 * 1
+
+
+def test_win_rates_compare_every_two_responses_to_a_prompt(four):
+    rates = {s.policy.name: s.win_rates for s in find_front(four).standings}
+    # Prompt 0: of (4, 2) against (3, 1): 4 wins twice, 2 loses and wins. Prompt 1: 3 against 2, always.
+    assert rates["a"]["helpful"] == pytest.approx((3 / 4 + 1) / 2)
+    assert rates["a"]["cost"] == pytest.approx(0.5)
+    assert rates["b"]["cost"] == 1
+    assert rates["c"] == {"helpful": pytest.approx((1 / 4 + 0) / 2), "cost": 0}
+    assert rates["reference"] == {"helpful": 0.5, "cost": 0.5}
+
+
+def test_divergence_is_the_mean_log_ratio(tmp_path):
+    rewards = {"a": [[(1, 1)], [(2, 2)]]}
+    (standing,) = find_front(comparison(tmp_path / "a", rewards, samples=1)).standings
+    assert standing.kl.mean == pytest.approx(0.25)
+    drawn_otherwise = find_front(comparison(tmp_path / "b", rewards, samples=1, temperature=0.5))
+    assert not drawn_otherwise.exact_sampling
+    without = comparison(tmp_path / "c", rewards, samples=1)
+    without.replace("a", [{k: v for k, v in row.items() if k != "ref_logp"} for row in without.responses("a")])
+    assert find_front(without).standings[0].kl is None
+
+
+def test_intervals_are_as_wide_as_the_normal_ones():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    mean, low, high = estimate(values)
+    assert mean == pytest.approx(values.mean())
+    assert high - low == pytest.approx(2 * 1.96 * values.std(ddof=1) / 20, rel=0.1)
+    assert estimate(values) == (mean, low, high)
+    assert estimate([5.0, 5.0, 5.0]) == (5, 5, 5)
+    alone = estimate([5.0])
+    assert alone.mean == 5
+    assert math.isnan(alone.low)
+
+
+def test_what_is_missing_is_named(four, tmp_path):
+    with pytest.raises(ConfigError, match="speed was not scored; scored are helpful, cost"):
+        find_front(four, ["speed"])
+    rows = four.responses("b")
+    four.replace("b", rows[:3])
+    with pytest.raises(ConfigError, match="b has 3 of 4 responses; run axolotl mopo generate again"):
+        find_front(four)
+    four.replace("b", [{k: v for k, v in row.items() if k != "cost"} for row in rows])
+    with pytest.raises(ConfigError, match="b is not scored on cost, on which others are"):
+        find_front(four)
+    assert find_front(four, ["helpful"])
+    with pytest.raises(ConfigError, match="holds no responses; make them with axolotl mopo generate"):
+        Comparison.existing(tmp_path / "nowhere")
+    four.settings["objectives"] = {}
+    with pytest.raises(ConfigError, match="has no scores; see axolotl mopo score"):
+        find_front(four)
+
+
+def test_the_table_says_what_decides(four):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(find_front(four)))
+    text = console.export_text()
+    for words in ("helpful ↑", "cost ↓", "no, a, b", "Hypervolume above (helpful 1, cost 2)", "2 prompts, 2 responses"):
+        assert words in text
+    assert "temperature" not in text
+
+
+def test_log_ratios_of_other_draws_are_not_called_an_estimate(tmp_path):
+    front = find_front(comparison(tmp_path, {"a": [[(1, 1)], [(2, 2)]]}, samples=1, temperature=0))
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(table(front))
+    assert "it is no estimate of the policies' divergence" in console.export_text()
+
+
+def test_csv_and_json_hold_the_same_numbers(four):
+    front = find_front(four)
+    lines = list(csv.DictReader(io.StringIO(to_csv(front))))
+    content = json.loads(to_json(front))
+    assert [line["policy"] for line in lines] == ["a", "b", "c", "reference"]
+    for line, entry in zip(lines, content["policies"], strict=True):
+        assert float(line["helpful"]) == entry["rewards"]["helpful"]["mean"]
+        assert float(line["cost_low"]) == entry["rewards"]["cost"]["low"]
+        assert float(line["cost_win_rate"]) == entry["win_rates"]["cost"]
+        assert (line["on_front"] == "True") is entry["on_front"]
+    assert content["hypervolume"]["all"] == front.hypervolume["all"]
+
+
+def test_numbers_that_are_not_there_are_null(tmp_path):
+    front = find_front(comparison(tmp_path, {"a": [[(1, 1)]]}, samples=1))
+    (entry,) = json.loads(to_json(front))["policies"]
+    assert entry["rewards"]["helpful"] == {"mean": 1, "low": None, "high": None}
+    assert entry["win_rates"] is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_pictures_for_any_number_of_objectives(tmp_path, count):
+    objectives = {f"goal{number}": HELPFUL if number else COST for number in range(count)}
+    rng = np.random.default_rng(0)
+    rewards = {name: rng.normal(size=(3, 2, count)).tolist() for name in ("a", "b", "baseline", "reference")}
+    front = find_front(comparison(tmp_path, rewards, objectives))
+    for name in ("front.png", "front.svg"):
+        draw(front, tmp_path / name)
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "front.svg").stat().st_size > 5000
+
+
+def test_better_is_to_the_right_and_up(four):
+    from axolotl_mopo.front.plots import _figure
+
+    (axes,) = _figure(find_front(four)).axes
+    assert not axes.xaxis.get_inverted()
+    assert axes.yaxis.get_inverted()
+
+
+def test_the_page_opens_without_a_network_and_shows_text_as_text(four):
+    hostile = '</script><img src=x onerror="alert(1)"> & {{ 7 * 7 }}'
+    four.replace("a", [{**row, "response": hostile} for row in four.responses("a")])
+    page = render(find_front(four), four, prompts=1)
+    assert "default-src 'none'" in page
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:|//)", page)
+    assert page.count("</script>") == 2
+    content = json.loads(re.search(r'id="content">(.*?)</script>', page, re.DOTALL).group(1))
+    assert content["policies"][0]["responses"][0][0]["text"] == hostile
+    assert len(content["conversations"]) == 1
+    assert "The responses to the first 1 prompts are shown." in page
+
+
+def test_lines_that_a_killed_process_left_are_cut_off(tmp_path):
+    made = Comparison(tmp_path)
+    row = {"prompt_id": 0, "sample": 0, "response": "two\u2028lines and é"}
+    made.append("a", [row])
+    with (tmp_path / "responses" / "a.jsonl").open("ab") as file:
+        file.write('{"prompt_id": 1, "sample": 0, "response": "é'.encode()[:-1])
+    assert made.responses("a") == [row]
+    made.append("a", [{**row, "prompt_id": 2}])
+    assert [entry["prompt_id"] for entry in made.responses("a")] == [0, 2]
+
+
+def test_a_column_is_computed_where_it_was_left(four):
+    asked = []
+
+    def compute(rows):
+        asked.append([row["prompt_id"] for row in rows])
+        if len(asked) == 2:
+            raise RuntimeError("out of memory")
+        return [float(row["prompt_id"]) for row in rows]
+
+    with pytest.raises(RuntimeError):
+        four.compute("a", "new", "source", 2, compute, "title")
+    values = four.compute("a", "new", "source", 2, compute, "title")
+    assert len(asked) == 3  # the first batch was not computed again
+    assert values == [0, 0, 1, 1]
+    four.add_column("a", "new", values)
+    assert [row["new"] for row in four.responses("a")] == values
+    other = four.compute("a", "new", "another source", 4, lambda rows: [7.0] * len(rows), "title")
+    assert other == [7.0] * 4
+
+
+def test_another_sampling_or_another_run_of_a_name_is_refused(four, tmp_path):
+    with pytest.raises(ConfigError, match=r"made with prompts .*'digest': 1.* not .*choose another --out"):
+        four.agree(prompts={"count": 9, "digest": 2})
+    four.add_policy(policy("a", weights={"helpful": 0.5}))
+    with pytest.raises(ConfigError, match="under the name a, and runs/a is another run or was trained anew"):
+        four.add_policy(policy("a", weights={"helpful": 0.6}))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("brief=length", {"source": "length", "unit": "tokens"}),
+        ("brief=length:words", {"source": "length", "unit": "words"}),
+        ("nice={source: length, unit: characters}", {"source": "length", "unit": "characters"}),
+        ("code=callable:math:fsum", {"source": "callable", "function": "math:fsum", "batch_size": 64}),
+    ],
+)
+def test_scorers_are_the_margins_sources(text, expected):
+    name, margin = parse_scorer(text)
+    assert name == text.partition("=")[0]
+    assert expected.items() <= margin.model_dump().items()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("brief", "write NAME=SOURCE"),
+        ("logp=length", "responses have a column of this name already"),
+        ("a b=length", "the objective 'a b' may hold letters"),
+        ("x=magic", "`--scorer x` needs a `source`, one of column, length, adapter, reward_model, callable"),
+        ("x=length:feet", "`--scorer x.unit`"),
+        ("x=column", "have no column of scores; use another source"),
+        ("x={source: length, scale: 2}", "scale belong to training"),
+        ("x={source: [}", "is no YAML mapping"),
+        ("x=callable:nosuch:f", "`--scorer x.function`: the function nosuch:f cannot be imported"),
+        ("x=adapter:no/where", "`--scorer x.path`: no/where is no folder of a LoRA adapter"),
+    ],
+)
+def test_a_scorer_that_cannot_work_is_refused(text, words):
+    with pytest.raises(ConfigError) as caught:
+        parse_scorer(text)
+    assert words in str(caught.value)
