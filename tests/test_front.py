@@ -5,9 +5,11 @@ import io
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
+from playwright.sync_api import sync_playwright
 from rich.console import Console
 
 from axolotl_mopo.config import ConfigError
@@ -122,6 +124,38 @@ def test_divergence_is_the_mean_log_ratio(tmp_path):
     assert find_front(without).standings[0].kl is None
 
 
+def test_a_single_policy_is_a_front(tmp_path):
+    front = find_front(
+        comparison(tmp_path, {"a": [[(1, 1)], [(3, 1)]]}, samples=1), reference_point={"helpful": 0, "cost": 4}
+    )
+    assert front.standings[0].on_front
+    assert front.standings[0].win_rates is None
+    assert front.hypervolume == {"policies": 2 * 3, "all": 2 * 3}
+
+
+def test_hypervolume_with_ties_and_duplicates(tmp_path):
+    rewards = {"a": [[(2, 1)]], "b": [[(2, 1)]], "c": [[(2, 0)]], "d": [[(1, 0)]]}
+    front = find_front(comparison(tmp_path, rewards, samples=1), reference_point={"helpful": 0, "cost": 2})
+    assert {s.policy.name: s.dominated_by for s in front.standings} == {"a": ["c"], "b": ["c"], "c": [], "d": ["c"]}
+    assert front.hypervolume["policies"] == 2 * 2
+
+
+def test_three_objectives_have_a_volume(tmp_path):
+    objectives = dict.fromkeys("xyz", HELPFUL)
+    made = comparison(tmp_path, {"a": [[(2, 1, 1)]], "b": [[(1, 2, 1)]], "c": [[(1, 1, 2)]]}, objectives, samples=1)
+    front = find_front(made, reference_point=dict.fromkeys("xyz", 0.0))
+    assert front.hypervolume["policies"] == 3 * 2 - 3 * 1 + 1
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_intervals_cover_the_truth_as_often_as_they_say(skewed):
+    rng = np.random.default_rng(1)
+    draws = rng.exponential(1, (400, 150)) if skewed else rng.normal(1, 2, (400, 150))
+    covered = [low <= 1 <= high for _, low, high in map(estimate, draws)]
+    # 95%, less two and a half standard errors, and what the percentile method is known to lack at this size.
+    assert 0.91 <= np.mean(covered) <= 0.98
+
+
 def test_intervals_are_as_wide_as_the_normal_ones():
     values = np.random.default_rng(0).normal(3, 2, 400)
     mean, low, high = estimate(values)
@@ -219,6 +253,74 @@ def test_the_page_opens_without_a_network_and_shows_text_as_text(four):
     assert content["policies"][0]["responses"][0][0]["text"] == hostile
     assert len(content["conversations"]) == 1
     assert "The responses to the first 1 prompts are shown." in page
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def opened(browser, page, folder):
+    """The page in a real browser, and whatever it said or asked for besides."""
+    (folder / "front.html").write_text(page)
+    view, seen = browser.new_page(), []
+    for event in ("console", "pageerror", "request"):
+        view.on(event, lambda what, event=event: seen.append((event, getattr(what, "url", str(what)))))
+    view.goto((folder / "front.html").as_uri())
+    return view, [entry for entry in seen if not entry[1].startswith("file:")]
+
+
+def test_hovering_shows_values_and_a_click_the_responses(four, browser, tmp_path):
+    view, seen = opened(browser, render(find_front(four), four, prompts=2), tmp_path)
+    points = view.locator("#plane .point")
+    assert points.count() == 4
+    card = view.locator("#card")
+    assert not card.is_visible()
+    points.nth(0).hover()
+    assert card.is_visible()
+    assert card.inner_text().splitlines() == [
+        "helpful 0.5",
+        "helpful: 3 (3 to 3)",
+        "cost: 1 (1 to 1)",
+        "KL: 0.25 (0.25 to 0.25)",
+    ]
+    view.mouse.move(5, 5)
+    assert not card.is_visible()
+    points.nth(1).click()
+    view.get_by_role("button", name="Next").click()
+    behind = view.locator("#behind").inner_text()
+    for words in ("prompt 2 of 2", "Question 1?", "b says 1.0", "b says 1.1", "reference says 1.0"):
+        assert words in behind
+    assert seen == []
+
+
+def test_the_axes_of_three_objectives_are_chosen(browser, tmp_path):
+    objectives = {"a": HELPFUL, "b": COST, "c": HELPFUL}
+    made = comparison(
+        tmp_path, {"p": [[(1, 2, 3)], [(2, 3, 4)]], "q": [[(0, 1, 9)], [(0, 2, 9)]]}, objectives, samples=1
+    )
+    view, seen = opened(browser, render(find_front(made), made, prompts=1), tmp_path)
+    places = view.locator("#plane .point").first.get_attribute("cy")
+    view.get_by_label("y axis").select_option("c")
+    assert view.locator("#plane .point").first.get_attribute("cy") != places
+    assert seen == []
+
+
+def test_hostile_text_stays_text_in_a_browser(four, browser, tmp_path):
+    hostile = '</script><img src=x onerror="alert(1)"><b>bold</b>'
+    four.replace("a", [{**row, "response": hostile} for row in four.responses("a")])
+    view, seen = opened(browser, render(find_front(four), four, prompts=1), tmp_path)
+    assert hostile in view.locator("#behind").inner_text()
+    assert view.locator("img, b").count() == 0
+    assert seen == []
 
 
 def test_lines_that_a_killed_process_left_are_cut_off(tmp_path):
