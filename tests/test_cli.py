@@ -284,6 +284,8 @@ def test_changed_settings_never_train_on_rows_prepared_before(tmp_path):
         assert not served, change
         assert len(new) == 1, change
     assert len({new.pop() for _, new in trained.values()}) == 4
+    (tmp_path / "raw.jsonl").write_text("\n".join(map(json.dumps, rows[:40])))
+    assert "Loading prepared dataset from disk" not in axolotl("train", write(tmp_path), "--launcher", "python")
 
 
 def prepared_folders(folder):

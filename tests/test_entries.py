@@ -14,7 +14,7 @@ def spec(base, **entry):
     cfg["datasets"] = [{"path": "data.jsonl", **entry}]
     MOPOPlugin().register(cfg)
     (value,) = cfg["mopo_data"].values()
-    assert set(cfg["datasets"][0]) <= {"path", "type", "split"}  # the host's schema would drop our keys
+    assert set(cfg["datasets"][0]) <= {"path", "type", "split", "data_files"}  # the host's schema would drop our keys
     return DataSpec.model_validate(value)
 
 
@@ -54,6 +54,29 @@ def test_the_seed_counts_only_where_it_decides():
     assert key(1) == key(2)
     assert key(1, max_pairs_per_prompt=3) != key(2, max_pairs_per_prompt=3)
     assert key(None, max_pairs_per_prompt=3) == key(42, max_pairs_per_prompt=3)
+
+
+def test_files_count_by_their_content_and_not_by_their_path(tmp_path):
+    data, tokenizer = tmp_path / "data", tmp_path / "model"
+    data.mkdir()
+    tokenizer.mkdir()
+
+    def key(**entry):
+        return spec({**AMOPO, "base_model": str(tokenizer)}, type="axolotl_mopo.pairs", **entry).key
+
+    ways = [{"path": str(data / "a.jsonl")}, {"path": str(data)}, {"path": "json", "data_files": [str(data / "a.jsonl")]}]
+    keys = [[key(**way) for way in ways]]
+    for file, content in (
+        (data / "a.jsonl", "1"),
+        (data / "a.jsonl", "2"),
+        (tokenizer / "tokenizer.json", "{}"),
+        (tokenizer / "chat_template.jinja", "{{ messages }}"),
+    ):
+        file.write_text(content)
+        keys.append([key(**way) for way in ways])
+        file.touch()
+        assert [key(**way) for way in ways] == keys[-1]
+    assert all(len(set(column)) == len(keys) for column in zip(*keys, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from axolotl_mopo.config import (
     RewardModelMargin,
     parse_block,
 )
+from axolotl_mopo.data.content import data_digest, tokenizer_digest
 from axolotl_mopo.data.formats import FORMATS, Format
 from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, ScoredOptions
 from axolotl_mopo.data.reading import Reading
@@ -77,6 +78,8 @@ class DataSpec(BaseModel):
     data: Annotated[AMoPOData | MODPOData, Field(discriminator="method")]
     excess_length_strategy: str
     """The host's own key; the host leaves it out of the name of prepared rows."""
+    content: tuple[str, str]
+    """Names of the local files that the data and the tokenizer are read from; the host knows them by their paths."""
     version: str = __version__
 
     @property
@@ -158,6 +161,10 @@ def _spec(
     options = parse_block(format.options, {key: value for key, value in entry.items() if key not in _HOST_KEYS}, where)
     data = _data_settings(block)
     _check_scores(data, options, format, where, strategy)
+    try:
+        content = data_digest(entry), tokenizer_digest(cfg)
+    except OSError as error:
+        raise ConfigError(f"`{where}` or the tokenizer cannot be read: {error}") from None
     return DataSpec(
         where=f"{where} ({entry.get('path')})",
         strategy=strategy,
@@ -166,6 +173,7 @@ def _spec(
         seed=_seed(cfg) if options.max_pairs_per_prompt else None,
         data=data,
         excess_length_strategy=str(cfg.get("excess_length_strategy") or "drop").lower(),
+        content=content,
     )
 
 
