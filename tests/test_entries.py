@@ -64,7 +64,11 @@ def test_files_count_by_their_content_and_not_by_their_path(tmp_path):
     def key(**entry):
         return spec({**AMOPO, "base_model": str(tokenizer)}, type="axolotl_mopo.pairs", **entry).key
 
-    ways = [{"path": str(data / "a.jsonl")}, {"path": str(data)}, {"path": "json", "data_files": [str(data / "a.jsonl")]}]
+    ways = [
+        {"path": str(data / "a.jsonl")},
+        {"path": str(data)},
+        {"path": "json", "data_files": [str(data / "a.jsonl")]},
+    ]
     keys = [[key(**way) for way in ways]]
     for file, content in (
         (data / "a.jsonl", "1"),

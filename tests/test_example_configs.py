@@ -9,12 +9,20 @@ from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from conftest import ROOT
 
-CONFIGS = [path for path in sorted((ROOT / "example_configs").glob("*.yaml")) if "sweep" not in path.name]
+EXAMPLES = ROOT / "example_configs"
+CONFIGS = {
+    str(path.relative_to(EXAMPLES).with_suffix("")): path
+    for path in sorted(EXAMPLES.rglob("*.yaml"))
+    if "sweep" not in path.name
+}
 ON_GPUS = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 
 
-def test_there_are_smoke_configs_recipes_and_the_papers_experiments():
-    assert [path.stem for path in CONFIGS] == [
+def test_there_are_smoke_configs_recipes_the_papers_experiments_and_the_gallery():
+    assert list(CONFIGS) == [
+        "gallery/safety-dpo",
+        "gallery/safety-modpo",
+        "gallery/safety-sft",
         "qwen2.5-7b-amopo-zero3",
         "qwen2.5-7b-modpo-lora",
         "safety-dpo",
@@ -29,13 +37,14 @@ def test_there_are_smoke_configs_recipes_and_the_papers_experiments():
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A clone in which the experiments' first steps were run."""
-    (tmp_path / "example_configs").symlink_to(ROOT / "example_configs")
-    (tmp_path / "outputs" / "safety-dpo").mkdir(parents=True)
-    (tmp_path / "outputs" / "safety-dpo" / "adapter_config.json").write_text("{}")
+    (tmp_path / "example_configs").symlink_to(EXAMPLES)
+    for folder in (tmp_path / "outputs" / "safety-dpo", tmp_path / "outputs" / "gallery" / "safety" / "dpo"):
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS.values(), ids=CONFIGS)
 def test_an_example_passes_the_hosts_validation(path, checkout):
     cfg = DictDefault(yaml.safe_load(path.read_text()))
     method = cfg.rl
@@ -58,8 +67,7 @@ def test_an_example_passes_the_hosts_validation(path, checkout):
     ],
 )
 def test_the_experiments_prompts_are_the_authors(name, prompt, tokenizer):
-    (path,) = (path for path in CONFIGS if path.stem == name)
-    template = yaml.safe_load(path.read_text())["chat_template_jinja"]
+    template = yaml.safe_load(CONFIGS[name].read_text())["chat_template_jinja"]
     messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     tokenizer = copy.deepcopy(tokenizer)

@@ -1,0 +1,246 @@
+"""AMoPO, SimPO, DPO and MODPO on the same pairs of three and of five attributes that partly conflict.
+
+    python example_configs/gallery/attributes.py        # writes outputs/gallery/attributes, prints a table
+
+A tiny random Llama is fitted to answers that regard no attribute (`attributes_world.py`), and every method trains an
+adapter on it, all by `axolotl train`, with the same steps, learning rate and adapter. The chosen response of a pair is
+drawn by Bradley-Terry on the sum of the attributes; for MODPO on the first attribute, while the others are margins of
+the same weight, which asks for the same policy. AMoPO has SimPO's beta and gamma, so that only prompts and weights
+differ, and once its paper's. Each seed draws the pairs and trains all policies anew.
+
+For every policy the table has, over questions that no policy was trained on: `accuracy`, how often the reward that it
+was trained by orders two responses as an attribute does, and `shown`, what its responses show, both as means over the
+attributes; `whole`, the share of its responses that have whole sentences only; then what they show of each attribute.
+AMoPO is asked by its integrated prompt, or, trained without one, by each attribute's in turn.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from attributes_world import ATTRIBUTES, RANGE, World, rate, sentences, write
+from axolotl.cli.train import do_cli as axolotl_train
+from transformers import AutoTokenizer
+
+from axolotl_mopo.config import AMoPOConfig
+from axolotl_mopo.data.rows import user
+from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
+from axolotl_mopo.front.models import Models, Sampling, SequenceScorer, generate, stop_tokens
+from axolotl_mopo.front.policies import Asking, Policy, find_policies
+
+OUTPUT = Path("outputs/gallery/attributes")
+COMMON = {
+    "plugins": ["axolotl_mopo.MOPOPlugin"],
+    "sequence_len": 512,
+    "micro_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler": "cosine",
+    "optimizer": "adamw_torch",
+    "bf16": False,
+    "tf32": False,
+    "attn_implementation": "sdpa",
+    "logging_steps": 20,
+    "save_strategy": "no",
+    "dataset_num_proc": 1,
+}
+CHAT = {"ds_type": "json", "type": "chat_template"}
+FITTING = {
+    "base_model": "example_configs/smoke/model",
+    "reinit_weights": True,
+    "num_epochs": 12,
+    "learning_rate": 0.004,
+}
+TUNING = {
+    "num_epochs": 1,
+    "learning_rate": 0.002,
+    "adapter": "lora",
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_target_linear": True,
+}
+HELD_OUT = 200
+BATCH = 64
+SAMPLING = Sampling(samples=2, max_new_tokens=64)
+Tokens = list[list[int]]
+Results = dict[str, dict[str, float]]
+
+
+def methods(attributes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The YAML keys of every method."""
+    first, *others = attributes
+    block = {"dimensions": list(attributes), "beta": 2.0, "gamma": 1.0}
+    amopo = {
+        f"amopo-{weighting}{'' if integrated else '-without-integrated'}": {
+            "rl": "amopo",
+            "amopo": {**block, "weighting": weighting, "integrated": integrated},
+        }
+        for integrated in (True, False)
+        for weighting in ("gaussian", "mean", "uniform")
+    }
+    modpo = {
+        "objective": first,
+        "weights": dict.fromkeys(attributes, 1.0),
+        "beta": 1.0,
+        "margins": {name: {"source": "column"} for name in others},
+    }
+    return {
+        "dpo": {"rl": "dpo", "rl_beta": 1.0},
+        "simpo": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 1.0},
+        **amopo,
+        "amopo-gaussian-beta-0.8-gamma-2": {"rl": "amopo", "amopo": {**block, "beta": 0.8, "gamma": 2.0}},
+        "modpo": {"rl": "modpo", "modpo": modpo},
+    }
+
+
+def configuration(keys: dict[str, Any], base: str, data: str, seed: int) -> dict[str, Any]:
+    """A method's YAML, but for its output."""
+    entry: dict[str, Any] = {"path": data, "ds_type": "json", "split": "train"}
+    if keys["rl"] in ("amopo", "modpo"):
+        entry |= {"type": "axolotl_mopo.pairs"} | ({"score_scale": list(RANGE)} if keys["rl"] == "amopo" else {})
+    else:
+        entry |= {"type": "chat_template.default", "field_messages": "prompt"}
+    return {**COMMON, **TUNING, "base_model": base, "seed": seed, "datasets": [entry], **keys}
+
+
+def train(folder: Path, name: str, keys: dict[str, Any]) -> Path:
+    """Train by Axolotl, in this process."""
+    output = folder / name
+    cfg = {**keys, "dataset_prepared_path": str(folder / "prepared"), "output_dir": str(output)}
+    output.mkdir(parents=True, exist_ok=True)
+    config = folder / f"{name}.yaml"
+    config.write_text(yaml.safe_dump(cfg), encoding="utf-8")
+    axolotl_train(config=str(config))
+    return output
+
+
+def run(attributes: Sequence[str], world: World, pairs: int, folder: Path, base: Path) -> Results:
+    """Train every method on one drawing of the pairs, and say what each reaches."""
+    rows = list(world.rows(world.known, pairs))
+    files = {
+        "all": write(folder / "pairs.jsonl", (world.ordered(row, attributes) for row in rows)),
+        "first": write(folder / "pairs-first.jsonl", (world.ordered(row, attributes[:1]) for row in rows)),
+    }
+    runs = [str(base)]
+    for name, keys in methods(attributes).items():
+        data = files["first" if name == "modpo" else "all"]
+        runs.append(str(train(folder, name, configuration(keys, str(base), str(data), world.seed))))
+    judge = Judge(attributes, str(base), world.held_out, list(world.rows(world.held_out, HELD_OUT)))
+    return {policy.name: judge(policy) for policy in find_policies(runs)}
+
+
+class Judge:
+    """Says what policies reach over held-out questions.
+
+    Args:
+        attributes: that they were trained for.
+        reference: the model that they were trained from.
+        questions: to answer.
+        rows: questions with two responses each.
+    """
+
+    def __init__(
+        self, attributes: Sequence[str], reference: str, questions: Sequence[str], rows: Sequence[dict[str, Any]]
+    ) -> None:
+        self.attributes, self.reference = attributes, reference
+        self.questions, self.rows = questions, rows
+        self.models = Models()
+        self.tokenizer = AutoTokenizer.from_pretrained(reference)
+        self.renderer = ChatRenderer(self.tokenizer)
+
+    def __call__(self, policy: Policy) -> dict[str, float]:
+        """Preference accuracies, and the attributes of generated responses."""
+        askings = [Asking()]
+        if policy.manifest.get("integrated") is False:
+            askings = [Asking(name) for name in self.attributes]
+        each = [self._rewards(policy, asking) for asking in askings]
+        rewards = [statistics.fmean(values) for values in zip(*each, strict=True)]
+        accuracies = {name: self._accuracy(name, rewards) for name in self.attributes}
+        responses = [text for asking in askings for text in self._responses(policy, asking)]
+        shown = [rate(text) for text in responses]
+        attributes = {name: statistics.fmean(scores[name] for scores in shown) for name in self.attributes}
+        whole = statistics.fmean(" ".join(sentences(text)) == text for text in responses)
+        return {
+            "accuracy": statistics.fmean(accuracies.values()),
+            "shown": statistics.fmean(attributes.values()),
+            "whole": whole,
+            **{f"accuracy {name}": value for name, value in accuracies.items()},
+            **{f"shown {name}": value for name, value in attributes.items()},
+        }
+
+    def _rewards(self, policy: Policy, asking: Asking) -> list[float]:
+        """The reward by which the policy was trained, of every row's two responses in turn."""
+        prompts = [self._prompt(policy, asking, row["prompt"]) for row in self.rows for _ in row["both"]]
+        texts = [(row["prompt"], text) for row in self.rows for text in row["both"]]
+        completions = tokenize(self.tokenizer, [self.renderer.completion(*each) for each in texts])
+        logps = self._logps(policy.path, policy.base, prompts, completions)
+        if policy.name in ("dpo", "modpo"):
+            base_logps = self._logps(self.reference, None, prompts, completions)
+            return [own - base for own, base in zip(logps, base_logps, strict=True)]
+        return [logp / len(tokens) for logp, tokens in zip(logps, completions, strict=True)]
+
+    def _logps(
+        self, path: str, base: str | None, prompts: list[list[int]], completions: list[list[int]]
+    ) -> list[float]:
+        with self.models.running(path, base) as model:
+            score = SequenceScorer(model, (prompts[0], completions[0]))
+            parts = range(0, len(prompts), BATCH)
+            return [logp for at in parts for logp in score(prompts[at : at + BATCH], completions[at : at + BATCH])]
+
+    def _accuracy(self, attribute: str, rewards: Sequence[float]) -> float:
+        """How often the response that shows more of the attribute has the higher reward, where the two differ."""
+        margins = [
+            (row["scores"][0][attribute] - row["scores"][1][attribute], first - second)
+            for row, first, second in zip(self.rows, rewards[::2], rewards[1::2], strict=True)
+        ]
+        return statistics.fmean(more * margin > 0 for more, margin in margins if more)
+
+    def _responses(self, policy: Policy, asking: Asking) -> list[str]:
+        prompts = [self._prompt(policy, asking, user(question)) for question in self.questions]
+        with self.models.running(policy.path, policy.base) as model:
+            stops = stop_tokens(model.generation_config, self.tokenizer)
+            drawn = generate(model, prompts, SAMPLING, stops, seed=0)
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for each in drawn for ids in each]
+
+    def _prompt(self, policy: Policy, asking: Asking, messages: list[Any]) -> list[int]:
+        (ids,) = tokenize(self.tokenizer, [self.renderer.prompt(policy.asked(messages, asking))])
+        return ids
+
+
+def table(results: Sequence[Results], attributes: Sequence[str]) -> str:
+    """Means over the seeds and their standard deviations, as Markdown."""
+    columns = ["accuracy", "shown", "whole", *(f"shown {name}" for name in attributes)]
+    lines = [f"| {len(attributes)} attributes | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for method in results[0]:
+        values = [[result[method][column] for result in results] for column in columns]
+        cells = [f"{statistics.fmean(each):.2f} ± {statistics.stdev(each):.2f}" for each in values]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, choices=range(2, 10), default=3)
+    parser.add_argument("--pairs", type=int, default=1500)
+    parser.add_argument("--attributes", type=int, nargs="*", choices=(3, 5), default=[3, 5])
+    given = parser.parse_args()
+    settings = [AMoPOConfig.model_validate({"dimensions": ATTRIBUTES[:number]}) for number in (3, 5)]
+    demonstrations = write(OUTPUT / "demonstrations.jsonl", World(0).demonstrations(settings))
+    base = train(OUTPUT, "reference", {**COMMON, **FITTING, "datasets": [{"path": str(demonstrations), **CHAT}]})
+    results: dict[int, list[Results]] = {number: [] for number in given.attributes}
+    for seed in range(given.seeds):
+        for number, each in results.items():
+            folder = OUTPUT / f"seed-{seed}" / f"{number}-attributes"
+            each.append(run(ATTRIBUTES[:number], World(seed), given.pairs, folder, base))
+            (OUTPUT / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    tables = "\n\n".join(table(each, ATTRIBUTES[:number]) for number, each in results.items())
+    (OUTPUT / "table.md").write_text(f"{tables}\n", encoding="utf-8")
+    print(tables)
+
+
+if __name__ == "__main__":
+    main()
