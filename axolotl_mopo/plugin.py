@@ -1,6 +1,6 @@
 """The plugin itself: the only room that knows Axolotl's hooks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,20 @@ class MOPOPlugin(BasePlugin):
         return "axolotl_mopo.plugin.MOPOTrainingArgs"
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
-        """The block of the method in use, for the trainer, and what the host leaves out for preference runs."""
+        """The block of the method in use, for the trainer, and what the host leaves out for preference runs.
+
+        Raises:
+            ConfigError: where the host's arguments were made before it knew of the plugin.
+        """
         arguments: dict[str, Any] = {method: cfg[method].to_dict() for method in BLOCKS if cfg.get(method)}
         if arguments:
+            from axolotl.core.training_args import AxolotlORPOConfig
+
+            if not set(arguments) <= {known.name for known in fields(AxolotlORPOConfig)}:
+                raise ConfigError(
+                    "another configuration was trained in this process before, without the plugin, and Axolotl has "
+                    "fixed its arguments since; list `axolotl_mopo.MOPOPlugin` there too, or start another process"
+                )
             arguments["logging_nan_inf_filter"] = False  # it hides bad losses, and waits for the device in every step
             if cfg.group_by_length:
                 arguments["train_sampling_strategy"] = "group_by_length"
