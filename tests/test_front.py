@@ -16,7 +16,7 @@ from axolotl_mopo.config import ConfigError
 from axolotl_mopo.front.page import render
 from axolotl_mopo.front.plots import draw
 from axolotl_mopo.front.policies import Policy
-from axolotl_mopo.front.report import table, to_csv, to_json
+from axolotl_mopo.front.report import notes, table, to_csv, to_json
 from axolotl_mopo.front.scoring import parse_scorer
 from axolotl_mopo.front.statistics import estimate, find_front
 from axolotl_mopo.front.store import Comparison
@@ -189,17 +189,25 @@ def test_what_is_missing_is_named(four, tmp_path):
 def test_the_table_says_what_decides(four):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(table(find_front(four)))
-    text = console.export_text()
-    for words in ("helpful ↑", "cost ↓", "no, a, b", "Hypervolume above (helpful 1, cost 2)", "2 prompts, 2 responses"):
+    text = "\n".join([console.export_text(), *notes(find_front(four))])
+    for words in ("helpful ↑", "cost ↓", "no: a, b", "Hypervolume above (helpful 1, cost 2)", "2 prompts, 2 responses"):
         assert words in text
     assert "temperature" not in text
 
 
+def test_two_objectives_fit_into_a_narrow_terminal(four):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(find_front(four)))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for words in ("reference", "helpful", "cost ↓", "100%", "yes", "a, b"):
+        assert words in text
+    assert "…" not in text
+
+
 def test_log_ratios_of_other_draws_are_not_called_an_estimate(tmp_path):
     front = find_front(comparison(tmp_path, {"a": [[(1, 1)], [(2, 2)]]}, samples=1, temperature=0))
-    console = Console(width=300, record=True, file=io.StringIO())
-    console.print(table(front))
-    assert "it is no estimate of the policies' divergence" in console.export_text()
+    assert any("it is no estimate of the policies' divergence" in line for line in notes(front))
 
 
 def test_csv_and_json_hold_the_same_numbers(four):

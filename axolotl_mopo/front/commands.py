@@ -149,7 +149,7 @@ def front(folder: Path, objectives: str | None, reference_point: str | None, sho
 
     from axolotl_mopo.front.page import render
     from axolotl_mopo.front.plots import draw
-    from axolotl_mopo.front.report import table, to_csv, to_json
+    from axolotl_mopo.front.report import notes, table, to_csv, to_json
     from axolotl_mopo.front.statistics import find_front
     from axolotl_mopo.front.store import Comparison
 
@@ -168,6 +168,7 @@ def front(folder: Path, objectives: str | None, reference_point: str | None, sho
     except FAULTS as error:
         raise click.ClickException(str(error)) from None
     Console().print(table(found))
+    click.echo("\n".join(notes(found)))
     click.echo(f"{folder}: front.html, front.png, front.svg, front.csv and front.json are written.")
 
 

@@ -6,38 +6,44 @@ import json
 import math
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from axolotl_mopo.front.policies import Policy
 from axolotl_mopo.front.statistics import Estimate, Front, Standing
 
 
 def table(front: Front) -> Table:
     """The policies, a line each; means with the half-widths of their 95% intervals."""
-    shown = Table(title="Pareto front", caption="\n".join(notes(front)), caption_justify="left")
-    shown.add_column("policy")
-    shown.add_column("weights")
-    for name in front.objectives:
-        shown.add_column(f"{name} {'↓' if name in front.lower_is_better else '↑'}", justify="right")
+    shown = Table(title="Pareto front", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # two objectives fit into 80 columns
+    shown.add_column("policy", min_width=12)
     against = any(standing.win_rates for standing in front.standings)
-    for name in front.objectives if against else ():
-        shown.add_column(f"wins on {name}", justify="right")
-    for head in ("KL", "tokens", "finished"):
-        shown.add_column(head, justify="right")
-    shown.add_column("front")
+    numbers = []
+    for name in front.objectives:
+        numbers += [f"{name} {'↓' if name in front.lower_is_better else '↑'}", *(["wins"] if against else [])]
+    for head in (*numbers, "KL", "tokens", "ended"):
+        shown.add_column(head, justify="right", min_width=min(len(head), 9))
+    shown.add_column("front", min_width=9)
     for standing in front.standings:
-        wins = [f"{100 * rate:.0f}%" for rate in (standing.win_rates or {}).values()] if against else []
+        rewards = []
+        for name in front.objectives:
+            wins = [f"{100 * standing.win_rates[name]:.0f}%"] if standing.win_rates else [""] if against else []
+            rewards += [_with_width(standing.rewards[name]), *wins]
         shown.add_row(
-            standing.policy.name + {"baseline": " (baseline)"}.get(standing.policy.kind, ""),
-            "" if standing.policy.label == standing.policy.name else standing.policy.label,
-            *(_with_width(standing.rewards[name]) for name in front.objectives),
-            *wins,
-            _with_width(standing.kl) if standing.kl else "-",
+            _title(standing.policy),
+            *rewards,
+            f"{standing.kl.mean:.3g}" if standing.kl else "-",
             f"{standing.tokens:.0f}",
             f"{100 * standing.finished:.0f}%",
-            "yes" if standing.on_front else f"no, {', '.join(standing.dominated_by)}",
+            "yes" if standing.on_front else f"no: {', '.join(standing.dominated_by)}",
             style="bold" if standing.on_front else "dim",
         )
     return shown
+
+
+def _title(policy: Policy) -> str:
+    kind = " (baseline)" if policy.kind == "baseline" else ""
+    return f"{policy.name}{kind}" + ("" if policy.label == policy.name else f"\n{policy.label}")
 
 
 def notes(front: Front) -> list[str]:
@@ -45,7 +51,7 @@ def notes(front: Front) -> list[str]:
     point = ", ".join(f"{name} {value:.4g}" for name, value in front.reference_point.items())
     lines = [
         f"{front.prompts:,} prompts, {front.samples} responses to each; ± is half of a 95% bootstrap interval over "
-        "prompts.",
+        "prompts, wins how often a policy's response to a prompt is better than the reference's.",
         f"Hypervolume above ({point}): {front.hypervolume['policies']:.4g} for the policies, "
         f"{front.hypervolume['all']:.4g} with baselines and reference.",
     ]
