@@ -5,8 +5,9 @@
 A tiny random Llama is fitted to answers that regard no attribute (`attributes_world.py`), and every method trains an
 adapter on it, all by `axolotl train`, with the same steps, learning rate and adapter. The chosen response of a pair is
 drawn by Bradley-Terry on the sum of the attributes; for MODPO on the first attribute, while the others are margins of
-the same weight, which asks for the same policy. AMoPO has SimPO's beta and gamma, so that only prompts and weights
-differ, and once its paper's. Each seed draws the pairs and trains all policies anew.
+the same weight, which asks for the same policy. AMoPO has the beta, the gamma and the SFT term of Axolotl's SimPO, so
+that only prompts and weights differ; `without-sft` are both methods as their papers have them. Each seed draws the
+pairs and trains all policies anew.
 
 For every policy the table has, over questions that no policy was trained on: `accuracy`, how often the reward that it
 was trained by orders two responses as an attribute does, and `shown`, what its responses show, both as means over the
@@ -72,7 +73,7 @@ Results = dict[str, dict[str, float]]
 def methods(attributes: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The YAML keys of every method."""
     first, *others = attributes
-    block = {"dimensions": list(attributes), "beta": 2.0, "gamma": 1.0}
+    block = {"dimensions": list(attributes), "beta": 2.0, "gamma": 1.0, "sft_coef": 1.0}
     amopo = {
         f"amopo-{weighting}{'' if integrated else '-without-integrated'}": {
             "rl": "amopo",
@@ -89,9 +90,10 @@ def methods(attributes: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
     return {
         "dpo": {"rl": "dpo", "rl_beta": 1.0},
-        "simpo": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 1.0},
+        "simpo": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 1.0},
+        "simpo-without-sft": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0},
         **amopo,
-        "amopo-gaussian-beta-0.8-gamma-2": {"rl": "amopo", "amopo": {**block, "beta": 0.8, "gamma": 2.0}},
+        "amopo-without-sft": {"rl": "amopo", "amopo": {"dimensions": list(attributes)}},
         "modpo": {"rl": "modpo", "modpo": modpo},
     }
 
@@ -225,7 +227,7 @@ def main() -> None:
     """Train and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, choices=range(2, 10), default=3)
-    parser.add_argument("--pairs", type=int, default=1500)
+    parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument("--attributes", type=int, nargs="*", choices=(3, 5), default=[3, 5])
     given = parser.parse_args()
     settings = [AMoPOConfig.model_validate({"dimensions": ATTRIBUTES[:number]}) for number in (3, 5)]
