@@ -59,6 +59,15 @@ def test_the_host_takes_every_methods_keys(number):
             assert validated.trainer_cls.lower() == f"axolotl_mopo.trainers.{method}trainer"
 
 
+def test_a_table_has_means_and_spreads_over_the_seeds():
+    results = [{"dpo": {"shown": seed, "shown polite": 2 * seed, "whole": 1}} for seed in (1, 2, 3)]
+    assert attributes.table(results, ["polite"], "shown").splitlines() == [
+        "| shown, 1 attributes | mean | polite | whole |",
+        "| --- | --- | --- | --- |",
+        "| dpo | 2.00 ± 1.00 | 4.00 ± 2.00 | 1.00 ± 0.00 |",
+    ]
+
+
 def test_scorers_count_steps_and_cautions():
     responses = ["Heat it well. Heat it well. Cover your eyes.", "It was done before."]
     assert safety.helpful([], responses) == [2, 0]

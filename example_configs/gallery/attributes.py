@@ -1,6 +1,6 @@
 """AMoPO, SimPO, DPO and MODPO on the same pairs of three and of five attributes that partly conflict.
 
-    python example_configs/gallery/attributes.py        # writes outputs/gallery/attributes, prints a table
+    python example_configs/gallery/attributes.py        # writes outputs/gallery/attributes, prints tables
 
 A tiny random Llama is fitted to answers that regard no attribute (`attributes_world.py`), and every method trains an
 adapter on it, all by `axolotl train`, with the same steps, learning rate and adapter. The chosen response of a pair is
@@ -9,10 +9,10 @@ the same weight, which asks for the same policy. AMoPO has the beta, the gamma a
 that only prompts and weights differ; `without-sft` are both methods as their papers have them. Each seed draws the
 pairs and trains all policies anew.
 
-For every policy the table has, over questions that no policy was trained on: `accuracy`, how often the reward that it
-was trained by orders two responses as an attribute does, and `shown`, what its responses show, both as means over the
-attributes; `whole`, the share of its responses that have whole sentences only; then what they show of each attribute.
-AMoPO is asked by its integrated prompt, or, trained without one, by each attribute's in turn.
+The tables have, over questions that no policy was trained on: what the responses show, and `whole`, the share of them
+that have whole sentences only; and how often the reward that a policy was trained by (the mean log-prob of a token for
+SimPO and AMoPO) orders two responses as an attribute does. AMoPO is asked by its integrated prompt, or, trained without
+one, by each attribute's in turn.
 """
 
 import argparse
@@ -212,12 +212,14 @@ class Judge:
         return ids
 
 
-def table(results: Sequence[Results], attributes: Sequence[str]) -> str:
-    """Means over the seeds and their standard deviations, as Markdown."""
-    columns = ["accuracy", "shown", "whole", *(f"shown {name}" for name in attributes)]
-    lines = [f"| {len(attributes)} attributes | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+def table(results: Sequence[Results], attributes: Sequence[str], kind: str) -> str:
+    """Means over the seeds and their standard deviations, of `accuracy` or of what is `shown`, as Markdown."""
+    columns = {"mean": kind, **{name: f"{kind} {name}" for name in attributes}}
+    if kind == "shown":
+        columns["whole"] = "whole"
+    lines = [f"| {kind}, {len(attributes)} attributes | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for method in results[0]:
-        values = [[result[method][column] for result in results] for column in columns]
+        values = [[result[method][column] for result in results] for column in columns.values()]
         cells = [f"{statistics.fmean(each):.2f} ± {statistics.stdev(each):.2f}" for each in values]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -239,7 +241,9 @@ def main() -> None:
             folder = OUTPUT / f"seed-{seed}" / f"{number}-attributes"
             each.append(run(ATTRIBUTES[:number], World(seed), given.pairs, folder, base))
             (OUTPUT / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    tables = "\n\n".join(table(each, ATTRIBUTES[:number]) for number, each in results.items())
+    tables = "\n\n".join(
+        table(each, ATTRIBUTES[:number], kind) for kind in ("shown", "accuracy") for number, each in results.items()
+    )
     (OUTPUT / "table.md").write_text(f"{tables}\n", encoding="utf-8")
     print(tables)
 
