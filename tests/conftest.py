@@ -18,8 +18,10 @@ import torch
 import yaml
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
@@ -93,6 +95,37 @@ def build_model(config, attention="sdpa", dtype=torch.float32):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    return model
+
+
+def stir(model, spread=0.3):
+    """Move a model's LoRA adapters from their start, where they change nothing."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, spread)
+    return model
+
+
+def save_adapter(base, folder, seed, spread=0.3):
+    """A LoRA adapter of a base model on disk that changes it."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    stir(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config), spread).save_pretrained(folder)
+    return folder
+
+
+def save_reward_model(folder, tokenizer, labels):
+    """A tiny reward model on disk with a head for each label; returned as well."""
+    torch.manual_seed(2)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names = dict(enumerate(labels))
+    ids = {label: index for index, label in names.items()}
+    config = LlamaConfig(**shape, vocab_size=len(tokenizer), id2label=names, label2id=ids)
+    config.pad_token_id = tokenizer.pad_token_id
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return model
 
 

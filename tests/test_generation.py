@@ -8,15 +8,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import ROOT, SMOKE, build_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import ROOT, SMOKE, build_model, save_adapter, save_reward_model
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
 )
 
 from axolotl_mopo.config import AMoPOConfig, ConfigError, MODPOConfig
@@ -56,15 +54,9 @@ def base(tmp_path_factory):
     return folder
 
 
-def save_adapter(base, folder, seed, method=MODPO):
-    torch.manual_seed(seed)
-    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.4)
-    model.save_pretrained(folder)
+def save_run(base, folder, seed, method=MODPO):
+    """What a run leaves: an adapter, its tokenizer and its manifest."""
+    save_adapter(base, folder, seed, spread=0.4)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     write_manifest(method, str(base), folder)
     return folder
@@ -75,7 +67,7 @@ def sweep(base):
     """A sweep's folder with two adapters of the base model."""
     folder = base.parent / "sweep-of-two"
     for number in (1, 2):
-        save_adapter(base, folder / f"sweep000{number}", number)
+        save_run(base, folder / f"sweep000{number}", number)
     return folder
 
 
@@ -223,13 +215,13 @@ def test_what_was_drawn_otherwise_is_not_mixed(compared, sweep, tmp_path):
         generation(folder, policies, sampling=Sampling(samples=2, max_new_tokens=7))
     retrained = tmp_path / "sweep-of-two"
     shutil.copytree(sweep, retrained)
-    save_adapter(policies[0].base, retrained / "sweep0001", 9)
+    save_run(policies[0].base, retrained / "sweep0001", 9)
     with pytest.raises(ConfigError, match=r"under the name sweep0001, and .* is another run or was trained anew"):
         generation(folder, find_policies([str(retrained)]))
 
 
 def test_amopo_is_asked_as_it_was_trained(base, tmp_path):
-    run = save_adapter(base, tmp_path / "amopo", 3, AMOPO)
+    run = save_run(base, tmp_path / "amopo", 3, AMOPO)
     (policy,) = find_policies([str(run)])
     directive = integrated_directive(AMOPO.directives, AMOPO.dimensions, AMOPO.score_range)
     assert policy.asked(user("Why?"), Asking()) == user(f"{directive}\n\nWhy?")
@@ -350,15 +342,7 @@ def test_lengths(scored):
 
 
 def test_a_head_of_a_reward_model(scored, tokenizer, tmp_path):
-    torch.manual_seed(2)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    labels = {"harmless": 0, "helpful": 1}
-    names = {index: name for name, index in labels.items()}
-    config = LlamaConfig(**shape, vocab_size=len(tokenizer), label2id=labels, id2label=names)
-    config.pad_token_id = tokenizer.pad_token_id
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    model.save_pretrained(tmp_path / "reward")
-    tokenizer.save_pretrained(tmp_path / "reward")
+    model = save_reward_model(tmp_path / "reward", tokenizer, ["harmless", "helpful"])
     spec = f"{{source: reward_model, path: {tmp_path / 'reward'}, dtype: float32, batch_size: 3, head: helpful}}"
     comparison = scored(f"nice={spec}")
     for row in comparison.responses("sweep0002"):
@@ -428,7 +412,7 @@ def test_an_objective_has_one_scorer(scored, judges):
 def test_a_policy_that_came_later_is_scored_alone(scored, judges, sweep, base, tmp_path):
     comparison = scored("nice=callable:my_judges:length")
     calls = len(judges.read_text().splitlines())
-    third = save_adapter(base, tmp_path / "third", 5)
+    third = save_run(base, tmp_path / "third", 5)
     generation(comparison.folder, find_policies([str(sweep), str(third)]))
     with pytest.raises(ConfigError, match="third is not scored on nice, on which others are"):
         find_front(Comparison.existing(comparison.folder))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import CONFIGS, SHAPE, build_model, ragged_pairs
+from conftest import CONFIGS, SHAPE, build_model, ragged_pairs, stir
 from peft import LoraConfig, get_peft_model
 from test_engine import build_float64
 from torch import nn
@@ -69,12 +69,8 @@ def build(kind, base=None):
     if not targets:
         return base, base
     saved = ["lm_head"] if kind == "saved" else None
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, modules_to_save=saved, task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.3)
-    return model, base
+    config = LoraConfig(r=2, target_modules=targets, modules_to_save=saved, task_type="CAUSAL_LM")
+    return stir(get_peft_model(base, config)), base
 
 
 KINDS = ["plain", "tied", "bias", "cap", "lora", "lora elsewhere", "saved"]

@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import SMOKE, build_model
 from test_cli import AXOLOTL, axolotl
-from test_generation import save_adapter
+from test_generation import save_run
 from transformers import AutoConfig, AutoTokenizer
 
 JUDGE = """
@@ -49,7 +49,7 @@ def run(tmp_path, monkeypatch):
     AutoTokenizer.from_pretrained(SMOKE / "model").save_pretrained(base)
     (tmp_path / "my_judge.py").write_text(JUDGE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    return save_adapter(base, tmp_path / "run", 1)
+    return save_run(base, tmp_path / "run", 1)
 
 
 def test_killed_commands_go_on_and_leave_the_same_files(run, tmp_path):

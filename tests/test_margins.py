@@ -9,15 +9,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMOKE, build_model, host_trainer, smoke_config, torchrun
+from conftest import ROOT, SMOKE, build_model, host_trainer, save_adapter, save_reward_model, smoke_config, torchrun
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
-    LlamaConfig,
     TrainerCallback,
     set_seed,
 )
@@ -26,7 +24,7 @@ from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data.collating import PairCollator
 from axolotl_mopo.data.rows import DataError
 from axolotl_mopo.engine.scoring import Scorer
-from axolotl_mopo.margins.fingerprint import files_digest, policy_digests, rows_digest
+from axolotl_mopo.margins.fingerprint import model_files_digest, policy_digests, rows_digest
 from axolotl_mopo.margins.implicit import with_adapter
 from axolotl_mopo.plugin import MOPOPlugin
 
@@ -45,16 +43,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory):
     """A LoRA adapter of the base model that changes it."""
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(1)
-    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    return folder
+    return save_adapter(base, tmp_path_factory.mktemp("adapter"), seed=1)
 
 
 def few_rows(cfg, folder):
@@ -137,17 +126,10 @@ def test_a_whole_model_margin_has_a_reference_of_its_own(build, base, adapter, t
 
 @pytest.mark.parametrize(("labels", "head"), [(["score"], None), (["harmless", "helpful"], "helpful"), (["a", "b"], 0)])
 def test_a_reward_model_margin_is_the_model_called_by_hand(build, tmp_path, tokenizer, labels, head):
-    torch.manual_seed(2)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {label: index for index, label in enumerate(labels)}
-    config = LlamaConfig(**shape, vocab_size=len(tokenizer), id2label={i: n for n, i in ids.items()}, label2id=ids)
-    config.pad_token_id = tokenizer.pad_token_id
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    model.save_pretrained(tmp_path / "reward")
-    tokenizer.save_pretrained(tmp_path / "reward")
+    model = save_reward_model(tmp_path / "reward", tokenizer, labels)
     margin = {"source": "reward_model", "path": str(tmp_path / "reward"), "dtype": "float32", "batch_size": 3}
     trainer = build({"safer": {**margin, "head": head} if head is not None else margin})
-    index = ids[head] if isinstance(head, str) else head or 0
+    index = labels.index(head) if isinstance(head, str) else head or 0
     margins = computed(trainer).margins
     for row in range(4):
         raw = trainer.train_dataset[row]
@@ -468,13 +450,13 @@ def test_digests_name_values_and_nothing_else():
 def test_a_models_digest_is_of_all_that_its_numbers_depend_on(base, tokenizer, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(base, folder)
-    before = files_digest(folder)
+    before = model_files_digest(folder)
     (folder / "trainer_state.json").write_text("{}")
-    assert files_digest(folder) == before
+    assert model_files_digest(folder) == before
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template += " "
     tokenizer.save_pretrained(folder)
-    assert files_digest(folder) != before
+    assert model_files_digest(folder) != before
 
 
 MODPO = {

@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, host_trainer, smoke_config, torchrun
+from conftest import ROOT, host_trainer, smoke_config, stir, torchrun
 from torch.overrides import TorchFunctionMode
 from transformers import MambaConfig, TrainerCallback
 
@@ -239,10 +239,7 @@ def test_training_lowers_the_loss_of_held_out_pairs(build, method, adapter):
 
 def test_modpos_reference_is_the_policy_before_its_first_step(build):
     trainer = build("modpo", max_steps=2, **LORA)
-    with torch.no_grad():  # an adapter that is not at its neutral start
-        for name, parameter in trainer.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.5)
+    stir(trainer.model, 0.5)
     trainer.train()
     first = training_logs(trainer)[0]
     assert first["rewards/collective_margins"] == pytest.approx(0, abs=1e-6)

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-_TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "spiece*")
+TOKENIZER_FILES = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges", "spiece")
+"""How the names of a tokenizer's files begin."""
 
 
 def data_digest(entry: Mapping[str, Any]) -> str:
@@ -16,7 +17,7 @@ def data_digest(entry: Mapping[str, Any]) -> str:
     """
     given = entry.get("data_files") or []
     names = (entry["path"], *([given] if isinstance(given, str) else given))
-    return _digest(path for name in names for path in _files(Path(str(name))))
+    return files_digest(path for name in names for path in _files(Path(str(name))))
 
 
 def tokenizer_digest(cfg: Mapping[str, Any]) -> str:
@@ -27,19 +28,23 @@ def tokenizer_digest(cfg: Mapping[str, Any]) -> str:
     """
     folder = cfg.get("tokenizer_config") or cfg.get("base_model_config") or cfg.get("base_model")
     if not isinstance(folder, str):
-        return _digest([])
-    return _digest(path for pattern in _TOKENIZER_FILES for path in Path(folder).glob(pattern) if path.is_file())
+        return files_digest([])
+    return files_digest(path for path in Path(folder).glob("*") if path.name.startswith(TOKENIZER_FILES))
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """A name made of the names and the content of files; folders among them do not count.
+
+    Raises:
+        OSError: where a file cannot be read.
+    """
+    hasher = hashlib.sha256()
+    for path in sorted(set(paths)):
+        if path.is_file():
+            with path.open("rb") as file:
+                hasher.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return hasher.hexdigest()[:32]
 
 
 def _files(path: Path) -> Iterable[Path]:
-    if path.is_dir():
-        return [child for child in path.rglob("*") if child.is_file()]
-    return [path] if path.is_file() else []
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    hasher = hashlib.sha256()
-    for path in sorted(set(paths)):
-        with path.open("rb") as file:
-            hasher.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return hasher.hexdigest()[:16]
+    return path.rglob("*") if path.is_dir() else [path]

@@ -123,6 +123,10 @@ def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig 
     """
     if cfg.get("mopo_data") is not None:
         raise ConfigError("`mopo_data` is what the plugin fills in itself; remove it")
+    try:
+        tokenizer = tokenizer_digest(cfg)
+    except OSError as error:
+        raise ConfigError(f"the tokenizer cannot be read: {error}") from None
     specs: dict[str, Any] = {}
     for section in ("datasets", "test_datasets"):
         entries = cfg.get(section) or []
@@ -134,7 +138,7 @@ def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig 
             where = f"{section}[{index}]"
             if not isinstance(entry, MutableMapping):
                 raise ConfigError(f"`{where}` must be a mapping with `path` and `type`, not {entry!r}")
-            spec = _spec(cfg, method, block, entry, where)
+            spec = _spec(cfg, method, block, entry, where, tokenizer)
             specs[spec.key] = spec.model_dump(mode="json")
             for key in set(entry) - set(_HOST_KEYS):
                 del entry[key]
@@ -150,6 +154,7 @@ def _spec(
     block: MODPOConfig | AMoPOConfig,
     entry: MutableMapping[str, Any],
     where: str,
+    tokenizer: str,
 ) -> DataSpec:
     known = ", ".join(PREFIX + name for name in FORMATS)
     kind = entry.get("type")
@@ -162,9 +167,9 @@ def _spec(
     data = _data_settings(block)
     _check_scores(data, options, format, where, strategy)
     try:
-        content = data_digest(entry), tokenizer_digest(cfg)
+        content = data_digest(entry), tokenizer
     except OSError as error:
-        raise ConfigError(f"`{where}` or the tokenizer cannot be read: {error}") from None
+        raise ConfigError(f"`{where}` cannot be read: {error}") from None
     return DataSpec(
         where=f"{where} ({entry.get('path')})",
         strategy=strategy,

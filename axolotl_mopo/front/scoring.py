@@ -28,6 +28,7 @@ from axolotl_mopo.margins.fingerprint import digest
 from axolotl_mopo.margins.functions import function_digest
 from axolotl_mopo.margins.precompute import model_digest
 from axolotl_mopo.margins.rewards import Rewards, function_rewards, model_rewards
+from axolotl_mopo.margins.rows import length_reward
 from axolotl_mopo.margins.settling import check_margin
 
 _MAIN_KEYS = {"length": "unit", "adapter": "path", "reward_model": "path", "callable": "function"}
@@ -137,7 +138,9 @@ class Scoring:
         source = self.comparison.objectives[name]["digest"]
         match margin:
             case LengthMargin():
-                yield lambda policy: [_minus_length(row, margin.unit) for row in self._rows(policy)]
+                yield lambda policy: [
+                    length_reward(margin.unit, row["response"], len(row["token_ids"])) for row in self._rows(policy)
+                ]
             case CallableMargin():
                 self.say(f"{name} runs the code of {margin.function}.")
                 yield self._by_texts(name, source, function_rewards(margin), margin.batch_size)
@@ -190,17 +193,6 @@ class Scoring:
 
     def _rows(self, policy: Policy) -> list[Response]:
         return self.comparison.responses(policy.name)
-
-
-def _minus_length(row: Response, unit: str) -> float:
-    """Minus the length of a response, as MODPO's margin counts it."""
-    match unit:
-        case "tokens":
-            return -float(len(row["token_ids"]))
-        case "words":
-            return -float(len(row["response"].split()))
-        case _:
-            return -float(len(row["response"]))
 
 
 def _content(margin: Any) -> str:

@@ -100,12 +100,13 @@ def find_front(
     lower = {name for name in names if comparison.objectives[name]["lower_is_better"]}
     responses = {policy.name: _complete(comparison, policy, names) for policy in comparison.policies}
     reference = next((policy.name for policy in comparison.policies if policy.kind == "reference"), None)
-    means = {policy: np.array([np.mean(_means(rows, name)) for name in names]) for policy, rows in responses.items()}
+    rewards = {policy: {name: estimate(_means(rows, name)) for name in names} for policy, rows in responses.items()}
+    means = {policy: np.array([each[name].mean for name in names]) for policy, each in rewards.items()}
     signs = np.array([-1 if name in lower else 1 for name in names])
     standings = [
         Standing(
             policy,
-            {name: estimate(_means(responses[policy.name], name)) for name in names},
+            rewards[policy.name],
             _win_rates(responses[policy.name], responses[reference], names, lower) if reference else None,
             _divergence(responses[policy.name]),
             float(np.mean([len(row["token_ids"]) for row in responses[policy.name]])),

@@ -13,6 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from axolotl_mopo.data.content import TOKENIZER_FILES, files_digest
+
 _BATCH = 1000
 _CHUNK = 1 << 22
 
@@ -70,14 +72,13 @@ def _is_neutral(adapters: Sequence[tuple[str, Tensor]]) -> bool:
     return not any(_local(parameter).any() for name, parameter in adapters if "lora_B" in name)
 
 
-def files_digest(folder: Path) -> str:
+def model_files_digest(folder: Path) -> str:
     """A name made of the weights, the configs and the tokenizer in a model's folder."""
-    hasher = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin") or path.name in _CONFIGS or path.name.startswith(_TOKENIZERS):
-            with path.open("rb") as file:
-                hasher.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return hasher.hexdigest()[:32]
+    return files_digest(path for path in folder.iterdir() if _is_of_model(path))
+
+
+def _is_of_model(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".bin") or path.name in _CONFIGS or path.name.startswith(TOKENIZER_FILES)
 
 
 def _bits_sum(tensor: Tensor) -> Tensor:
@@ -99,6 +100,5 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 _CONFIGS = ("config.json", "adapter_config.json")
-_TOKENIZERS = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges", "spiece")
 _WRAPPERS = {"base_layer", "original_module"}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

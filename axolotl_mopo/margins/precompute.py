@@ -19,7 +19,7 @@ from axolotl_mopo.data.lengths import pair_lengths
 from axolotl_mopo.data.rows import DataError
 from axolotl_mopo.engine.scoring import evaluating
 from axolotl_mopo.margins.cache import TableCache
-from axolotl_mopo.margins.fingerprint import digest, files_digest, policy_digests, rows_digest
+from axolotl_mopo.margins.fingerprint import digest, model_files_digest, policy_digests, rows_digest
 from axolotl_mopo.margins.functions import function_digest
 from axolotl_mopo.margins.implicit import PairScorer, separate_model, with_adapter, without_adapters
 from axolotl_mopo.margins.rewards import both_sides, function_rewards, model_rewards
@@ -207,7 +207,7 @@ class Precomputation:
 def model_digest(path: str) -> str:
     """A name made of a model's files, or of the commit that the hub gives them."""
     if Path(path).is_dir():
-        return files_digest(Path(path))
+        return model_files_digest(Path(path))
     return digest([path, getattr(AutoConfig.from_pretrained(path), "_commit_hash", None)])
 
 

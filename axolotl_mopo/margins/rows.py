@@ -8,16 +8,18 @@ from axolotl_mopo.data.rows import RatedResponse
 def row_margins(data: MODPOData, response: RatedResponse, tokens: int) -> list[float]:
     """The rewards of one response: scores as they stand in the data set, then minus its length.
 
-    Lengths are the length penalty of arXiv 2310.03708's released code, a unit per token, word or character.
-
     Args:
         data: which margins there are.
         response: its text and scores.
         tokens: its tokens, the end-of-turn token included.
     """
-    lengths = {"tokens": tokens, "words": len(response.text.split()), "characters": len(response.text)}
     scores = [response.score(field) for field in data.columns.values()]
-    return scores + [-float(lengths[unit]) for unit in data.lengths.values()]
+    return scores + [length_reward(unit, response.text, tokens) for unit in data.lengths.values()]
+
+
+def length_reward(unit: str, text: str, tokens: int) -> float:
+    """The length penalty of arXiv 2310.03708's released code: minus one for every token, word or character."""
+    return -float({"tokens": tokens, "words": len(text.split()), "characters": len(text)}[unit])
 
 
 def row_margin_names(method: MODPOConfig) -> list[str]:

@@ -48,7 +48,6 @@ COMMON = {
     "save_strategy": "no",
     "dataset_num_proc": 1,
 }
-CHAT = {"ds_type": "json", "type": "chat_template"}
 FITTING = {
     "base_model": "example_configs/smoke/model",
     "reinit_weights": True,
@@ -234,7 +233,8 @@ def main() -> None:
     given = parser.parse_args()
     settings = [AMoPOConfig.model_validate({"dimensions": ATTRIBUTES[:number]}) for number in (3, 5)]
     demonstrations = write(OUTPUT / "demonstrations.jsonl", World(0).demonstrations(settings))
-    base = train(OUTPUT, "reference", {**COMMON, **FITTING, "datasets": [{"path": str(demonstrations), **CHAT}]})
+    entry = {"path": str(demonstrations), "ds_type": "json", "type": "chat_template"}
+    base = train(OUTPUT, "reference", {**COMMON, **FITTING, "datasets": [entry]})
     results: dict[int, list[Results]] = {number: [] for number in given.attributes}
     for seed in range(given.seeds):
         for number, each in results.items():
