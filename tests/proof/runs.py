@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .world import OBJECTIVES, read_policy, write_demonstrations, write_pairs
 
 ROOT = Path(__file__).parents[2]
 BETA = 0.5
 _AXOLOTL = Path(sys.executable).parent / "axolotl"
+_TINY = ROOT / "example_configs" / "smoke" / "model"
 _COMMON = {
     "sequence_len": 64,
     # More than there are rows: every step sees all of them, so that no noise of sampling is left.
@@ -65,8 +67,11 @@ class World:
 
     folder: Path
 
-    def fit_reference(self) -> None:
-        """Write the data and fit a tiny random Llama to the demonstrations."""
+    def fit_reference(self, seed: int = 0) -> None:
+        """Write the data and fit a tiny Llama, whose weights are drawn from the seed, to the demonstrations."""
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(_TINY)).save_pretrained(self.folder / "start")
+        AutoTokenizer.from_pretrained(_TINY).save_pretrained(self.folder / "start")
         write_demonstrations(self.folder / "demonstrations.jsonl")
         for objective in OBJECTIVES:
             for repeat in (1, 3, 7, 9):
@@ -74,8 +79,7 @@ class World:
         self._axolotl(
             {
                 **_COMMON,
-                "base_model": str(ROOT / "example_configs" / "smoke" / "model"),
-                "reinit_weights": True,
+                "base_model": "start",
                 "datasets": [{"path": "demonstrations.jsonl", "ds_type": "json", "type": "chat_template"}],
                 "dataset_prepared_path": "prepared",
                 "output_dir": "reference",
