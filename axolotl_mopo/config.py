@@ -1,12 +1,22 @@
 """The two YAML blocks, every check of them, every error text. Nothing heavy is imported here."""
 
 import difflib
-import math
-from collections.abc import Mapping, MutableMapping
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from axolotl_mopo.data import templates
 from axolotl_mopo.engine import TREE_BACKENDS
@@ -86,41 +96,72 @@ class RewardModelMargin(MarginBlock):
     batch_size: int = Field(16, ge=1, strict=True, description="responses at a time, at least 1")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="float32, bfloat16 or float16")
 
+    @field_validator("head", mode="before")
+    @classmethod
+    def _no_boolean(cls, head: Any) -> Any:
+        return _number(head)
 
-class CallableMargin(MarginBlock):
-    """What a function says of prompts and responses."""
+
+class TextMargin(MarginBlock):
+    """A margin whose reward is computed of texts. A source of another package derives from this and says how."""
+
+    batch_size: int = Field(64, ge=1, strict=True, description="responses at a time, at least 1")
+
+    def rewards(self, prompts: list[list[dict[str, Any]]], responses: list[str]) -> Sequence[float]:
+        """The rewards of responses: prompts (messages) and one response to each -> one finite number each."""
+        raise NotImplementedError
+
+
+class CallableMargin(TextMargin):
+    """What a user's function says of prompts and responses."""
 
     source: Literal["callable"]
     function: str = Field(pattern=r"^[\w.]+:\w+$", description="package.module:function")
-    batch_size: int = Field(64, ge=1, strict=True, description="responses at a time, at least 1")
 
 
 RowMargin = ColumnMargin | LengthMargin
 """Margins that a row decides by itself."""
-Margin = Annotated[
-    ColumnMargin | LengthMargin | AdapterMargin | RewardModelMargin | CallableMargin, Field(discriminator="source")
-]
-_MARGINS: dict[str, type[MarginBlock]] = {
+MARGINS: dict[str, type[MarginBlock]] = {
     "column": ColumnMargin,
     "length": LengthMargin,
     "adapter": AdapterMargin,
     "reward_model": RewardModelMargin,
     "callable": CallableMargin,
 }
+"""What a margin's `source:` may name. Another package's plugin adds its own."""
+
+
+def _margin(value: Any) -> MarginBlock:
+    source = value.get("source") if isinstance(value, Mapping) else getattr(value, "source", None)
+    if not isinstance(source, str) or source not in MARGINS:
+        raise PydanticCustomError("unknown_source", "it has no known source")
+    return MARGINS[source].model_validate(value)
+
+
+Margin = Annotated[SerializeAsAny[MarginBlock], BeforeValidator(_margin)]
 
 
 class MethodBlock(Block):
-    """What the blocks of both methods may say of how a step is computed."""
+    """What the block of every method may say of how a step is computed."""
+
+    rl: ClassVar[str]
+    """What `rl:` calls the method; its block has the same name."""
+    trainer: ClassVar[str]
+    """The dotted name of its trainer, which the host imports when it is needed."""
 
     layout: Literal["packed", "padded"] | None = Field(
         None, description="packed or padded; the cheapest that gives the model's numbers where omitted"
     )
     max_tokens_per_step: int | None = Field(None, ge=1, strict=True, description="tokens of a pass, at least 1")
     logits_budget: Number = Field(1.5, gt=0, description="GiB that logits may take, a positive number")
+    on_bad_loss: Literal["raise", "skip"] = Field("raise", description="raise or skip")
 
 
 class MODPOConfig(MethodBlock):
     """The `modpo:` block."""
+
+    rl: ClassVar = "modpo"
+    trainer: ClassVar = "axolotl_mopo.trainers.MODPOTrainer"
 
     objective: str = Field(description="the name of what `chosen` over `rejected` means in the data")
     weights: dict[str, Number] = Field(description="a mapping from the objective and every margin to its weight")
@@ -208,20 +249,14 @@ class Directives(Block):
         return template
 
 
-class AMoPOConfig(MethodBlock):
-    """The `amopo:` block."""
+class DimensionsBlock(MethodBlock):
+    """What a method says of its prompts, one for every dimension."""
 
     dimensions: list[str] = Field(min_length=1, description="a list of at least one score name, [helpfulness, ...]")
     integrated: bool = Field(True, description="true or false")
-    beta: Number = Field(0.8, gt=0, description="a positive number; 0.8 is the authors'")
-    gamma: Number = Field(2.0, ge=0, description="a number of at least 0; 2.0 is the authors'")
-    loss_type: Literal["simpo", "orpo"] = Field("simpo", description="simpo or orpo")
-    weighting: WeightingScheme | dict[str, float] = "gaussian"
-    temperature: Number = Field(1.0, gt=0, description="a positive number; 1.0 is the paper's")
     score_range: tuple[Number, Number] = Field((1, 5), description="[lowest, highest], two different numbers")
     directives: Directives = Field(Directives(), description="{dimension: TEMPLATE, integrated: TEMPLATE}")
     directive_position: Literal["before", "after"] = Field("before", description="before or after the question")
-    sft_coef: Number = Field(0.0, ge=0, description="a number of at least 0; 0.0 leaves the term out")
 
     @field_validator("dimensions")
     @classmethod
@@ -232,23 +267,6 @@ class AMoPOConfig(MethodBlock):
             raise ValueError("a dimension has an empty name; a dimension is the name of a score in the data set")
         return dimensions
 
-    @field_validator("weighting", mode="before")
-    @classmethod
-    def _known_weighting(cls, weighting: Any) -> Any:
-        schemes = get_args(WeightingScheme)
-        if isinstance(weighting, Mapping):
-            for name, weight in weighting.items():
-                if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-                    raise ValueError(f"the weight of {name} is {weight!r}; it must be a finite number of at least 0")
-            if abs(sum(weighting.values()) - 1) > 1e-6:
-                raise ValueError(f"the weights sum to {sum(weighting.values()):g}; they must sum to 1")
-        elif weighting not in schemes:
-            raise ValueError(
-                f"unknown weighting {weighting!r}; use one of {', '.join(schemes)}, or {{dimension: weight, ...}}"
-                f"{_did_you_mean(str(weighting), schemes)}"
-            )
-        return weighting
-
     @field_validator("score_range")
     @classmethod
     def _ascending(cls, score_range: tuple[float, float]) -> tuple[float, float]:
@@ -257,16 +275,11 @@ class AMoPOConfig(MethodBlock):
         return score_range
 
     @model_validator(mode="after")
-    def _prompts_fit(self) -> Self:
+    def _names_differ(self) -> Self:
         if self.integrated and INTEGRATED in self.dimensions:
             raise ValueError(
                 f"a dimension is named {INTEGRATED!r}, as the prompt that asks for all of them is; rename the "
                 "dimension or set `integrated: false`"
-            )
-        if isinstance(self.weighting, dict) and set(self.weighting) != set(self.prompt_names):
-            raise ValueError(
-                f"weighting names {', '.join(self.weighting)}, but the prompts are {', '.join(self.prompt_names)}; "
-                "give each of them a weight"
             )
         return self
 
@@ -276,7 +289,52 @@ class AMoPOConfig(MethodBlock):
         return [INTEGRATED, *self.dimensions] if self.integrated else list(self.dimensions)
 
 
-BLOCKS: dict[str, type[MODPOConfig] | type[AMoPOConfig]] = {"modpo": MODPOConfig, "amopo": AMoPOConfig}
+class AMoPOConfig(DimensionsBlock):
+    """The `amopo:` block."""
+
+    rl: ClassVar = "amopo"
+    trainer: ClassVar = "axolotl_mopo.trainers.AMoPOTrainer"
+
+    beta: Number = Field(0.8, gt=0, description="a positive number; 0.8 is the authors'")
+    gamma: Number = Field(2.0, ge=0, description="a number of at least 0; 2.0 is the authors'")
+    loss_type: Literal["simpo", "orpo"] = Field("simpo", description="simpo or orpo")
+    weighting: WeightingScheme | dict[str, float] = "gaussian"
+    temperature: Number = Field(1.0, gt=0, description="a positive number; 1.0 is the paper's")
+    sft_coef: Number = Field(0.0, ge=0, description="a number of at least 0; 0.0 leaves the term out")
+
+    @field_validator("weighting", mode="before")
+    @classmethod
+    def _known_weighting(cls, weighting: Any) -> Any:
+        schemes = get_args(WeightingScheme)
+        if isinstance(weighting, Mapping):
+            for name, weight in weighting.items():
+                finite = isinstance(weight, int | float) and 0 <= weight <= sys.float_info.max
+                if isinstance(weight, bool) or not finite:
+                    raise ValueError(f"the weight of {name} is {weight!r}; it must be a finite number of at least 0")
+            total = sum(map(float, weighting.values()))
+            if abs(total - 1) > 1e-6:
+                raise ValueError(f"the weights sum to {total:g}; they must sum to 1")
+        elif weighting not in schemes:
+            raise ValueError(
+                f"unknown weighting {weighting!r}; use one of {', '.join(schemes)}, or {{dimension: weight, ...}}"
+                f"{_did_you_mean(str(weighting), schemes)}"
+            )
+        return weighting
+
+    @model_validator(mode="after")
+    def _every_prompt_has_a_weight(self) -> Self:
+        if isinstance(self.weighting, dict) and set(self.weighting) != set(self.prompt_names):
+            raise ValueError(
+                f"weighting names {', '.join(self.weighting)}, but the prompts are {', '.join(self.prompt_names)}; "
+                "give each of them a weight"
+            )
+        return self
+
+
+MethodConfig = MODPOConfig | DimensionsBlock
+"""What is known of a method's rows: one prompt and margins, or a prompt for every dimension."""
+BLOCKS: dict[str, type[MODPOConfig] | type[DimensionsBlock]] = {block.rl: block for block in (MODPOConfig, AMoPOConfig)}
+"""What `rl:` may name. Another package's plugin adds its own."""
 
 _OLD_ATTENTION_KEYS = ("flex_attention", "xformers_attention", "sage_attention")
 """Keys of the host for what `attn_implementation` says today, and trees cannot go by."""
@@ -287,6 +345,32 @@ _OTHER_METHODS_KEYS = {
     "orpo_alpha": "beta",
     "trl": "beta",
 }
+_LEFT_OUT_OF_PREFERENCE_RUNS = (
+    "auto_find_batch_size",
+    "curriculum_sampling",
+    "do_bench_eval",
+    "do_causal_lm_eval",
+    "eval_table_size",
+    "generate_samples",
+    "jagged_restart_steps",
+    "lisa_step_interval",
+    "loss_watchdog_threshold",
+    "lr_quadratic_warmup",
+    "neftune_noise_alpha",
+    "noisy_embedding_alpha",
+    "pad_to_sequence_len",
+    "relora",
+)
+"""Keys that the host reads for supervised training alone."""
+_CROSS_ENTROPY_KEYS = (
+    "chunked_cross_entropy",
+    "cut_cross_entropy",
+    "liger_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+    "liger_use_token_scaling",
+    "use_eaft",
+)
+"""Keys that change how a model computes the one loss that neither method has."""
 
 
 class MOPOArgs(BaseModel):
@@ -300,7 +384,7 @@ class MOPOArgs(BaseModel):
 
 def fold_dotted_keys(cfg: MutableMapping[str, Any]) -> None:
     """Move top-level keys such as `modpo.weights` into their block, in place; a sweep replaces top-level keys only."""
-    for dotted in [key for key in cfg if key.partition(".")[0] in BLOCKS and "." in key]:
+    for dotted in [key for key in cfg if isinstance(key, str) and key.partition(".")[0] in BLOCKS and "." in key]:
         *parents, key = dotted.split(".")
         block = cfg
         for parent in parents:
@@ -312,28 +396,42 @@ def fold_dotted_keys(cfg: MutableMapping[str, Any]) -> None:
         block[key] = cfg.pop(dotted)
 
 
-def read_method(cfg: Mapping[str, Any], method: str) -> MODPOConfig | AMoPOConfig:
+def read_method(cfg: Mapping[str, Any], method: str) -> MethodConfig:
     """Check the raw YAML of a run of `rl: <method>` and return the method's block.
 
     Raises:
         ConfigError: naming every wrong key of the block, or the keys outside it that contradict it.
     """
-    (other,) = set(BLOCKS) - {method}
-    if cfg.get(other) is not None:
-        raise ConfigError(f"`{other}:` stands beside `rl: {method}`; drop the block, or set `rl: {other}`")
+    for other in BLOCKS:
+        if other != method and cfg.get(other) is not None:
+            raise ConfigError(f"`{other}:` stands beside `rl: {method}`; drop the block, or set `rl: {other}`")
     if cfg.get(method) is None:
-        required = "objective and weights" if method == "modpo" else "dimensions"
+        required = " and ".join(name for name, field in BLOCKS[method].model_fields.items() if field.is_required())
         raise ConfigError(f"`rl: {method}` needs a block `{method}:` with at least {required}")
     for key, ours in _OTHER_METHODS_KEYS.items():
         if cfg.get(key) is not None:
             raise ConfigError(f"`{key}` has no effect with `rl: {method}`; remove it (see `{method}.{ours}`)")
     if cfg.get("pad_to_multiple_of"):
         raise ConfigError(f"`pad_to_multiple_of` has no effect with `rl: {method}`, which packs; remove it")
+    for key in _LEFT_OUT_OF_PREFERENCE_RUNS:
+        if cfg.get(key):
+            raise ConfigError(
+                f"`{key}` has no effect with `rl: {method}`: Axolotl reads it for supervised training alone; remove it"
+            )
+    for key in _CROSS_ENTROPY_KEYS:
+        if cfg.get(key):
+            raise ConfigError(f"`{key}` has no effect with `rl: {method}`, whose loss is no cross-entropy; remove it")
     if cfg.get("context_parallel_size") not in (None, 1):
         raise ConfigError(f"`context_parallel_size` other than 1 does not work with `rl: {method}`; remove it")
     if cfg.get("remove_unused_columns"):
         raise ConfigError(f"`remove_unused_columns: true` would drop the columns of `rl: {method}`; remove it")
-    return parse_block(BLOCKS[method], cfg[method], method)
+    block = parse_block(BLOCKS[method], cfg[method], method)
+    if block.on_bad_loss == "skip" and (cfg.get("deepspeed") or cfg.get("fp16")):
+        raise ConfigError(
+            f"`{method}.on_bad_loss: skip` does not go with DeepSpeed, which makes its steps itself, or with `fp16`, "
+            "whose loss scaling skips steps by itself; remove it"
+        )
+    return block
 
 
 def attention_advice(cfg: Mapping[str, Any], method: str, block: MethodBlock) -> str | None:
@@ -359,7 +457,7 @@ def attention_advice(cfg: Mapping[str, Any], method: str, block: MethodBlock) ->
 
 
 def no_stray_block(cfg: Mapping[str, Any]) -> None:
-    """Refuse a `modpo:` or `amopo:` block under an `rl:` that would ignore it.
+    """Refuse a method's block under an `rl:` that would ignore it.
 
     Raises:
         ConfigError: naming block and `rl`.
@@ -382,17 +480,18 @@ def parse_block(block: type[B], raw: Any, path: str) -> B:
     try:
         return block.model_validate(dict(raw))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(block, path, dict(details)) for details in error.errors())) from None
+        raise ConfigError("\n".join(_explain(block, raw, path, dict(details)) for details in error.errors())) from None
 
 
-def _explain(block: type[Block], path: str, error: dict[str, Any]) -> str:
+def _explain(block: type[Block], raw: Mapping[str, Any], path: str, error: dict[str, Any]) -> str:
     fields: Any = block
-    keys = [key for key in error["loc"] if key != "[key]"]
+    keys = list(error["loc"])
+    if keys[-1:] == ["[key]"] and error["type"] != "extra_forbidden":  # pydantic's mark of a key that is wrong itself
+        keys.pop()
     where = path
     if keys[:1] == ["margins"] and len(keys) > 2:
-        # pydantic puts the chosen source between the margin's name and its key.
-        _, name, source, *keys = keys
-        where, fields = f"{path}.margins.{name}", _MARGINS[source]
+        _, name, *keys = keys
+        where, fields = f"{path}.margins.{name}", MARGINS[raw["margins"][name]["source"]]
     if keys[:1] == ["directives"] and len(keys) > 1:
         _, *keys = keys
         where, fields = f"{path}.directives", Directives
@@ -405,8 +504,8 @@ def _explain(block: type[Block], path: str, error: dict[str, Any]) -> str:
             return f"{where} is not a known key{_did_you_mean(str(keys[-1]), fields.model_fields)}; known are {known}"
         case "missing":
             return f"{where} is missing{expected}"
-        case "union_tag_not_found" | "union_tag_invalid":
-            return f"{where} needs a `source`, one of {', '.join(_MARGINS)}, not {error['input']!r}"
+        case "unknown_source":
+            return f"{where} needs a `source`, one of {', '.join(MARGINS)}, not {error['input']!r}"
         case "value_error":
             return f"{where}: {error['ctx']['error']}"
         case _:

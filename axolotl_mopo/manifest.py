@@ -7,22 +7,21 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from axolotl_mopo.config import AMoPOConfig, MODPOConfig
+from axolotl_mopo.config import DimensionsBlock, MethodConfig
 from axolotl_mopo.data.directives import inference_directive, user_template
 
 FILE_NAME = "mopo.json"
 _PACKAGES = ("axolotl-mopo", "axolotl", "torch", "transformers", "trl", "peft")
 
 
-def manifest(block: MODPOConfig | AMoPOConfig, base_model: str) -> dict[str, Any]:
+def manifest(block: MethodConfig, base_model: str) -> dict[str, Any]:
     """The method's settings, the versions, and for AMoPO what the user's turn says to each of its prompts.
 
     `inference` holds a template for every name; put the question in the place of `{question}`. The dimensions' ask for
     the best score.
     """
-    method = "amopo" if isinstance(block, AMoPOConfig) else "modpo"
-    content: dict[str, Any] = {"method": method, "base_model": base_model, **block.model_dump(mode="json")}
-    if isinstance(block, AMoPOConfig):
+    content: dict[str, Any] = {"method": block.rl, "base_model": base_model, **block.model_dump(mode="json")}
+    if isinstance(block, DimensionsBlock):
         content["inference"] = {
             name: user_template(inference_directive(block, name if name in block.dimensions else None))
             for name in block.prompt_names
@@ -30,7 +29,7 @@ def manifest(block: MODPOConfig | AMoPOConfig, base_model: str) -> dict[str, Any
     return content | {"versions": {package: version(package) for package in _PACKAGES}}
 
 
-def write_manifest(block: MODPOConfig | AMoPOConfig, base_model: str, folder: Path) -> None:
+def write_manifest(block: MethodConfig, base_model: str, folder: Path) -> None:
     """Write `mopo.json` into a folder."""
     text = json.dumps(manifest(block, base_model), indent=2, ensure_ascii=False)
     (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
@@ -39,7 +38,7 @@ def write_manifest(block: MODPOConfig | AMoPOConfig, base_model: str, folder: Pa
 class ManifestCallback(TrainerCallback):
     """Writes the manifest beside every checkpoint."""
 
-    def __init__(self, block: MODPOConfig | AMoPOConfig, base_model: str) -> None:
+    def __init__(self, block: MethodConfig, base_model: str) -> None:
         self.block, self.base_model = block, base_model
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -22,6 +22,15 @@ class MetricWindow:
     def __init__(self) -> None:
         self._names: list[str] = []
         self._sums: Tensor | None = None
+        self._marked: Tensor | None = None
+
+    def mark(self) -> None:
+        """Remember what was added so far."""
+        self._marked = self._sums
+
+    def rewind(self) -> None:
+        """Forget what was added since the mark."""
+        self._sums = self._marked
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Add a micro-batch of B pairs: every metric is a tensor [B]; the names are the same at every call."""

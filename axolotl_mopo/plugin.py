@@ -10,8 +10,8 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_mopo.config import (
     BLOCKS,
-    AMoPOConfig,
     ConfigError,
+    MethodConfig,
     MODPOConfig,
     attention_advice,
     fold_dotted_keys,
@@ -19,21 +19,30 @@ from axolotl_mopo.config import (
     read_method,
 )
 from axolotl_mopo.data.entries import bind_entries
+from axolotl_mopo.host import check_hooks, version_advice
 from axolotl_mopo.margins.settling import settle_margins
 
 LOG = get_logger("axolotl.mopo")
 
-_TRAINERS = {"modpo": "axolotl_mopo.trainers.MODPOTrainer", "amopo": "axolotl_mopo.trainers.AMoPOTrainer"}
 # ORPO is the host's one preference path that loads no reference model and hands the trainer a model with adapters.
 _HOST_RL = "orpo"
+_SUPERVISED_ARGUMENTS = (
+    "dataloader_drop_last",
+    "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "ddp_timeout",
+    "greater_is_better",
+    "metric_for_best_model",
+)
+"""Training arguments that the host fills in for supervised training alone."""
 
 
 @dataclass
 class MOPOTrainingArgs:
-    """The fields that the plugin adds to Axolotl's training arguments: the block of the method in use, as a dict."""
+    """The field that the plugin adds to Axolotl's training arguments."""
 
-    modpo: dict[str, Any] | None = field(default=None, metadata={"help": "The `modpo:` block."})
-    amopo: dict[str, Any] | None = field(default=None, metadata={"help": "The `amopo:` block."})
+    mopo: dict[str, Any] | None = field(default=None, metadata={"help": "The block of the method in use."})
 
 
 class MOPOPlugin(BasePlugin):
@@ -53,22 +62,26 @@ class MOPOPlugin(BasePlugin):
             return
         method = _method(cfg)
         if method is None:
-            no_stray_block(cfg)
+            if not cfg.get("inference"):  # for which the host takes `rl` away
+                no_stray_block(cfg)
             return
+        check_hooks(MOPOPlugin, BasePlugin)
+        if advice := version_advice():
+            LOG.warning(advice)
         block = read_method(cfg, method)
         if advice := attention_advice(cfg, method, block):
             LOG.warning(advice)
         if isinstance(block, MODPOConfig):
             block = settle_margins(cfg, block)
-        cfg["rl"], cfg["trainer_cls"] = _HOST_RL, _TRAINERS[method]
-        bind_entries(cfg, method, block)
+        cfg["rl"], cfg["trainer_cls"] = _HOST_RL, block.trainer
+        bind_entries(cfg, block)
 
     def get_input_args(self) -> str:
         """The pydantic fields that join the host's configuration."""
         return "axolotl_mopo.config.MOPOArgs"
 
     def get_training_args_mixin(self) -> str:
-        """The dataclass fields that join the host's training arguments."""
+        """The dataclass field that joins the host's training arguments."""
         return "axolotl_mopo.plugin.MOPOTrainingArgs"
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
@@ -77,7 +90,8 @@ class MOPOPlugin(BasePlugin):
         Raises:
             ConfigError: where the host's arguments were made before it knew of the plugin.
         """
-        arguments: dict[str, Any] = {method: cfg[method].to_dict() for method in BLOCKS if cfg.get(method)}
+        block = next((cfg[method].to_dict() for method in BLOCKS if cfg.get(method)), None)
+        arguments: dict[str, Any] = {"mopo": block} if block else {}
         if arguments:
             from axolotl.core.training_args import AxolotlORPOConfig
 
@@ -89,6 +103,9 @@ class MOPOPlugin(BasePlugin):
             arguments["logging_nan_inf_filter"] = False  # it hides bad losses, and waits for the device in every step
             if cfg.group_by_length:
                 arguments["train_sampling_strategy"] = "group_by_length"
+            if cfg.load_best_model_at_end or cfg.early_stopping_patience:
+                arguments["load_best_model_at_end"] = True
+            arguments |= {key: cfg[key] for key in _SUPERVISED_ARGUMENTS if cfg.get(key) is not None}
         return arguments
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: Any) -> list[Any]:
@@ -98,6 +115,13 @@ class MOPOPlugin(BasePlugin):
 
         blocks = _blocks(cfg)
         return [*(ManifestCallback(block, cfg.base_model) for block in blocks), *(HistoryCallback() for _ in blocks)]
+
+    def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
+        """Early stopping, which the host leaves out for preference runs."""
+        from transformers import EarlyStoppingCallback
+
+        patience = cfg.early_stopping_patience
+        return [EarlyStoppingCallback(patience) for _ in _blocks(cfg) if patience]
 
     def post_train(self, cfg: DictDefault, model: Any) -> None:
         """Write `mopo.json` beside the final model."""
@@ -110,13 +134,13 @@ class MOPOPlugin(BasePlugin):
                 write_manifest(block, cfg.base_model, Path(cfg.output_dir))
 
 
-def _blocks(cfg: DictDefault) -> list[MODPOConfig | AMoPOConfig]:
+def _blocks(cfg: DictDefault) -> list[MethodConfig]:
     """The block of the method in use, if it is one of ours."""
     return [block.model_validate(cfg[method].to_dict()) for method, block in BLOCKS.items() if cfg.get(method)]
 
 
 def _registered(cfg: dict[str, Any]) -> bool:
-    ours = cfg.get("rl") == _HOST_RL and cfg.get("trainer_cls") in _TRAINERS.values()
+    ours = cfg.get("rl") == _HOST_RL and cfg.get("trainer_cls") in {block.trainer for block in BLOCKS.values()}
     return ours and cfg.get("mopo_data") is not None
 
 

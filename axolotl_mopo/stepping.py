@@ -44,8 +44,13 @@ class SteppingMixin(Trainer):
         """
         raise NotImplementedError
 
-    def record(self, metrics: Mapping[str, Tensor]) -> None:
-        """Take metrics of b pairs, each [b]; every pair comes once."""
+    def record(self, metrics: Mapping[str, Tensor], inputs: Batch) -> None:
+        """Take metrics of b pairs, each [b]; every pair comes once.
+
+        Args:
+            metrics: `loss` and those of the method.
+            inputs: the batch, and `pairs` [b].
+        """
         raise NotImplementedError
 
     def compute_loss(
@@ -66,7 +71,7 @@ class SteppingMixin(Trainer):
 
     def _recorded_losses(self, scores: CompletionScores, inputs: Batch) -> Tensor:
         losses, metrics = self.pair_losses(scores, inputs)
-        self.record({"loss": losses, **metrics})
+        self.record({"loss": losses, **metrics}, inputs)
         return losses
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:

@@ -6,7 +6,7 @@ Imported by the host only after it has prepared TRL and its own training argumen
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import trl.trainer.utils
@@ -30,7 +30,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import disable_dropout_in_model
 
-from axolotl_mopo.config import AMoPOConfig, ConfigError, MODPOConfig
+from axolotl_mopo.config import AMoPOConfig, ConfigError, DimensionsBlock, MODPOConfig
 from axolotl_mopo.data.collating import PairCollator, read_tokens
 from axolotl_mopo.data.lengths import budget_message, with_lengths
 from axolotl_mopo.data.notes import notes
@@ -40,6 +40,7 @@ from axolotl_mopo.engine.layout import choose_layout, tolerance_of
 from axolotl_mopo.engine.log_softmax import selective_log_softmax
 from axolotl_mopo.engine.ranks import PassCounts
 from axolotl_mopo.engine.scoring import CompletionScores, Scorer, by_side
+from axolotl_mopo.guarding import GuardCallback, LossGuard
 from axolotl_mopo.losses import adaptive_weights, amopo_loss, modpo_loss
 from axolotl_mopo.margins.cache import TableCache
 from axolotl_mopo.margins.implicit import PairScorer
@@ -57,8 +58,9 @@ _SPREADS = {"weights/": "weights_std/", "margins/": "margins_std/", "rewards/mar
 class MultiObjectiveTrainer(
     RngLoaderMixin, SchedulerMixin, OptimizerMixin, OptimizerInitMixin, DistributedParallelMixin, SteppingMixin
 ):
-    """What MODPO and AMoPO share: layout, metrics and the model card. A child gives the losses."""
+    """What MODPO and AMoPO share: layout, metrics and the model card. A child gives its block and the losses."""
 
+    block: ClassVar[type[MODPOConfig] | type[DimensionsBlock]]
     tag_names: ClassVar[list[str]]
     citation: ClassVar[str]
 
@@ -67,12 +69,14 @@ class MultiObjectiveTrainer(
     eval_dataset: Any
     data_collator: Any
 
-    method: AMoPOConfig | MODPOConfig
+    method: Any
+    """The settings, a `block`."""
 
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
         *,
+        args: Any,
         train_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase,
         eval_dataset: Dataset | None = None,
@@ -86,9 +90,11 @@ class MultiObjectiveTrainer(
         for note in notes(train_dataset, eval_dataset):
             LOG.warning(note)
         disable_dropout_in_model(model)
+        self.method = self.block.model_validate(args.mopo)
         collator = PairCollator(processing_class.pad_token_id or 0, max_tokens=self.method.max_tokens_per_step)
         super().__init__(
             model=model,
+            args=args,
             train_dataset=with_lengths(train_dataset),
             eval_dataset=None if eval_dataset is None else with_lengths(eval_dataset),
             processing_class=processing_class,
@@ -97,7 +103,13 @@ class MultiObjectiveTrainer(
         )
         # The loss is a mean over pairs; the host divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        self._metrics = {"train": MetricWindow(), "eval": MetricWindow()}
+        self.train_dataset = _numbered(self.train_dataset, 0)
+        if self.eval_dataset is not None:
+            self.eval_dataset = _numbered(self.eval_dataset, len(self.train_dataset))
+        self.train_window, self._eval_window = MetricWindow(), MetricWindow()
+        self.loss_guard = LossGuard()
+        self._guarding = GuardCallback(self, skip=self.method.on_bad_loss == "skip")
+        self.add_callback(self._guarding)
         self.pass_counts = PassCounts(differ=collator.max_tokens is not None)
 
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -130,26 +142,45 @@ class MultiObjectiveTrainer(
         log_softmax = choose_log_softmax(self.args.device)
         return layout.packed, Scorer(None if why_not_inside else base, self.method.logits_budget * 2**30, log_softmax)
 
-    def record(self, metrics: Mapping[str, Tensor]) -> None:
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The shared step; the host's mean of the losses counts one that makes a step be skipped as 0."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        return loss.nan_to_num(0, 0, 0) if self._guarding.skip else loss
+
+    def record(self, metrics: Mapping[str, Tensor], inputs: Batch) -> None:
         """Add metrics of some pairs to the window of the mode that the model is in."""
-        self._metrics["train" if self.model.training else "eval"].add(metrics)
+        if self.model.training:
+            self.train_window.add(metrics)
+            rows = inputs["pair_index"][inputs["pairs"]]
+            self.loss_guard.note(self.state.global_step + 1, rows, metrics["loss"])
+        else:
+            self._eval_window.add(self._without_repeats(metrics, inputs))
+
+    def _without_repeats(self, metrics: Mapping[str, Tensor], inputs: Batch) -> Mapping[str, Tensor]:
+        """Metrics without pairs that accelerate repeats, so that the last evaluation batches of all ranks are full."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return metrics
+        own = inputs["pairs"] < state.remainder - self.args.process_index * inputs["size"]
+        return {name: values[own] for name, values in metrics.items()}
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The host's loop, with our metrics among its own and a loss that is the mean over pairs."""
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        means = {f"{prefix}_{name}": value for name, value in self._pop_metrics("eval").items()}
+        means = {f"{prefix}_{name}": value for name, value in self._pop_metrics(self._eval_window).items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the logging window where the host logs the training loss."""
         if "loss" in logs:
-            # The host's own mean of the loss stays; it is the same number.
-            logs |= {**self._pop_metrics("train"), "loss": logs["loss"]}
+            logs |= self._pop_metrics(self.train_window)
+            if self._guarding.skip:
+                logs["skipped_steps"] = self._guarding.skipped
         super().log(logs, start_time)
 
-    def _pop_metrics(self, mode: Literal["train", "eval"]) -> dict[str, float]:
-        statistics = self._metrics[mode].pop(self.accelerator)
+    def _pop_metrics(self, window: MetricWindow) -> dict[str, float]:
+        statistics = window.pop(self.accelerator)
         spreads = {
             _SPREADS[head] + name.removeprefix(head): statistic.std
             for name, statistic in statistics.items()
@@ -171,6 +202,8 @@ class MultiObjectiveTrainer(
 class AMoPOTrainer(MultiObjectiveTrainer):
     """`rl: amopo` (arXiv 2506.07165): a prompt for every dimension, no reward model and no reference model."""
 
+    block: ClassVar = AMoPOConfig
+    method: AMoPOConfig
     tag_names: ClassVar = ["axolotl", "amopo"]
     citation: ClassVar = """@inproceedings{liu2025amopo,
   title     = {{AMoPO}: Adaptive Multi-objective Preference Optimization without Reward Models and Reference Models},
@@ -182,7 +215,6 @@ class AMoPOTrainer(MultiObjectiveTrainer):
 }"""
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, args: Any, **kwargs: Any) -> None:
-        self.method: AMoPOConfig = AMoPOConfig.model_validate(args.amopo)
         super().__init__(model, args=args, **kwargs)
         self._micro_batch = (0, 0)
         weighting, names = self.method.weighting, self.method.prompt_names
@@ -281,6 +313,8 @@ class MODPOTrainer(MultiObjectiveTrainer):
     The reference is the policy before its first step; its log-probs are computed once, so one model is enough.
     """
 
+    block: ClassVar = MODPOConfig
+    method: MODPOConfig
     tag_names: ClassVar = ["axolotl", "modpo"]
     citation: ClassVar = """@inproceedings{zhou2024modpo,
   title     = {Beyond One-Preference-Fits-All Alignment: Multi-Objective Direct Preference Optimization},
@@ -292,16 +326,12 @@ class MODPOTrainer(MultiObjectiveTrainer):
 }"""
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, args: Any, **kwargs: Any) -> None:
-        self.method: MODPOConfig = MODPOConfig.model_validate(args.modpo)
         super().__init__(model, args=args, **kwargs)
         self._margin_weights = torch.tensor(self.method.margin_weights, device=args.device)
         LOG.info("MODPO's effective beta / w_k is %g.", self.method.beta / self.method.objective_weight)
         self._constants: dict[str, Constants] = {}
         self._tables: Constants | None = None
         self._warned: set[str] = set()
-        self.train_dataset = _numbered(self.train_dataset, 0)
-        if self.eval_dataset is not None:
-            self.eval_dataset = _numbered(self.eval_dataset, len(self.train_dataset))
         self.add_callback(_BeforeFirstStep(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,8 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -37,6 +39,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    TrainerCallback,
 )
 
 import axolotl_mopo
@@ -174,6 +177,27 @@ def smoke_config(method, output_dir, **overrides):
     return {key: value for key, value in cfg.items() if value is not None}
 
 
+class Poison(TrainerCallback):
+    """Makes a token's embedding infinite before the first step."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[self.token] = torch.inf
+
+
+def rare_token(trainer):
+    """A token that stands in one row only, and that row."""
+    rows = [
+        {*chain(*row["prompt_input_ids"], row["chosen_input_ids"], row["rejected_input_ids"])}
+        for row in trainer.train_dataset
+    ]
+    counts = Counter(token for row in rows for token in row)
+    return next((token, number) for number, row in enumerate(rows) for token in sorted(row) if counts[token] == 1)
+
+
 def host_trainer(cfg):
     """The trainer that Axolotl builds from a configuration, by its own config, data, model and builder code."""
     from axolotl.cli.args import TrainerCliArgs
@@ -189,13 +213,14 @@ def host_trainer(cfg):
 def torchrun(script, *arguments, processes=2):
     """Run a script of this folder in several processes that talk by gloo."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, *launch, f"tests/{script}", *map(str, arguments)],
-        check=True,
         cwd=ROOT,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 def prepare(rows, tokenizer, *, method="amopo", kind="pairs", entry=None, num_proc=1, **settings):

@@ -27,8 +27,8 @@ def main(config: str, point: str = "") -> None:
         time.sleep(600)
 
     class Hanging(Precomputation):
-        def _spread_over_ranks(self, rows, score):
-            return hang() if reach("score") else super()._spread_over_ranks(rows, score)
+        def _spread_over_ranks(self, title, rows, score):
+            return hang() if reach("score") else super()._spread_over_ranks(title, rows, score)
 
     class HangingCache(TableCache):
         def _write(self, name, values):

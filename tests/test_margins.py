@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMOKE, build_model, host_trainer, save_adapter, save_reward_model, smoke_config, torchrun
+from conftest import ROOT, SMOKE, build_model, host_trainer, save_adapter, save_reward_model, smoke_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     TrainerCallback,
-    set_seed,
 )
 
 from axolotl_mopo.config import ConfigError
@@ -387,41 +386,6 @@ def test_two_runs_that_start_together_compute_once(written_config):
     both = [worker(config), worker(config)]
     counts = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in both]
     assert sum(count["score"] for count in counts) == sum(count["write"] for count in counts) == 4
-
-
-def test_a_sharded_policy_computes_the_same_constants(adapter, base, tmp_path):
-    """FSDP2, by torch itself: on a CPU accelerate would not shard. Ranks have different numbers of passes."""
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    margin = {"source": "adapter", "path": str(tmp_path / "merged"), "reference": str(base), "beta": 0.2}
-    block = {"objective": "overall", "weights": {"overall": 0.5, "safer": 0.5}, "margins": {"safer": margin}}
-    block["max_tokens_per_step"] = 120
-    made, losses = [], []
-    for name in ("whole", "sharded"):
-        block["cache_dir"] = str(tmp_path / name / "cache")
-        cfg = smoke_config("modpo", tmp_path, modpo=block, seed=3, eval_batch_size=3, **LORA)
-        few_rows(cfg, tmp_path)
-        cfg["datasets"][0]["split"] = "train[:41]"  # not the same number of rows for every process
-        if name == "whole":
-            set_seed(cfg["seed"])
-            trainer = host_trainer(cfg)
-            trainer.precompute(trainer.model)
-            made.append(trainer._constants)
-            losses.append(trainer.evaluate()["eval_loss"])
-            passes = [len(batch["units"]) for batch in trainer.get_eval_dataloader()]
-            assert any(one != other for one, other in zip(passes[::2], passes[1::2], strict=True))
-        else:
-            (tmp_path / "cfg.json").write_text(json.dumps(cfg))
-            torchrun("fsdp_worker.py", tmp_path / "cfg.json", tmp_path / "constants.pt")
-            result = torch.load(tmp_path / "constants.pt", weights_only=True)
-            made.append(result["constants"])
-            losses.append(result["eval_loss"])
-    whole, sharded = made
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    for name, (reference, margins) in sharded.items():
-        assert torch.allclose(reference, whole[name].reference, atol=1e-4)
-        assert torch.allclose(margins, whole[name].margins, atol=1e-5)
-        assert margins.std() > 0.01
 
 
 def test_a_resumed_run_reads_the_cache(build, adapter, tmp_path):

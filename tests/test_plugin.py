@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from axolotl.integrations.base import BasePlugin
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from conftest import ROOT, SMOKE
@@ -12,8 +13,10 @@ from test_config import AMOPO, MODPO
 
 import axolotl_mopo
 from axolotl_mopo import MOPOPlugin
+from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data.entries import DataSpec
 from axolotl_mopo.data.formats import FORMATS
+from axolotl_mopo.host import check_hooks, version_advice
 
 
 def registered(cfg):
@@ -139,8 +142,8 @@ def test_the_hosts_schema_keeps_our_fields(monkeypatch):
     MOPOPlugin().register(again)  # as a Ray worker does, with the host's defaults filled in
     assert again == validated
     arguments = PluginManager.get_instance().get_training_args(validated)
-    assert set(arguments) == {"amopo", "logging_nan_inf_filter"}
-    assert arguments["amopo"]["beta"] == 0.8
+    assert set(arguments) == {"mopo", "logging_nan_inf_filter"}
+    assert arguments["mopo"]["beta"] == 0.8
     validated.group_by_length = True  # the host leaves it out for preference runs
     arguments = PluginManager.get_instance().get_training_args(validated)
     assert arguments["train_sampling_strategy"] == "group_by_length"
@@ -163,3 +166,21 @@ def test_the_plugin_leaves_the_trainers_unimported():
         "assert 'axolotl_mopo.trainers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_an_axolotl_outside_the_tested_range_is_told_of():
+    assert version_advice("0.19.0") is version_advice("0.19.3") is version_advice() is None
+    for other in ("0.18.0", "0.20.0", "1.0"):
+        advice = version_advice(other)
+        assert f"Axolotl {other} is installed" in advice
+        assert 'pip install "axolotl<0.20,>=0.19"' in advice
+
+
+def test_a_hook_that_the_host_lacks_is_named():
+    class OldBase:
+        def register(self, cfg):
+            """The only hook of an imagined host."""
+
+    check_hooks(MOPOPlugin, BasePlugin)
+    with pytest.raises(ConfigError, match=r"does not call `get_input_args`, .* of its plugins, .* pip install"):
+        check_hooks(MOPOPlugin, OldBase)

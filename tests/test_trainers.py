@@ -3,18 +3,16 @@
 import copy
 import dataclasses
 import gc
-import json
 import math
 import random
 from pathlib import Path
 
-import ddp_worker
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, host_trainer, smoke_config, stir, torchrun
+from conftest import ROOT, host_trainer, smoke_config, stir
 from torch.overrides import TorchFunctionMode
 from transformers import MambaConfig, TrainerCallback
 
@@ -404,46 +402,3 @@ def test_a_window_averages_over_pairs():
     assert popped["loss"].std == pytest.approx(3.5**0.5)
     assert popped["accuracy"].mean == 0.75
     assert window.pop(accelerator) == {}
-
-
-@pytest.mark.parametrize(("method", "limit"), [("amopo", None), ("amopo", 480), ("modpo", None), ("modpo", 80)])
-def test_two_processes_train_as_one_with_the_same_batch(tmp_path, method, limit):
-    """With a limit of tokens now one and now the other has more passes to make, or pairs to split."""
-    settings = {"weighting": "uniform"} if method == "amopo" else {}
-    results = []
-    for processes in (1, 2):
-        cfg = smoke_config(
-            method,
-            tmp_path / str(processes),
-            seed=7,
-            max_steps=6,
-            eval_strategy="steps",
-            eval_steps=6,
-            dataloader_num_workers=0,
-            micro_batch_size=4 // processes,
-            gradient_accumulation_steps=1,
-            eval_batch_size=4 // processes,
-            **method_block(method, **settings, max_tokens_per_step=limit),
-        )
-        config, result = tmp_path / f"{processes}.json", tmp_path / f"{processes}.pt"
-        config.write_text(json.dumps(cfg))
-        if processes == 1:
-            ddp_worker.main(str(config), str(result))
-        else:
-            torchrun("ddp_worker.py", config, result, processes=processes)
-        results.append(torch.load(result, weights_only=True))
-    (one, two) = results
-    if limit:
-        units = [json.loads((tmp_path / f"2.pt.units{rank}").read_text()) for rank in (0, 1)]
-        more = {sum(ours) > sum(theirs) for ours, theirs in zip(*units, strict=True) if sum(ours) != sum(theirs)}
-        assert more == {True, False}
-    if method == "amopo" and limit:
-        split = {(max(ours) > 1, max(theirs) > 1) for ours, theirs in zip(*units, strict=True)}
-        assert split >= {(True, False), (False, True)}
-    assert len(one["log"]) == len(two["log"])
-    for entry, other in zip(one["log"], two["log"], strict=True):
-        for name in entry.keys() - {"epoch"}:
-            if not name.endswith(("runtime", "per_second", "time")) and name != "total_flos":
-                assert entry[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
-    for name, parameter in one["parameters"].items():
-        assert torch.allclose(parameter, two["parameters"][name], atol=1e-5), name

@@ -15,9 +15,13 @@ def data_digest(entry: Mapping[str, Any]) -> str:
     Raises:
         OSError: where a file cannot be read.
     """
+    return files_digest(path for name in data_names(entry) for path in _files(Path(name)))
+
+
+def data_names(entry: Mapping[str, Any]) -> list[str]:
+    """Whatever a data-set entry says that may be a local file or folder."""
     given = entry.get("data_files") or []
-    names = (entry["path"], *([given] if isinstance(given, str) else given))
-    return files_digest(path for name in names for path in _files(Path(str(name))))
+    return [entry["path"], *([given] if isinstance(given, str) else given)]
 
 
 def tokenizer_digest(cfg: Mapping[str, Any]) -> str:

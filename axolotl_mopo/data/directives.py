@@ -4,12 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from axolotl_mopo.config import AMoPOConfig, Directives
+from axolotl_mopo.config import DimensionsBlock, Directives
 from axolotl_mopo.data.entries import AMoPOData
 from axolotl_mopo.data.rows import Message
 from axolotl_mopo.data.templates import render
 
-DirectiveSettings = AMoPOConfig | AMoPOData
+DirectiveSettings = DimensionsBlock | AMoPOData
 """What says how directives are worded: the YAML block, or the part of it that prepared rows depend on."""
 
 

@@ -16,17 +16,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from axolotl_mopo.config import (
-    AMoPOConfig,
-    CallableMargin,
     ColumnMargin,
     ConfigError,
+    DimensionsBlock,
     Directives,
     LengthMargin,
+    MethodConfig,
     MODPOConfig,
     RewardModelMargin,
+    TextMargin,
     parse_block,
 )
-from axolotl_mopo.data.content import data_digest, tokenizer_digest
+from axolotl_mopo.data.content import data_digest, data_names, tokenizer_digest
+from axolotl_mopo.data.files import file_fault
 from axolotl_mopo.data.formats import FORMATS, Format
 from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, ScoredOptions
 from axolotl_mopo.data.reading import Reading
@@ -40,7 +42,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.parquet)(?<!\
 
 
 class AMoPOData(BaseModel):
-    """What AMoPO's settings mean for the rows."""
+    """What AMoPO's settings mean for the rows, or those of another method with a prompt for every dimension."""
 
     method: Literal["amopo"] = "amopo"
     dimensions: list[str]
@@ -51,7 +53,10 @@ class AMoPOData(BaseModel):
 
 
 class MODPOData(BaseModel):
-    """What MODPO's settings mean for the rows; the weights do not matter here, so a sweep shares its prepared rows."""
+    """What MODPO's settings mean for the rows, or those of another method with margins.
+
+    The weights do not matter here, so a sweep shares its prepared rows.
+    """
 
     method: Literal["modpo"] = "modpo"
     columns: dict[str, str]
@@ -115,7 +120,7 @@ class DataSpec(BaseModel):
         )
 
 
-def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig | AMoPOConfig) -> None:
+def bind_entries(cfg: MutableMapping[str, Any], block: MethodConfig) -> None:
     """Check every data-set entry and bind it to the settings that its rows depend on, in place.
 
     Raises:
@@ -125,8 +130,8 @@ def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig 
         raise ConfigError("`mopo_data` is what the plugin fills in itself; remove it")
     try:
         tokenizer = tokenizer_digest(cfg)
-    except OSError as error:
-        raise ConfigError(f"the tokenizer cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer of `base_model` cannot be read: {error}") from None
     specs: dict[str, Any] = {}
     for section in ("datasets", "test_datasets"):
         entries = cfg.get(section) or []
@@ -138,7 +143,7 @@ def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig 
             where = f"{section}[{index}]"
             if not isinstance(entry, MutableMapping):
                 raise ConfigError(f"`{where}` must be a mapping with `path` and `type`, not {entry!r}")
-            spec = _spec(cfg, method, block, entry, where, tokenizer)
+            spec = _spec(cfg, block, entry, where, tokenizer)
             specs[spec.key] = spec.model_dump(mode="json")
             for key in set(entry) - set(_HOST_KEYS):
                 del entry[key]
@@ -150,8 +155,7 @@ def bind_entries(cfg: MutableMapping[str, Any], method: str, block: MODPOConfig 
 
 def _spec(
     cfg: MutableMapping[str, Any],
-    method: str,
-    block: MODPOConfig | AMoPOConfig,
+    block: MethodConfig,
     entry: MutableMapping[str, Any],
     where: str,
     tokenizer: str,
@@ -160,16 +164,25 @@ def _spec(
     kind = entry.get("type")
     strategy = kind.removeprefix(PREFIX) if isinstance(kind, str) and kind.startswith(PREFIX) else None
     if strategy not in FORMATS:
-        raise ConfigError(f"`{where}.type` is {kind!r}; with `rl: {method}` it must be one of {known}")
-    _check_host_keys(entry, where, method)
+        raise ConfigError(f"`{where}.type` is {kind!r}; with `rl: {block.rl}` it must be one of {known}")
+    _check_host_keys(entry, where, block.rl)
     format = FORMATS[strategy]
     options = parse_block(format.options, {key: value for key, value in entry.items() if key not in _HOST_KEYS}, where)
     data = _data_settings(block)
-    _check_scores(data, options, format, where, strategy)
+    if isinstance(data, MODPOData) and getattr(options, "score_scale", None):
+        raise ConfigError(
+            f"`{where}.score_scale` has no effect with `rl: {block.rl}`, which has no directives; remove it"
+        )
+    _check_scores(block, data, options, format, where, strategy)
     try:
         content = data_digest(entry), tokenizer
-    except OSError as error:
+        faults = [
+            f"{name} {fault}" for name in data_names(entry) if (fault := file_fault(Path(name), entry.get("ds_type")))
+        ]
+    except (OSError, ValueError) as error:
         raise ConfigError(f"`{where}` cannot be read: {error}") from None
+    if faults:
+        raise ConfigError(f"`{where}`: {faults[0]}")
     return DataSpec(
         where=f"{where} ({entry.get('path')})",
         strategy=strategy,
@@ -191,6 +204,9 @@ def _check_host_keys(entry: MutableMapping[str, Any], where: str, method: str) -
             )
     if isinstance(entry.get("name"), list):
         raise ConfigError(f"`{where}.name` is a list; write one entry for each name")
+    files = entry.get("data_files")
+    if files is not None and not isinstance(files, str) and not _is_names(files):
+        raise ConfigError(f"`{where}.data_files` is {files!r}; it must be the name of a file, or a list of names")
     path = entry.get("path")
     if not isinstance(path, str) or not path:
         raise ConfigError(f"`{where}.path` is {path!r}; it must name a file, a folder or a data set of the hub")
@@ -207,7 +223,11 @@ def _check_host_keys(entry: MutableMapping[str, Any], where: str, method: str) -
         )
 
 
-def _objective(block: MODPOConfig | AMoPOConfig, options: EntryOptions, format: Format, where: str) -> tuple[str, ...]:
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _objective(block: MethodConfig, options: EntryOptions, format: Format, where: str) -> tuple[str, ...]:
     """What orders responses that no label orders: the entry's own word, or else what the method trains for."""
     if not isinstance(options, ObjectiveOptions):
         return ()
@@ -217,9 +237,9 @@ def _objective(block: MODPOConfig | AMoPOConfig, options: EntryOptions, format: 
             raise ConfigError(f"`{where}.objective`: {fault}")
         return tuple(given)
     if isinstance(block, MODPOConfig):
-        key, names = "modpo.objective", [block.objective]
+        key, names = f"{block.rl}.objective", [block.objective]
     else:
-        key, names = "amopo.dimensions", block.dimensions
+        key, names = f"{block.rl}.dimensions", block.dimensions
     if not (fault := format.objective_fault(names)):
         return tuple(names)
     if format.read_pair and format.read_responses:
@@ -229,7 +249,12 @@ def _objective(block: MODPOConfig | AMoPOConfig, options: EntryOptions, format: 
 
 
 def _check_scores(
-    data: AMoPOData | MODPOData, options: EntryOptions, format: Format, where: str, strategy: str
+    block: MethodConfig,
+    data: AMoPOData | MODPOData,
+    options: EntryOptions,
+    format: Format,
+    where: str,
+    strategy: str,
 ) -> None:
     """Refuse scores that data of this kind never holds."""
     names = _score_names(data)
@@ -237,9 +262,9 @@ def _check_scores(
     if possible is None and not isinstance(options, ScoredOptions):
         possible = ()
     if possible is not None and (unknown := [name for name in names if name not in possible]):
-        key = "amopo.dimensions" if isinstance(data, AMoPOData) else "modpo.margins"
+        key = "dimensions" if isinstance(data, AMoPOData) else "margins"
         raise ConfigError(
-            f"`{key}` needs a score of {', '.join(unknown)} from `{where}`, but {strategy} holds "
+            f"`{block.rl}.{key}` needs a score of {', '.join(unknown)} from `{where}`, but {strategy} holds "
             f"{', '.join(possible) or 'no scores'}"
         )
 
@@ -253,8 +278,8 @@ def _seed(cfg: MutableMapping[str, Any]) -> int:
     return seed
 
 
-def _data_settings(block: MODPOConfig | AMoPOConfig) -> MODPOData | AMoPOData:
-    if isinstance(block, AMoPOConfig):
+def _data_settings(block: MethodConfig) -> MODPOData | AMoPOData:
+    if isinstance(block, DimensionsBlock):
         return AMoPOData(
             dimensions=block.dimensions,
             integrated=block.integrated,
@@ -266,7 +291,7 @@ def _data_settings(block: MODPOConfig | AMoPOConfig) -> MODPOData | AMoPOData:
     return MODPOData(
         columns={name: margin.field or name for name, margin in margins if isinstance(margin, ColumnMargin)},
         lengths={name: margin.unit for name, margin in margins if isinstance(margin, LengthMargin)},
-        texts=any(isinstance(margin, RewardModelMargin | CallableMargin) for _, margin in margins),
+        texts=any(isinstance(margin, RewardModelMargin | TextMargin) for _, margin in margins),
     )
 
 

@@ -119,6 +119,7 @@ class PairReader:
         check_prompt(prompt)
         if self.check:
             self.check(prompt)
+        self.tally.empty += not responses
         return prompt, responses
 
     def _accept(self, response: RatedResponse) -> bool:
@@ -167,13 +168,19 @@ class PairReader:
             raise DataError(
                 f"{self.where}: it has no column `{group_column}`; its columns are {', '.join(self.table.column_names)}"
             )
-        batches = self.table.select_columns([group_column]).iter(_BATCH)
+        batches = self._batches(self.table.select_columns([group_column]))
         return Counter(fingerprint(prompt) for batch in batches for prompt in batch[group_column])
+
+    def _batches(self, table: Dataset) -> Iterator[Any]:
+        try:
+            yield from table.iter(_BATCH)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.where}: a text is not UTF-8 ({error}); convert the data") from None
 
     def _rows(self, title: str) -> Iterator[tuple[int, Row]]:
         """The rows and their numbers, counted."""
         with tqdm(total=len(self.table), desc=title, unit=" rows") as progress:
-            for batch in self.table.iter(_BATCH):
+            for batch in self._batches(self.table):
                 for values in zip(*batch.values(), strict=True):
                     self.tally.rows += 1
                     yield self.tally.rows - 1, dict(zip(batch, values, strict=True))

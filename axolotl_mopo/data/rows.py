@@ -81,8 +81,8 @@ class PreferencePair:
 
 
 def fingerprint(value: Any) -> int:
-    """A 63-bit number made of a JSON-like value; the same on every machine."""
-    digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).digest()
+    """A 63-bit number made of a JSON-like value, where a date counts as its text; the same on every machine."""
+    digest = hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
@@ -175,7 +175,7 @@ def score(value: Any) -> float | None:
     """A score as a float, from a number or a string; None where it is neither, or not finite, as for "N/A"."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

@@ -101,7 +101,8 @@ def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
     tally = reader.tally
     LOG.info("%s: %s.", spec.where, "; ".join(tally.lines()))
     if not tally.pairs:
-        raise DataError(f"{spec.where}: no pair could be made of it: {'; '.join(tally.lines())}")
+        mend = ", or order them by another `objective`" if "objective" in spec.options else ""
+        raise DataError(f"{spec.where}: no pair could be made of it: {'; '.join(tally.lines())}; mend the rows{mend}")
     below = {name: tally.below(name) for name in tally.names}
     LOG.info(
         "%s: the chosen response scores lower than the rejected one on %s.",

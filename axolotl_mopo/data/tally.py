@@ -27,6 +27,8 @@ class Tally:
     """Pairs of rated responses that are one text."""
     alone: int = 0
     """Rated responses that are the only one to their prompt."""
+    empty: int = 0
+    """Rows of rated data without a response."""
     capped: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     """Rows (of rated data: responses) that were dropped, by what was wrong with them."""
@@ -95,6 +97,7 @@ class Tally:
             (self.incomplete, f"{self.incomplete:,} pairs without a score that is needed left out"),
             (self.identical, f"{self.identical:,} pairs of one and the same text left out"),
             (self.alone, f"{self.alone:,} responses that are the only one to their prompt left out"),
+            (self.empty, f"{self.empty:,} rows without a response left out"),
             (self.capped, f"{self.capped:,} pairs left out by max_pairs_per_prompt"),
             (duplicates, f"{duplicates:,} pairs are duplicates, and kept"),
             (self.bad, f"{self.bad.total():,} bad rows or responses dropped: {dropped}"),

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from axolotl_mopo.config import AMoPOConfig, ConfigError
+from axolotl_mopo.config import ConfigError, DimensionsBlock
 from axolotl_mopo.data.directives import inference_directive, with_directive
 from axolotl_mopo.data.rows import Message
 from axolotl_mopo.manifest import FILE_NAME
@@ -49,11 +49,11 @@ class Policy:
 
     def asked(self, messages: Sequence[Message], asking: "Asking") -> list[Message]:
         """What the policy is asked for a prompt: with AMoPO's directive for inference, as it was trained."""
-        if self.manifest.get("method") != "amopo":
+        if "dimensions" not in self.manifest:
             return list(messages)
-        settings = {name: self.manifest[name] for name in AMoPOConfig.model_fields if name in self.manifest}
+        settings = {name: self.manifest[name] for name in DimensionsBlock.model_fields if name in self.manifest}
         try:
-            directive = inference_directive(AMoPOConfig.model_validate(settings), asking.dimension, asking.score)
+            directive = inference_directive(DimensionsBlock.model_validate(settings), asking.dimension, asking.score)
         except ValueError as error:
             raise ConfigError(f"--dimension or --score: {self.name}: {error}") from None
         return with_directive(messages, directive)

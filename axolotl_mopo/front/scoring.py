@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 from axolotl_mopo.config import (
     AdapterMargin,
     Block,
-    CallableMargin,
     ConfigError,
     LengthMargin,
     Margin,
     RewardModelMargin,
+    TextMargin,
     parse_block,
 )
 from axolotl_mopo.data.formats.rated import RESPONSE_COLUMNS
@@ -25,7 +25,7 @@ from axolotl_mopo.front.models import Models, SequenceScorer
 from axolotl_mopo.front.policies import Policy, check_name, find_policies
 from axolotl_mopo.front.store import Comparison, Response
 from axolotl_mopo.margins.fingerprint import digest
-from axolotl_mopo.margins.functions import function_digest
+from axolotl_mopo.margins.functions import function_digest, function_name
 from axolotl_mopo.margins.precompute import model_digest
 from axolotl_mopo.margins.rewards import Rewards, function_rewards, model_rewards
 from axolotl_mopo.margins.rows import length_reward
@@ -141,8 +141,8 @@ class Scoring:
                 yield lambda policy: [
                     length_reward(margin.unit, row["response"], len(row["token_ids"])) for row in self._rows(policy)
                 ]
-            case CallableMargin():
-                self.say(f"{name} runs the code of {margin.function}.")
+            case TextMargin():
+                self.say(f"{name} runs the code of {function_name(margin)}.")
                 yield self._by_texts(name, source, function_rewards(margin), margin.batch_size)
             case RewardModelMargin():
                 with model_rewards(margin, self.models.device) as rewards:
@@ -198,8 +198,8 @@ class Scoring:
 def _content(margin: Any) -> str:
     """A name made of what a scorer's numbers depend on besides its settings."""
     match margin:
-        case CallableMargin():
-            return function_digest(margin.function)
+        case TextMargin():
+            return function_digest(margin)
         case RewardModelMargin():
             return model_digest(margin.path)
         case AdapterMargin():

@@ -1,11 +1,11 @@
-"""A user's own reward function, named by `package.module:function`."""
+"""Reward functions: a user's own, named by `package.module:function`, and those that sources bring along."""
 
 import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
 
-from axolotl_mopo.config import ConfigError
+from axolotl_mopo.config import CallableMargin, ConfigError, MarginBlock, TextMargin
 from axolotl_mopo.data.rows import Message
 
 RewardFunction = Callable[[list[list[Message]], list[str]], Sequence[float]]
@@ -28,7 +28,19 @@ def import_function(name: str) -> RewardFunction:
     return function
 
 
-def function_digest(name: str) -> str:
-    """A name made of the source of the function's module."""
-    source = inspect.getsource(inspect.getmodule(import_function(name)) or import_function(name))
-    return hashlib.sha256(f"{name}\n{source}".encode()).hexdigest()[:32]
+def reward_function(margin: TextMargin) -> RewardFunction:
+    """What computes a margin of texts."""
+    return import_function(margin.function) if isinstance(margin, CallableMargin) else margin.rewards
+
+
+def function_name(margin: TextMargin) -> str:
+    """The function, or the class of a source that brings its own, for messages."""
+    return margin.function if isinstance(margin, CallableMargin) else type(margin).__name__
+
+
+def function_digest(margin: TextMargin) -> str:
+    """A name made of the margin's own settings and of the source of the function's module."""
+    settings = margin.model_dump_json(exclude={*MarginBlock.model_fields, "batch_size"})
+    function = reward_function(margin)
+    source = inspect.getsource(inspect.getmodule(function) or function)
+    return hashlib.sha256(f"{settings}\n{source}".encode()).hexdigest()[:32]

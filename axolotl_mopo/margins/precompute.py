@@ -14,13 +14,13 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig
 
-from axolotl_mopo.config import AdapterMargin, CallableMargin, Margin, MarginBlock, MODPOConfig, RewardModelMargin
+from axolotl_mopo.config import AdapterMargin, ConfigError, MarginBlock, MODPOConfig, RewardModelMargin, TextMargin
 from axolotl_mopo.data.lengths import pair_lengths
 from axolotl_mopo.data.rows import DataError
 from axolotl_mopo.engine.scoring import evaluating
 from axolotl_mopo.margins.cache import TableCache
 from axolotl_mopo.margins.fingerprint import digest, model_files_digest, policy_digests, rows_digest
-from axolotl_mopo.margins.functions import function_digest
+from axolotl_mopo.margins.functions import function_digest, function_name
 from axolotl_mopo.margins.implicit import PairScorer, separate_model, with_adapter, without_adapters
 from axolotl_mopo.margins.rewards import both_sides, function_rewards, model_rewards
 from axolotl_mopo.margins.rows import row_margin_names
@@ -84,7 +84,7 @@ class Precomputation:
             }
             factor = margin.scale / self._spread(margin_name, margin, raw)
             for name, rewards in raw.items():
-                margins[name].append(rewards * factor)
+                margins[name].append(_fitting(rewards * factor, f"`modpo.margins.{margin_name}`"))
         return {
             name: Constants(
                 reference[name],
@@ -93,7 +93,7 @@ class Precomputation:
             for name, rows in sets.items()
         }
 
-    def _rewards(self, margin_name: str, margin: Margin, set_name: str, rows: Dataset, rows_key: str) -> Tensor:
+    def _rewards(self, margin_name: str, margin: MarginBlock, set_name: str, rows: Dataset, rows_key: str) -> Tensor:
         title = f"Margin {margin_name}, {set_name}"
         match margin:
             case AdapterMargin():
@@ -115,13 +115,13 @@ class Precomputation:
                         return both_sides(rewards, rows, numbers, margin.batch_size, title, quiet)
 
                 return self._table(title, {"texts": rows_digest(rows, _TEXTS), **source}, rows, by_model)
-            case CallableMargin():
-                LOG.info("The margin %s runs the code of %s.", margin_name, margin.function)
+            case TextMargin():
+                LOG.info("The margin %s runs the code of %s.", margin_name, function_name(margin))
 
                 def by_function(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
                     return both_sides(function_rewards(margin), rows, numbers, margin.batch_size, title, quiet)
 
-                content = {"texts": rows_digest(rows, _TEXTS), "function": function_digest(margin.function)}
+                content = {"texts": rows_digest(rows, _TEXTS), "function": function_digest(margin)}
                 return self._table(title, content, rows, by_function)
             case _:
                 column = row_margin_names(self.method).index(margin_name)
@@ -161,7 +161,7 @@ class Precomputation:
     def _table(self, title: str, content: Mapping[str, Any], rows: Dataset, score: Score) -> Tensor:
         name = digest(content)
         if name not in self._tables:
-            table, hit = self.cache.table(name, len(rows), lambda: self._spread_over_ranks(rows, score))
+            table, hit = self.cache.table(name, len(rows), lambda: self._spread_over_ranks(title, rows, score))
             self._tables[name] = table
             LOG.info(
                 "%s: %s for %s pairs, %d bytes a pair (%s).",
@@ -173,8 +173,12 @@ class Precomputation:
             )
         return self._tables[name]
 
-    def _spread_over_ranks(self, rows: Dataset, score: Score) -> Tensor:
-        """Every rank scores the same number of rows, the longest first."""
+    def _spread_over_ranks(self, title: str, rows: Dataset, score: Score) -> Tensor:
+        """Every rank scores the same number of rows, the longest first.
+
+        Raises:
+            DataError: where a row's numbers are not finite.
+        """
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
         order = np.argsort(-pair_lengths(rows), kind="stable")
         padded = np.resize(order, -(-len(order) // world_size) * world_size)
@@ -183,18 +187,22 @@ class Precomputation:
         gathered = self.accelerator.gather(scores.to(self.accelerator.device)).cpu()
         table = torch.empty(len(rows), 2, dtype=gathered.dtype)
         table[np.concatenate([padded[r::world_size] for r in range(world_size)])] = gathered
+        if not table.isfinite().all():
+            row = int((~table.isfinite().all(1)).nonzero()[0])
+            raise DataError(f"{title}: row {row} of the prepared rows gets {table[row].tolist()}, not finite numbers")
         return table
 
     def _spread(self, name: str, margin: MarginBlock, raw: Mapping[str, Tensor]) -> float:
         """What `normalize` divides a margin by: the standard deviation of its differences in the training set."""
         if margin.normalize == "none":
             return 1.0
+        where = f"`{self.method.rl}.margins.{name}`"
         if "train" not in raw:
-            raise DataError(f"`modpo.margins.{name}` is normalised by the training set, and there is none here")
+            raise DataError(f"{where} is normalised by the training set, and there is none here")
         differences = raw["train"][:, 0] - raw["train"][:, 1]
         spread = differences.double().std(correction=0).item()
         if spread == 0:
-            raise DataError(f"`modpo.margins.{name}` is the same difference for every pair; it cannot be normalised")
+            raise DataError(f"{where} is the same difference for every pair; it cannot be normalised")
         LOG.info("The margin %s is divided by %g, the standard deviation of its differences.", name, spread)
         return spread
 
@@ -205,10 +213,34 @@ class Precomputation:
 
 
 def model_digest(path: str) -> str:
-    """A name made of a model's files, or of the commit that the hub gives them."""
+    """A name made of a model's files, or of the commit that the hub gives them.
+
+    Raises:
+        ConfigError: where neither this machine nor the hub has it.
+    """
     if Path(path).is_dir():
         return model_files_digest(Path(path))
-    return digest([path, getattr(AutoConfig.from_pretrained(path), "_commit_hash", None)])
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ConfigError(f"the model {path} cannot be loaded: {error}") from None
+    return digest([path, getattr(config, "_commit_hash", None)])
+
+
+def _fitting(rewards: Tensor, where: str) -> Tensor:
+    """Rewards as float32, [N, 2].
+
+    Raises:
+        DataError: where one is too large for that.
+    """
+    bad = ~rewards.float().isfinite()
+    if bad.any():
+        row, side = (int(index) for index in bad.nonzero()[0])
+        raise DataError(
+            f"{where}: the reward {rewards[row, side]:g}, of row {row} of the prepared rows, is too large for float32; "
+            "give the margin a `clip`, or a smaller `scale`"
+        )
+    return rewards.float()
 
 
 def _clipped(rewards: Tensor, margin: MarginBlock) -> Tensor:

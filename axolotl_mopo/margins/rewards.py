@@ -11,26 +11,26 @@ from accelerate.utils import tqdm
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from axolotl_mopo.config import CallableMargin, ConfigError, RewardModelMargin
+from axolotl_mopo.config import ConfigError, RewardModelMargin, TextMargin
 from axolotl_mopo.data.rows import DataError, Message
-from axolotl_mopo.margins.functions import import_function
+from axolotl_mopo.margins.functions import function_name, reward_function
 from axolotl_mopo.margins.settling import find_head
 
 Rewards = Callable[[list[list[Message]], list[str], Sequence[int]], list[float]]
 """Prompts, one response to each, and the numbers of their rows -> a reward of each response."""
 
 
-def function_rewards(margin: CallableMargin) -> Rewards:
-    """What a user's function says of responses.
+def function_rewards(margin: TextMargin) -> Rewards:
+    """What a function says of responses.
 
     Raises:
         DataError: from the result, where the function raises, or returns something else than a finite number for each
             response; naming it and the first row of the batch, or the row.
     """
-    function = import_function(margin.function)
+    function, name = reward_function(margin), function_name(margin)
 
     def rewards(prompts: list[list[Message]], responses: list[str], numbers: Sequence[int]) -> list[float]:
-        where = f"{margin.function}, called with {len(responses)} responses, of row {numbers[0]} the first,"
+        where = f"{name}, called with {len(responses)} responses, of row {numbers[0]} the first,"
         try:
             values = [float(value) for value in function(prompts, responses)]
         except Exception as error:
@@ -39,7 +39,7 @@ def function_rewards(margin: CallableMargin) -> Rewards:
             raise DataError(f"{where} returned {len(values)} numbers")
         for number, prompt, value in zip(numbers, prompts, values, strict=True):
             if not math.isfinite(value):
-                raise DataError(f"{margin.function} returned {value} for row {number}, {prompt[-1]['content']!r:.80}")
+                raise DataError(f"{name} returned {value} for row {number}, {prompt[-1]['content']!r:.80}")
         return values
 
     return rewards

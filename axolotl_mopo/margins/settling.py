@@ -5,6 +5,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
+from axolotl.utils.logging import get_logger
+
 from axolotl_mopo.config import (
     AdapterMargin,
     CallableMargin,
@@ -15,7 +17,10 @@ from axolotl_mopo.config import (
     parse_block,
 )
 
+LOG = get_logger("axolotl.mopo")
+
 _DEFAULT_PREPARED_PATH = "last_run_prepared"
+_WITHOUT_SCORES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def settle_margins(cfg: MutableMapping[str, Any], block: MODPOConfig) -> MODPOConfig:
@@ -24,15 +29,18 @@ def settle_margins(cfg: MutableMapping[str, Any], block: MODPOConfig) -> MODPOCo
     Raises:
         ConfigError: where a source is not there, does not fit, or does not say its beta.
     """
-    raw = cfg["modpo"]
+    raw = cfg[block.rl]
     if block.cache_dir is None:
-        raw["cache_dir"] = str(Path(cfg.get("dataset_prepared_path") or _DEFAULT_PREPARED_PATH) / "modpo-cache")
+        prepared = cfg.get("dataset_prepared_path") or _DEFAULT_PREPARED_PATH
+        if not isinstance(prepared, str):
+            raise ConfigError(f"`dataset_prepared_path` is {prepared!r}; it must be a folder")
+        raw["cache_dir"] = str(Path(prepared) / "modpo-cache")
     sharded = bool(cfg.get("fsdp") or cfg.get("fsdp_config") or cfg.get("deepspeed"))
     for name, margin in block.margins.items():
-        beta = check_margin(margin, f"`modpo.margins.{name}", sharded)
+        beta = check_margin(margin, f"`{block.rl}.margins.{name}", sharded)
         if beta is not None:
             raw["margins"][name]["beta"] = beta
-    return parse_block(MODPOConfig, raw, "modpo")
+    return parse_block(type(block), raw, block.rl)
 
 
 def check_margin(margin: MarginBlock, where: str, sharded: bool = False) -> float | None:
@@ -57,7 +65,9 @@ def check_margin(margin: MarginBlock, where: str, sharded: bool = False) -> floa
                 _check_reward_model(margin, where)
             case CallableMargin():
                 _check_function(margin, where)
-    except (OSError, json.JSONDecodeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}.path` cannot be read: {error}") from None
     return None
 
@@ -65,6 +75,7 @@ def check_margin(margin: MarginBlock, where: str, sharded: bool = False) -> floa
 def _check_function(margin: CallableMargin, where: str) -> None:
     from axolotl_mopo.margins.functions import import_function
 
+    LOG.warning("%s.function` imports and runs the code of %s.", where, margin.function)
     try:
         import_function(margin.function)
     except ConfigError as error:
@@ -90,6 +101,9 @@ def _adapter_beta(margin: AdapterMargin, where: str, sharded: bool) -> float:
             f"{where}.path`: {margin.path} is no folder of a LoRA adapter, so it is taken for a whole model, and needs "
             "`reference`: the model that it was trained from"
         )
+    for key, path in (("path", margin.path), ("reference", margin.reference)):
+        if path is not None and not Path(path).exists():
+            LOG.warning("%s.%s`: %s is no folder here and is fetched from the model hub.", where, key, path)
     recorded = _recorded_beta(folder)
     if margin.beta is None and recorded is None:
         raise ConfigError(
@@ -102,21 +116,44 @@ def _recorded_beta(folder: Path) -> float | None:
     """The beta that a run of ours left beside the adapter, or beside the run whose checkpoint it is."""
     for path in (folder / "mopo.json", folder.parent / "mopo.json"):
         if path.is_file():
-            beta = json.loads(path.read_text(encoding="utf-8")).get("beta")
+            beta = _read_mapping(path).get("beta")
             return float(beta) if isinstance(beta, int | float) else None
     return None
 
 
 def _check_reward_model(margin: RewardModelMargin, where: str) -> None:
     """Hold the head against the config of a reward model that is on this machine."""
-    path = Path(margin.path) / "config.json"
+    folder = Path(margin.path)
+    path = folder / "config.json"
     if not path.is_file():
+        if folder.exists():
+            raise ConfigError(f"{where}.path`: {folder} holds no config.json; give the folder of a whole reward model")
+        LOG.warning("%s.path`: %s is no folder here and is fetched from the model hub.", where, margin.path)
         return
-    labels = json.loads(path.read_text(encoding="utf-8")).get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    config = _read_mapping(path)
+    kinds = [str(kind) for kind in config.get("architectures") or []]
+    if kinds and all(kind.endswith(_WITHOUT_SCORES) for kind in kinds):
+        raise ConfigError(
+            f"{where}.path`: {folder} is a {kinds[0]}, which has no head of scores; give a sequence-classification "
+            "model, or use `source: adapter` for an implicit reward"
+        )
+    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if not isinstance(labels, dict):
+        raise ValueError(f"the `id2label` in {path} is no mapping of indices to labels")
     try:
         find_head(margin, {str(name): int(index) for index, name in labels.items()})
     except ConfigError as error:
         raise ConfigError(f"{where}.head`: {error}") from None
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no mapping, but {type(content).__name__}")
+    return content
 
 
 def find_head(margin: RewardModelMargin, labels: dict[str, int]) -> int:

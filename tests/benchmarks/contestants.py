@@ -43,8 +43,8 @@ class _Arguments(MOPOTrainingArgs, AxolotlTrainingArguments):
     """What the host hands our trainers."""
 
 
-def our_trainer(model: Any, pairs: Sequence[Pair], block: dict[str, dict[str, Any]]) -> Any:
-    """The trainer of the method that `block` configures, on these pairs."""
+def our_trainer(model: Any, pairs: Sequence[Pair], method: str, block: dict[str, Any]) -> Any:
+    """The trainer of a method, as its block configures it, on these pairs."""
     rows = Dataset.from_list(
         [
             {
@@ -58,9 +58,9 @@ def our_trainer(model: Any, pairs: Sequence[Pair], block: dict[str, dict[str, An
             for number, pair in enumerate(pairs)
         ]
     )
-    trainer: type[MultiObjectiveTrainer] = MODPOTrainer if "modpo" in block else AMoPOTrainer
+    trainer: type[MultiObjectiveTrainer] = MODPOTrainer if method == "modpo" else AMoPOTrainer
     args = _Arguments(
-        output_dir=tempfile.mkdtemp(), report_to="none", per_device_train_batch_size=len(pairs), bf16=False, **block
+        output_dir=tempfile.mkdtemp(), report_to="none", per_device_train_batch_size=len(pairs), bf16=False, mopo=block
     )
     return trainer(model, args=args, train_dataset=rows, processing_class=_tokenizer())
 
@@ -77,7 +77,7 @@ def cache_seconds(model: Any, pairs: Sequence[Pair], device: str) -> tuple[float
         "margins": {"safer": {"source": "adapter", "path": folder, "beta": 0.1}},
         "cache_dir": tempfile.mkdtemp(),
     }
-    trainer, batch = our_trainer(model, pairs, {"modpo": block}), pad_rows(pairs, device)
+    trainer, batch = our_trainer(model, pairs, "modpo", block), pad_rows(pairs, device)
     return _seconds(lambda: trainer.precompute(model)), _seconds(lambda: modpo_step(model, batch))
 
 
@@ -97,7 +97,7 @@ def _ours(model: Any, pairs: Sequence[Pair], method: str, device: str, *, layout
         block: dict[str, Any] = {"dimensions": names, "layout": layout}
     else:
         block = {"objective": "better", "weights": {"better": 1.0}, "cache_dir": tempfile.mkdtemp(), "layout": layout}
-    trainer = our_trainer(model, pairs, {method: block})
+    trainer = our_trainer(model, pairs, method, block)
     if method == "modpo":
         trainer.precompute(model)
     model.train()

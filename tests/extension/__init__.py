@@ -1,0 +1,18 @@
+"""A package that gives axolotl_mopo a data set, a source of margins and a method.
+
+plugins: [axolotl_mopo.MOPOPlugin, extension.ExtensionPlugin]
+"""
+
+from axolotl.integrations.base import BasePlugin
+
+from extension import data, margin, method
+
+__all__ = ["ExtensionPlugin", "data", "margin", "method"]
+
+
+class ExtensionPlugin(BasePlugin):
+    """The host imports what `plugins:` names, and so the three modules, each of which fills in one table."""
+
+    def get_input_args(self):
+        """The blocks of new methods, for the host's schema; data sets and margins need no such thing."""
+        return "extension.method.ExtensionArgs"

@@ -1,0 +1,51 @@
+"""The method's trainer, which the host imports when it needs it."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from axolotl_mopo.engine.scoring import CompletionScores, by_side
+from axolotl_mopo.stepping import Batch, Losses
+from axolotl_mopo.trainers import MultiObjectiveTrainer
+from extension.method import TchebycheffConfig
+
+
+class TchebycheffTrainer(MultiObjectiveTrainer):
+    """`rl: tchebycheff`: the loss of a pair is a smooth maximum over its dimensions, so that the worst one counts most.
+
+    The maximum is that of arXiv 2402.19078 with equal weights, the loss of a dimension that of SimPO without gamma.
+    """
+
+    block: ClassVar = TchebycheffConfig
+    tag_names: ClassVar = ["axolotl", "tchebycheff"]
+    citation: ClassVar = """@inproceedings{lin2024smooth,
+  title     = {Smooth {Tchebycheff} Scalarization for Multi-Objective Optimization},
+  author    = {Lin, Xi and Zhang, Xiaoyuan and Yang, Zhiyuan and Liu, Fei and Wang, Zhenkun and Zhang, Qingfu},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024}
+}"""
+
+    def pair_losses(self, scores: CompletionScores, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """mu * log sum_d exp(loss_d / mu), and for the log the loss of every dimension."""
+        mu, names = self.method.mu, self.method.prompt_names
+        losses = self._losses(scores, len(names))
+        return mu * torch.logsumexp(losses / mu, -1), {f"losses/{name}": losses[:, d] for d, name in enumerate(names)}
+
+    def prompt_losses(self, whole: CompletionScores, inputs: Batch) -> Losses:
+        """The same as a sum over prompts, sum_d p_d * (loss_d - mu * log p_d) with p = softmax(loss / mu)."""
+        mu = self.method.mu
+        log_p = torch.log_softmax(self._losses(whole, len(self.method.prompt_names)) / mu, -1)
+
+        def losses(scores: CompletionScores, inputs: Batch) -> Tensor:
+            first, end = inputs["prompts"]
+            part = log_p[:, first:end]
+            return (part.exp() * (self._losses(scores, end - first) - mu * part)).sum(-1)
+
+        return losses
+
+    def _losses(self, scores: CompletionScores, prompts: int) -> Tensor:
+        """SimPO's loss of every dimension, [b, D]."""
+        chosen, rejected = by_side(scores, prompts)
+        return -F.logsigmoid(self.method.beta * (chosen.logps / chosen.lengths - rejected.logps / rejected.lengths))
