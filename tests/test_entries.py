@@ -71,8 +71,8 @@ def test_files_count_by_their_content_and_not_by_their_path(tmp_path):
     ]
     keys = [[key(**way) for way in ways]]
     for file, content in (
-        (data / "a.jsonl", "1"),
-        (data / "a.jsonl", "2"),
+        (data / "a.jsonl", '{"a": 1}'),
+        (data / "a.jsonl", '{"a": 2}'),
         (tokenizer / "tokenizer.json", "{}"),
         (tokenizer / "chat_template.jinja", "{{ messages }}"),
     ):

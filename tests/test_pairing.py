@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import prepare
 from datasets import Dataset
-from test_formats import ATTRIBUTES, rated, read, reader
+from test_formats import ATTRIBUTES, completion, rated, read, reader
 
 from axolotl_mopo.data.store import PairStore
 
@@ -124,6 +124,16 @@ def test_agreement_where_scores_come_and_go():
     assert matrix[0, :3].tolist() == [1, 0.5, 1]
     assert matrix[1, 2] == 0
     assert np.isnan(matrix[3, :]).all()
+
+
+def test_rows_without_responses_are_counted():
+    rows = [
+        {"instruction": "p", "completions": [completion("A", *"1111"), completion("B", *"5555")]},
+        {"instruction": "q", "completions": []},
+    ]
+    made, tally = read("ultrafeedback", rows, objective=("honesty",))
+    assert len(made) == tally.empty == 1
+    assert "1 rows without a response left out" in tally.lines()
 
 
 def test_an_empty_group_column_is_named():

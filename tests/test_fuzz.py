@@ -1,0 +1,303 @@
+"""Arbitrary YAML, rows and templates: taken as they are given, or refused with a message, and never anything else."""
+
+import copy
+import math
+import os
+import time
+
+import pytest
+from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_config import AMOPO, MODPO
+from test_formats import GOOD, completion, rated
+
+from axolotl_mopo.config import BLOCKS, INTEGRATED, MARGINS, ConfigError, Directives, parse_block
+from axolotl_mopo.data.formats import FORMATS
+from axolotl_mopo.data.pairing import PairReader
+from axolotl_mopo.data.reading import Reading
+from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.plugin import MOPOPlugin
+
+COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("ci", max_examples=300, derandomize=True, **COMMON)
+settings.register_profile("thorough", max_examples=20_000, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+WORDS = [
+    *("helpfulness", "correctness", INTEGRATED, "better", "safer", "overall", "gaussian", "mean", "hinge", "column"),
+    *("length", "adapter", "reward_model", "callable", "source", "os:getcwd", "nowhere:f", "axolotl_mopo.responses"),
+    *("user", "assistant", "role", "content", "N/A", "nan", "1e3", "raise", "drop", "after", "packed", "yes", "[key]"),
+]
+KEYS = sorted({*WORDS, *(key for block in (*BLOCKS.values(), *MARGINS.values()) for key in block.model_fields)})
+# A path such as `/` is a folder like any other, whose files would all be read.
+TEXTS = st.one_of(st.sampled_from(WORDS), st.text(max_size=12).filter(lambda text: not set(text) & set("./~")))
+NUMBERS = st.one_of(
+    st.integers(-3, 9),
+    st.integers(),
+    st.sampled_from([10**400, -(10**400), 2**63, 0.5, 1.0, -0.0, math.nan, math.inf, -math.inf]),
+    st.floats(),
+)
+SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS, st.dates(), st.binary(max_size=3))
+NAMES = st.one_of(st.sampled_from(KEYS), TEXTS)
+
+
+def nested(scalars, names):
+    def deeper(values):
+        return st.one_of(st.lists(values, max_size=3), st.dictionaries(names, values, max_size=3))
+
+    return st.recursive(scalars, deeper, max_leaves=6)
+
+
+YAML = nested(SCALARS, st.one_of(NAMES, st.integers(0, 3), st.booleans()))
+
+
+def places(value):
+    """Every mapping and list in a value with one of its keys, and a key that it does not have."""
+    if isinstance(value, dict):
+        yield value, None
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in list(keys):
+        yield value, key
+        yield from places(value[key])
+
+
+@st.composite
+def mutated(draw, valid, values, names):
+    """A valid value with one or two of its parts replaced, taken out or added, at any depth."""
+    value = copy.deepcopy(draw(st.sampled_from(valid)))
+    for _ in range(draw(st.integers(1, 2))):
+        found = list(places(value))
+        if not found:
+            break
+        holder, key = draw(st.sampled_from(found))
+        if key is None:
+            holder[draw(names)] = draw(values)
+        elif draw(st.integers(0, 3)) == 0:
+            del holder[key]
+        else:
+            holder[key] = draw(values)
+    return value
+
+
+FULL_AMOPO = {
+    **AMOPO,
+    "amopo": {
+        "dimensions": ["helpfulness", "correctness"],
+        "integrated": True,
+        "weighting": {"integrated": 0.5, "helpfulness": 0.25, "correctness": 0.25},
+        "score_range": [0, 4],
+        "directives": {"dimension": "{{ dimension }} {{ score }}", "integrated": "{{ dimensions | join(', ') }}"},
+        "temperature": 0.5,
+        "gamma": 1,
+    },
+    "datasets": [{"path": "pairs.jsonl", "type": "axolotl_mopo.pairs", "score_scale": [0, 4], "field_chosen": "x"}],
+    "test_datasets": [{"path": "pairs.jsonl", "type": "axolotl_mopo.pairs", "split": "train"}],
+}
+FULL_MODPO = {
+    **MODPO,
+    "modpo": {
+        "objective": "better",
+        "weights": {"better": 0.5, "safer": 0.25, "brief": -1, "kind": 1, "short": 1},
+        "margins": {
+            "safer": {"source": "column", "field": "safe", "clip": [-1, 1], "normalize": "std"},
+            "brief": {"source": "length", "unit": "words", "scale": 0.1},
+            "kind": {"source": "adapter", "path": "no-model", "reference": "no-reference", "beta": 0.1},
+            "short": {"source": "callable", "function": "math:fsum", "batch_size": 8},
+        },
+        "beta": 0.2,
+        "loss_type": "hinge",
+        "max_tokens_per_step": 64,
+    },
+    "datasets": [{"path": "pairs.jsonl", "type": "axolotl_mopo.pairs", "max_pairs_per_prompt": 2}],
+    "seed": 3,
+}
+VALID = [AMOPO, MODPO, FULL_AMOPO, FULL_MODPO]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def in_force(given, parsed):
+    """Whether everything that the YAML gives is in what became of it."""
+    if isinstance(given, dict):
+        return isinstance(parsed, dict) and all(key in parsed and in_force(given[key], parsed[key]) for key in given)
+    if isinstance(given, list):
+        return len(given) == len(parsed) and all(map(in_force, given, parsed))
+    if isinstance(given, bytes):  # YAML's !!binary
+        return given.decode() == parsed
+    if isinstance(parsed, bool) and isinstance(given, str):
+        return parsed is (given.lower() in ("true", "yes", "on", "1", "t", "y"))
+    if isinstance(parsed, float) and isinstance(given, str | int):
+        return parsed == float(given)
+    return given == parsed
+
+
+def settled(cfg):
+    """Register a configuration; what it gives is in force, or it is refused and a key is named."""
+    given = copy.deepcopy(cfg)
+    try:
+        MOPOPlugin().register(cfg)
+    except ConfigError as error:
+        assert "`" in str(error)
+        return
+    method = given.get("rl")
+    if method in ("modpo", "amopo"):
+        block = {key: value for key, value in given[method].items() if value is not None}
+        assert in_force(block, parse_block(BLOCKS[method], cfg[method], method).model_dump())
+
+
+@given(cfg=mutated(VALID, YAML, st.one_of(NAMES, st.integers(0, 3))))
+def test_a_changed_configuration_is_in_force_or_refused(cfg):
+    settled(cfg)
+
+
+@given(block=YAML, method=st.sampled_from(["modpo", "amopo"]))
+def test_an_arbitrary_block_is_in_force_or_refused(block, method):
+    settled({**AMOPO, "amopo": None, "rl": method, method: block})
+
+
+@given(
+    cfg=st.sampled_from(VALID),
+    changes=st.dictionaries(
+        st.one_of(
+            st.sampled_from(["modpo", "amopo", "datasets", "test_datasets", "rl", "seed", "base_model", "fsdp_config"]),
+            st.sampled_from(["dataset_prepared_path", "attn_implementation", "trainer_cls", "mopo_data", "fp16"]),
+            st.lists(NAMES, max_size=3).map(lambda keys: ".".join(["modpo", *keys])),
+            st.lists(NAMES, max_size=3).map(lambda keys: ".".join(["amopo", *keys])),
+            st.integers(),
+        ),
+        YAML,
+        max_size=3,
+    ),
+)
+def test_keys_beside_a_block_are_in_force_or_refused(cfg, changes):
+    cfg = {**copy.deepcopy(cfg), **changes}
+    try:
+        MOPOPlugin().register(cfg)
+    except ConfigError as error:
+        assert "`" in str(error)
+
+
+MESSAGES = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "q"}, {"role": "user", "content": "r"}]
+RATED = [rated(text, score, 1, 2, 3, 4) for text, score in (("A", 1), ("B", 2), ("C", "N/A"))]
+ROWS = {
+    **{kind: [row, row] for kind, row in GOOD.items()},
+    "helpsteer": RATED,
+    "helpsteer2": RATED,
+    "ultrafeedback": [{"instruction": "p", "completions": [completion("A", *"1234"), completion("B", *"5135")]}],
+    "responses": [{"prompt": MESSAGES, "response": text, "nice": score} for text, score in (("A", 1), ("B", 2.5))],
+}
+OBJECTIVES = {
+    "helpsteer": "helpfulness",
+    "helpsteer2": "helpfulness",
+    "ultrafeedback": "overall",
+    "responses": "nice",
+    "safe_rlhf": "safer",
+}
+VALUES = nested(SCALARS, st.one_of(st.sampled_from(["role", "content", "response", "h", "text"]), TEXTS))
+COLUMNS = st.sampled_from(sorted({name for rows in ROWS.values() for row in rows for name in row} | {"messages"}))
+
+
+class Rows:
+    """Rows as the table of a data set gives them, of types that a table need not have."""
+
+    def __init__(self, rows):
+        self.column_names = list(dict.fromkeys(name for row in rows for name in row))
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def select_columns(self, names):
+        return Rows([{name: row.get(name) for name in names} for row in self.rows])
+
+    def iter(self, batch_size):
+        yield {name: [row.get(name) for row in self.rows] for name in self.column_names}
+
+
+def made(kind, rows, **options):
+    """Read rows as a run does: pairs, or a refusal; checked."""
+    format = FORMATS[kind]
+    objective = (OBJECTIVES[kind],) if kind in OBJECTIVES else ()
+    needed = {"amopo": ("h",), "pairs": ("h",), "helpsteer": ("helpfulness",)}.get(kind, ())
+    scales = dict.fromkeys(needed, (0.0, 4.0))
+    reading = Reading(format.options.model_validate(options), objective, needed, scales=scales)
+    try:
+        reader = PairReader(Rows(rows), format, reading, "data.jsonl")
+        pairs = [pair for _, pair in reader.pairs()]
+    except DataError as error:
+        assert str(error).startswith("data.jsonl")
+        assert len(str(error)) > len("data.jsonl, row 0: ")
+        return
+    reader.tally.lines()
+    for pair in pairs:
+        assert pair == type(pair).from_row(pair.to_row())
+        assert isinstance(pair.prompt_key, int)
+        assert pair.prompt[-1]["role"] == "user"
+        for text in (pair.prompt[-1]["content"], pair.chosen.text, pair.rejected.text):
+            assert isinstance(text, str)
+            assert text.strip()
+        for score in (*pair.chosen.scores.values(), *pair.rejected.scores.values()):
+            assert score is None or math.isfinite(score)
+        assert all(0 <= pair.chosen.score(name) <= 4 for name in needed)
+
+
+ON_BAD_ROW = st.sampled_from(["raise", "drop"])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@given(data=st.data())
+def test_changed_rows_give_pairs_or_are_refused(kind, data):
+    changed = data.draw(mutated([ROWS[kind]], VALUES, st.one_of(COLUMNS, TEXTS)))
+    made(kind, [row for row in changed if isinstance(row, dict)], on_bad_row=data.draw(ON_BAD_ROW))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@given(data=st.data())
+def test_arbitrary_rows_give_pairs_or_are_refused(kind, data):
+    names = st.one_of(st.sampled_from(list(ROWS[kind][0])), COLUMNS)
+    rows = data.draw(st.lists(st.dictionaries(names, VALUES, min_size=1, max_size=6), min_size=1, max_size=3))
+    made(kind, rows, on_bad_row=data.draw(ON_BAD_ROW))
+
+
+PIECES = [
+    *("{{", "}}", "{%", "%}", "{#", "#}", "for i in ", "range(10**9)", "range(999999999)", "endfor", "if", "endif"),
+    *("dimension", "dimensions", "score", "low", "high", "'x' * 9999999999", "9 ** 9 ** 9", "set a =", "| join(', ')"),
+    *("| length", "|", ".", "[0]", "__class__", "(", ")", "include 'x'", "raw", "macro m()", "x", " ", "\n", "%", "1"),
+    *("{{ dimension }}", "{{ score }}", "{% for name in dimensions %}", "{% endfor %}", "{{ name }}", "{% if score %}"),
+]
+TEMPLATES = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+
+
+@given(template=TEMPLATES, key=st.sampled_from(["dimension", "integrated"]))
+def test_an_arbitrary_template_is_taken_as_it_is_or_refused_at_once(template, key):
+    started = time.process_time()
+    try:
+        block = parse_block(Directives, {key: template}, "amopo.directives")
+    except ConfigError as error:
+        assert f"`amopo.directives.{key}`" in str(error)
+    else:
+        assert getattr(block, key) == template
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(10 ** 9) %}x{% endfor %}",
+        "{% for i in range(1000000000) %}x{% endfor %}",
+        "{{ 'x' * 9999999999 }}",
+        "{{ dimensions * 9999999999 }}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{{ 1" + "0" * 5000 + " }}",
+    ],
+)
+def test_a_template_cannot_take_the_machine(template):
+    started = time.process_time()
+    with pytest.raises(ConfigError, match=r"`amopo\.directives\.integrated`"):
+        parse_block(Directives, {"integrated": template}, "amopo.directives")
+    assert time.process_time() - started < 1
