@@ -1,12 +1,22 @@
 """A shared YAML is not to be trusted, and the package does nothing that would make it worse."""
 
 import ast
+import json
+import os
+import socket
 import subprocess
 import sys
+import tempfile
 
+import matplotlib
 import pytest
-from conftest import ROOT
-from test_config import AMOPO, changed, refusal
+from axolotl.utils.dict import DictDefault
+from conftest import ROOT, host_trainer, smoke_config
+from datasets.config import HF_DATASETS_CACHE
+from test_config import AMOPO, MODPO, changed, refusal
+
+from axolotl_mopo import MOPOPlugin
+from axolotl_mopo.config import ConfigError
 
 SOURCES = sorted((ROOT / "axolotl_mopo").rglob("*.py"))
 CODE = {"eval", "exec", "compile", "__import__"}
@@ -93,12 +103,118 @@ def test_directives_cannot_reach_out_of_their_sandbox(template):
     assert "amopo.directives.integrated" in refusal(changed(AMOPO, amopo__directives={"integrated": template}))
 
 
+class Seen:
+    """What this process opens for writing and whom it calls; an audit hook stays for good, so it is turned off."""
+
+    def __init__(self):
+        self.on, self.written, self.called = False, set(), []
+        sys.addaudithook(self.note)
+
+    def note(self, event, args):
+        if not self.on:
+            return
+        if event == "socket.getaddrinfo" or (event == "socket.connect" and args[0].family != socket.AF_UNIX):
+            self.called.append(args)
+        elif event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            self.written.add(args[0])
+        elif event in ("os.mkdir", "os.rename"):
+            self.written.add(str(args[event == "os.rename"]))
+
+    def __enter__(self):
+        self.written.clear()
+        self.called.clear()
+        self.on = True
+        return self
+
+    def __exit__(self, *_):
+        self.on = False
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return Seen()
+
+
+EVIL = "../../evil"
+BLOCKS = {
+    "amopo": {"dimensions": [EVIL]},
+    "modpo": {
+        "objective": EVIL,
+        "weights": {EVIL: 0.5, f"{EVIL}2": 0.5},
+        "margins": {f"{EVIL}2": {"source": "column", "field": "correctness"}},
+    },
+}
+
+
+@pytest.mark.parametrize("method", BLOCKS)
+def test_a_run_writes_only_where_the_yaml_says_and_calls_nobody(method, tmp_path, seen):
+    """Names are not paths: one that looks like a path out of the folders stays a name."""
+    rows = [json.loads(line) for line in (ROOT / "example_configs" / "smoke" / "pairs.jsonl").open()][:16]
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            row[f"{side}_scores"][EVIL] = row[f"{side}_scores"]["correctness"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"path": str(tmp_path / "rows.jsonl"), "ds_type": "json", "type": "axolotl_mopo.pairs"}
+    if method == "amopo":
+        entry["score_scale"] = [0, 4]
+    overrides = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "test_datasets": None}
+    cfg = smoke_config(
+        method, tmp_path / "run", datasets=[entry], eval_strategy="no", **overrides, **{method: BLOCKS[method]}
+    )
+    with seen:
+        trainer = host_trainer(cfg)
+        trainer.train()
+    assert seen.called == []
+    caches = (tempfile.gettempdir(), HF_DATASETS_CACHE, matplotlib.get_cachedir(), matplotlib.get_configdir())
+    outside = {path for path in seen.written if not path.startswith((str(tmp_path), *map(str, caches), "/dev/"))}
+    inside = {path for path in seen.written if path.startswith(str(tmp_path))}
+    allowed = [cfg["output_dir"], cfg["dataset_prepared_path"]]
+    assert outside == set()
+    strays = {path for path in inside if not path.startswith(tuple(allowed))}
+    assert {path for path in strays if not any(each.startswith(path) for each in allowed)} == set()
+    assert any(path.startswith(allowed[0]) and path.endswith("mopo.json") for path in inside)
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+@pytest.mark.parametrize(
+    ("margin", "words"),
+    [
+        (
+            {"source": "callable", "function": "math:fsum"},
+            "`modpo.margins.safer.function` imports and runs the code of math:fsum.",
+        ),
+        (
+            {"source": "reward_model", "path": "who/ever"},
+            "`modpo.margins.safer.path`: who/ever is no folder here and is fetched from the model hub.",
+        ),
+        (
+            {"source": "adapter", "path": "who/ever", "reference": "who/else", "beta": 1},
+            "`modpo.margins.safer.reference`: who/else is no folder here and is fetched from the model hub.",
+        ),
+    ],
+)
+def test_the_log_says_what_a_shared_yaml_imports_or_downloads(margin, words, host_log):
+    MOPOPlugin().register(DictDefault(changed(MODPO, modpo__margins={"safer": margin})))
+    assert words in host_log.text
+
+
+def test_a_reward_model_of_the_hub_is_not_asked_for_offline(tmp_path, seen):
+    """HF_HUB_OFFLINE is set for all tests."""
+    margins = {"b": {"source": "reward_model", "path": "who/ever"}}
+    block = {"objective": "overall", "weights": {"overall": 0.5, "b": 0.5}, "margins": margins}
+    trainer = host_trainer(smoke_config("modpo", tmp_path, modpo=block))
+    with seen, pytest.raises(ConfigError, match="the model who/ever cannot be loaded"):
+        trainer.train()
+    assert seen.called == []
+
+
 def test_a_configuration_without_the_plugin_before_ours_in_one_process_is_named():
     code = """
 import sys
 import axolotl.core.training_args
 from axolotl.utils.dict import DictDefault
 from axolotl_mopo import MOPOPlugin
+from axolotl_mopo.config import ConfigError
 try:
     MOPOPlugin().get_training_args(DictDefault({"amopo": {"dimensions": ["a"]}}))
 except ValueError as error:
