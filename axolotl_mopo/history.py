@@ -1,5 +1,6 @@
 """`mopo.png`: how every objective went over a training run, for those without a tracker."""
 
+import gc
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,6 +78,7 @@ class HistoryCallback(TrainerCallback):
                 draw(state.log_history, folder / FILE_NAME)
             except Exception as error:  # a picture is not worth a run
                 LOG.warning("%s could not be drawn: %r", folder / FILE_NAME, error)
+            gc.collect()  # a figure is a web of cycles that keeps its pixels
 
 
 def _shows(metric: str, name: str) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from axolotl.integrations.base import BasePlugin
@@ -16,7 +17,7 @@ from axolotl_mopo import MOPOPlugin
 from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data.entries import DataSpec
 from axolotl_mopo.data.formats import FORMATS
-from axolotl_mopo.host import check_hooks, version_advice
+from axolotl_mopo.host import check_hooks, tested_range, version_advice
 
 
 def registered(cfg):
@@ -74,6 +75,7 @@ def with_changes(base, **changes):
         (AMOPO, {"entry": {"score_scale": [0, 4]}}),
         (AMOPO, {"entry": {"field_prompt": "question"}}),
         (AMOPO, {"excess_length_strategy": "truncate"}),
+        (AMOPO, {"tokens": ["<|new|>"]}),
         (MODPO, {"modpo": {"margins": {"safer": {"source": "length"}}}}),
         (MODPO, {"modpo": {"margins": {"safer": {"source": "column", "field": "harmless"}}}}),
     ],
@@ -169,7 +171,8 @@ def test_the_plugin_leaves_the_trainers_unimported():
 
 
 def test_an_axolotl_outside_the_tested_range_is_told_of():
-    assert version_advice("0.19.0") is version_advice("0.19.3") is version_advice() is None
+    assert version_advice("0.19.0") is version_advice("0.19.3") is None
+    assert (version_advice() is None) is tested_range().contains(version("axolotl"))
     for other in ("0.18.0", "0.20.0", "1.0"):
         advice = version_advice(other)
         assert f"Axolotl {other} is installed" in advice

@@ -25,15 +25,17 @@ def data_names(entry: Mapping[str, Any]) -> list[str]:
 
 
 def tokenizer_digest(cfg: Mapping[str, Any]) -> str:
-    """A name made of the files of a tokenizer in a local folder; the same for all tokenizers of the hub.
+    """A name made of the files of a tokenizer in a local folder, and of the tokens that the YAML adds.
+
+    The host's own name of prepared rows has the folder's path, and what other keys say of the tokenizer.
 
     Raises:
         OSError: where a file cannot be read.
     """
     folder = cfg.get("tokenizer_config") or cfg.get("base_model_config") or cfg.get("base_model")
-    if not isinstance(folder, str):
-        return files_digest([])
-    return files_digest(path for path in Path(folder).glob("*") if path.name.startswith(TOKENIZER_FILES))
+    paths = Path(folder).glob("*") if isinstance(folder, str) else []
+    digest = files_digest(path for path in paths if path.name.startswith(TOKENIZER_FILES))
+    return hashlib.sha256(f"{digest} {cfg.get('tokens')}".encode()).hexdigest()[:32]
 
 
 def files_digest(paths: Iterable[Path]) -> str:
