@@ -283,6 +283,20 @@ class DimensionsBlock(MethodBlock):
             )
         return self
 
+    @model_validator(mode="after")
+    def _directives_render(self) -> Self:
+        low, high = map(templates.readable_number, self.score_range)
+        own = {"low": low, "high": high, "score": high, "dimensions": self.dimensions}
+        for key in ("dimension", "integrated"):
+            variables = templates.DIMENSION_VARIABLES if key == "dimension" else templates.INTEGRATED_VARIABLES
+            try:
+                templates.check(getattr(self.directives, key), variables, **own)
+            except ValueError as error:
+                raise ValueError(
+                    f"`directives.{key}` does not go with these dimensions and this range: {error}"
+                ) from None
+        return self
+
     @property
     def prompt_names(self) -> list[str]:
         """The D prompts of every pair, in order."""
@@ -426,12 +440,23 @@ def read_method(cfg: Mapping[str, Any], method: str) -> MethodConfig:
     if cfg.get("remove_unused_columns"):
         raise ConfigError(f"`remove_unused_columns: true` would drop the columns of `rl: {method}`; remove it")
     block = parse_block(BLOCKS[method], cfg[method], method)
-    if block.on_bad_loss == "skip" and (cfg.get("deepspeed") or cfg.get("fp16")):
-        raise ConfigError(
-            f"`{method}.on_bad_loss: skip` does not go with DeepSpeed, which makes its steps itself, or with `fp16`, "
-            "whose loss scaling skips steps by itself; remove it"
-        )
+    check_skipping(cfg, block.on_bad_loss)
     return block
+
+
+def check_skipping(cfg: Mapping[str, Any], on_bad_loss: str | None) -> None:
+    """Refuse to skip steps that are not made where a step can be skipped.
+
+    Raises:
+        ConfigError: naming what makes them.
+    """
+    optimizer = str(cfg.get("optimizer"))
+    within_backward = "lomo" in optimizer or "layerwise" in optimizer
+    if on_bad_loss == "skip" and (cfg.get("deepspeed") or cfg.get("fp16") or within_backward):
+        raise ConfigError(
+            "`on_bad_loss: skip` does not go with DeepSpeed or an optimizer that makes its steps in the backward pass, "
+            "nor with `fp16`, whose loss scaling skips steps by itself; remove it"
+        )
 
 
 def attention_advice(cfg: Mapping[str, Any], method: str, block: MethodBlock) -> str | None:

@@ -1,4 +1,4 @@
-"""What happens when a loss is no finite number; while all are, none is looked at within a step."""
+"""What happens when a loss is no finite number; a run that is to stop there looks at none within a step."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 LOG = get_logger("axolotl.mopo")
@@ -63,10 +64,21 @@ class GuardCallback(TrainerCallback):
         self.trainer.train_window.mark()
 
     def on_pre_optimizer_step(
-        self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
         """Gradients are complete: take those of a bad step away, and the optimizer makes no step."""
-        if self.skip and (message := self._message()):
+        if not self.skip:
+            return
+        message = self._message()
+        if message is None and not _gradient_is_finite(model):
+            message = f"The gradient of step {state.global_step + 1} is not finite, though the loss is"
+        if message:
             optimizer.zero_grad(set_to_none=True)
             self.trainer.train_window.rewind()
             self.skipped += 1
@@ -74,11 +86,11 @@ class GuardCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Look back where the host is about to read or keep something."""
-        if control.should_log or control.should_save or control.should_evaluate:
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self._stop()
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The final model is not saved yet."""
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The host may log, save and evaluate next, or end."""
         self._stop()
 
     def _stop(self) -> None:
@@ -98,6 +110,11 @@ class GuardCallback(TrainerCallback):
         )
         rest = f"; and {len(rows) - _NAMED_ROWS} more" if len(rows) > _NAMED_ROWS else ""
         return f"The loss of step {step} is not finite, for row {named}{rest} of the prepared training set"
+
+
+def _gradient_is_finite(model: nn.Module) -> bool:
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
 
 
 def _shown(rows: Dataset, number: int, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,6 +14,7 @@ from axolotl_mopo.config import (
     MethodConfig,
     MODPOConfig,
     attention_advice,
+    check_skipping,
     fold_dotted_keys,
     no_stray_block,
     read_method,
@@ -92,7 +93,8 @@ class MOPOPlugin(BasePlugin):
         """
         block = next((cfg[method].to_dict() for method in BLOCKS if cfg.get(method)), None)
         arguments: dict[str, Any] = {"mopo": block} if block else {}
-        if arguments:
+        if block:
+            check_skipping(cfg, block.get("on_bad_loss"))  # by now the host knows what `bf16: auto` means
             from axolotl.core.training_args import AxolotlORPOConfig
 
             if not set(arguments) <= {known.name for known in fields(AxolotlORPOConfig)}:

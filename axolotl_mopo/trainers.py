@@ -3,6 +3,7 @@
 Imported by the host only after it has prepared TRL and its own training arguments, so nothing else imports this module.
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -174,9 +175,14 @@ class MultiObjectiveTrainer(
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the logging window where the host logs the training loss."""
         if "loss" in logs:
-            logs |= self._pop_metrics(self.train_window)
+            metrics = self._pop_metrics(self.train_window)
             if self._guarding.skip:
                 logs["skipped_steps"] = self._guarding.skipped
+                if not metrics:  # no step of the window was made
+                    del logs["loss"]
+                if not math.isfinite(logs.get("grad_norm", 0.0)):
+                    del logs["grad_norm"]
+            logs |= metrics
         super().log(logs, start_time)
 
     def _pop_metrics(self, window: MetricWindow) -> dict[str, float]:

@@ -86,6 +86,36 @@ def test_a_bad_loss_stops_the_run_before_it_is_logged_or_saved(config, method):
     assert saved == [f"checkpoint-{number}" for number in range(1, int(step))]
 
 
+def test_a_bad_loss_stops_the_run_before_an_epoch_is_saved(config):
+    trainer = host_trainer(config("amopo", logging_steps=10, save_strategy="epoch", max_steps=None, num_epochs=1))
+    token, _ = rare_token(trainer)
+    trainer.add_callback(Poison(token))
+    with pytest.raises(LossError):
+        trainer.train()
+    assert not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+    assert not [entry for entry in trainer.state.log_history if "train_loss" in entry]
+
+
+class BadGradient(TrainerCallback):
+    """Makes a gradient infinite in the second step, as an overflow in the backward pass would."""
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            next(model.parameters()).grad[0, 0] = torch.inf
+
+
+def test_a_bad_gradient_is_skipped_too(config, host_log):
+    trainer = host_trainer(config("amopo", on_bad_loss="skip"))
+    states = States()
+    trainer.add_callback(states)
+    trainer.add_callback(BadGradient())
+    trainer.train()
+    assert [same(*pair) for pair in zip(states.before, states.after, strict=True)] == [False, True, False]
+    assert (
+        "The gradient of step 2 is not finite, though the loss is. The step is skipped; 1 were so far." in host_log.text
+    )
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_bad_step_is_skipped_and_counted(config, method, host_log):
     trainer = host_trainer(config(method, on_bad_loss="skip", max_steps=6))
@@ -94,14 +124,15 @@ def test_a_bad_step_is_skipped_and_counted(config, method, host_log):
     trainer.add_callback(states)
     trainer.add_callback(Poison(token))
     trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = [entry for entry in trainer.state.log_history if "skipped_steps" in entry]
     skipped = [entry["skipped_steps"] for entry in logs]
     assert skipped[2] == 1  # the row is seen once an epoch
     assert skipped[5] == 2
     for number, (before, after) in enumerate(zip(states.before, states.after, strict=True)):
         bad = skipped[number] > (skipped[number - 1] if number else 0)
         assert same(before, after) is bad
-        assert ("rewards/margins" in logs[number]) is not bad
+        for key in ("loss", "grad_norm", "rewards/margins"):
+            assert (key in logs[number]) is not bad
     assert f"row {row} (chosen" in host_log.text or f"; {row} (chosen" in host_log.text
     assert "The step is skipped; 2 were so far." in host_log.text
-    assert all(torch.tensor(value).isfinite() for entry in logs for key, value in entry.items() if key != "grad_norm")
+    assert all(torch.tensor(value).isfinite() for entry in logs for value in entry.values())

@@ -147,8 +147,10 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("method", BLOCKS)
-def test_a_run_writes_only_where_the_yaml_says_and_calls_nobody(method, tmp_path, seen):
+def test_a_run_writes_only_where_the_yaml_says_and_calls_nobody(method, tmp_path, seen, monkeypatch):
     """Names are not paths: one that looks like a path out of the folders stays a name."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     rows = [json.loads(line) for line in (ROOT / "example_configs" / "smoke" / "pairs.jsonl").open()][:16]
     for row in rows:
         for side in ("chosen", "rejected"):
@@ -166,22 +168,19 @@ def test_a_run_writes_only_where_the_yaml_says_and_calls_nobody(method, tmp_path
         trainer.train()
     assert seen.called == []
     caches = (tempfile.gettempdir(), HF_DATASETS_CACHE, matplotlib.get_cachedir(), matplotlib.get_configdir())
-    outside = {path for path in seen.written if not path.startswith((str(tmp_path), *map(str, caches), "/dev/"))}
-    inside = {path for path in seen.written if path.startswith(str(tmp_path))}
     allowed = [cfg["output_dir"], cfg["dataset_prepared_path"]]
-    assert outside == set()
-    strays = {path for path in inside if not path.startswith(tuple(allowed))}
+    strays = {path for path in seen.written if not path.startswith((*allowed, *map(str, caches), "/dev/"))}
     assert {path for path in strays if not any(each.startswith(path) for each in allowed)} == set()
-    assert any(path.startswith(allowed[0]) and path.endswith("mopo.json") for path in inside)
-    assert not list(tmp_path.rglob("*evil*"))
+    assert any(path.startswith(allowed[0]) and path.endswith("mopo.json") for path in seen.written)
+    assert not list(tmp_path.parent.rglob("*evil*"))
 
 
 @pytest.mark.parametrize(
     ("margin", "words"),
     [
         (
-            {"source": "callable", "function": "math:fsum"},
-            "`modpo.margins.safer.function` imports and runs the code of math:fsum.",
+            {"source": "callable", "function": "textwrap:shorten"},
+            "`modpo.margins.safer.function` imports and runs the code of textwrap:shorten.",
         ),
         (
             {"source": "reward_model", "path": "who/ever"},

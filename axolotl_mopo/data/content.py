@@ -15,13 +15,18 @@ def data_digest(entry: Mapping[str, Any]) -> str:
     Raises:
         OSError: where a file cannot be read.
     """
-    return files_digest(path for name in data_names(entry) for path in _files(Path(name)))
+    return files_digest(file for _, path in data_paths(entry) for file in _files(path))
 
 
-def data_names(entry: Mapping[str, Any]) -> list[str]:
-    """Whatever a data-set entry says that may be a local file or folder."""
+def data_paths(entry: Mapping[str, Any]) -> list[tuple[str, Path]]:
+    """Whatever a data-set entry says that may be a local file or folder, and where it would be.
+
+    The host looks for `data_files` within `path`, where that is a folder.
+    """
     given = entry.get("data_files") or []
-    return [entry["path"], *([given] if isinstance(given, str) else given)]
+    folder = Path(entry["path"]) if Path(entry["path"]).is_dir() else Path()
+    names = [given] if isinstance(given, str) else given
+    return [(entry["path"], Path(entry["path"])), *((name, folder / name) for name in names)]
 
 
 def tokenizer_digest(cfg: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from axolotl_mopo.config import DimensionsBlock, Directives
 from axolotl_mopo.data.entries import AMoPOData
 from axolotl_mopo.data.rows import Message
-from axolotl_mopo.data.templates import render
+from axolotl_mopo.data.templates import readable_number, render
 
 DirectiveSettings = DimensionsBlock | AMoPOData
 """What says how directives are worded: the YAML block, or the part of it that prepared rows depend on."""
@@ -51,7 +51,7 @@ def inference_directive(
             raise ValueError("a score needs a dimension; the integrated prompt has none")
         if not settings.integrated:
             raise ValueError(
-                f"`amopo.integrated` is false, so there is no integrated prompt; choose one dimension of "
+                f"`integrated` is false, so there is no integrated prompt; choose one dimension of "
                 f"{', '.join(settings.dimensions)}"
             )
         return _placed(integrated_directive(settings.directives, *common), settings)
@@ -60,7 +60,7 @@ def inference_directive(
     low, high = settings.score_range
     score = high if score is None else score
     if not low <= score <= high:
-        raise ValueError(f"the score {score:g} is outside `amopo.score_range`, {low:g} to {high:g}")
+        raise ValueError(f"the score {score:g} is outside `score_range`, {low:g} to {high:g}")
     return _placed(dimension_directive(settings.directives, dimension, score, *common), settings)
 
 
@@ -84,7 +84,7 @@ def with_directive_in_template(chat_template: str, directive: Directive) -> str:
 
 def integrated_directive(directives: Directives, dimensions: Sequence[str], score_range: tuple[float, float]) -> str:
     """Ask for all dimensions together, without a score."""
-    low, high = map(_number, score_range)
+    low, high = map(readable_number, score_range)
     return render(directives.integrated, dimensions=_readable(dimensions), low=low, high=high)
 
 
@@ -96,12 +96,12 @@ def dimension_directive(
     score_range: tuple[float, float],
 ) -> str:
     """Ask for one dimension at a score within `score_range`, the worst and the best."""
-    low, high = map(_number, score_range)
+    low, high = map(readable_number, score_range)
     (name,) = _readable([dimension])
     return render(
         directives.dimension,
         dimension=name,
-        score=_number(score),
+        score=readable_number(score),
         dimensions=_readable(dimensions),
         low=low,
         high=high,
@@ -121,9 +121,3 @@ def _placed(text: str, settings: DirectiveSettings) -> Directive:
 
 def _readable(dimensions: Sequence[str]) -> list[str]:
     return [dimension.replace("_", " ") for dimension in dimensions]
-
-
-def _number(value: float) -> float:
-    """A score as one would write it: 4 and not 4.0, 3.33 and not 3.3333333."""
-    rounded = round(value, 2)
-    return int(rounded) if rounded == int(rounded) else rounded

@@ -27,7 +27,7 @@ from axolotl_mopo.config import (
     TextMargin,
     parse_block,
 )
-from axolotl_mopo.data.content import data_digest, data_names, tokenizer_digest
+from axolotl_mopo.data.content import data_digest, data_paths, tokenizer_digest
 from axolotl_mopo.data.files import file_fault
 from axolotl_mopo.data.formats import FORMATS, Format
 from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, ScoredOptions
@@ -177,7 +177,7 @@ def _spec(
     try:
         content = data_digest(entry), tokenizer
         faults = [
-            f"{name} {fault}" for name in data_names(entry) if (fault := file_fault(Path(name), entry.get("ds_type")))
+            f"{name} {fault}" for name, path in data_paths(entry) if (fault := file_fault(path, entry.get("ds_type")))
         ]
     except (OSError, ValueError) as error:
         raise ConfigError(f"`{where}` cannot be read: {error}") from None

@@ -43,7 +43,7 @@ def file_fault(path: Path, kind: str | None = None) -> str | None:
 
 def _json_fault(text: str, whole: bool) -> str | None:
     try:
-        values = json.loads(text)
+        values = json.loads(text, strict=False)  # the host takes line breaks within the strings of an array
     except ValueError as error:
         if text.lstrip().startswith("["):
             return f"is no JSON: {error}; it may have been cut off" if whole else None

@@ -39,8 +39,18 @@ def function_name(margin: TextMargin) -> str:
 
 
 def function_digest(margin: TextMargin) -> str:
-    """A name made of the margin's own settings and of the source of the function's module."""
+    """A name made of the margin's own settings and of the source of the function's module.
+
+    Raises:
+        ConfigError: where it has none.
+    """
     settings = margin.model_dump_json(exclude={*MarginBlock.model_fields, "batch_size"})
     function = reward_function(margin)
-    source = inspect.getsource(inspect.getmodule(function) or function)
+    try:
+        source = inspect.getsource(inspect.getmodule(function) or function)
+    except (OSError, TypeError):
+        raise ConfigError(
+            f"{function_name(margin)} has no Python source, by which its rewards could be known again; call it from a "
+            "function in a module of your own"
+        ) from None
     return hashlib.sha256(f"{settings}\n{source}".encode()).hexdigest()[:32]

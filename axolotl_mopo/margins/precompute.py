@@ -84,7 +84,7 @@ class Precomputation:
             }
             factor = margin.scale / self._spread(margin_name, margin, raw)
             for name, rewards in raw.items():
-                margins[name].append(_fitting(rewards * factor, f"`modpo.margins.{margin_name}`"))
+                margins[name].append(_fitting(rewards * factor, f"`{self.method.rl}.margins.{margin_name}`"))
         return {
             name: Constants(
                 reference[name],

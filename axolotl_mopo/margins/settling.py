@@ -73,11 +73,11 @@ def check_margin(margin: MarginBlock, where: str, sharded: bool = False) -> floa
 
 
 def _check_function(margin: CallableMargin, where: str) -> None:
-    from axolotl_mopo.margins.functions import import_function
+    from axolotl_mopo.margins.functions import function_digest
 
     LOG.warning("%s.function` imports and runs the code of %s.", where, margin.function)
     try:
-        import_function(margin.function)
+        function_digest(margin)
     except ConfigError as error:
         raise ConfigError(f"{where}.function`: {error}") from None
 
