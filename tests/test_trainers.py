@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from conftest import ROOT, host_trainer, smoke_config, stir
 from torch.overrides import TorchFunctionMode
 from transformers import MambaConfig, TrainerCallback
@@ -354,13 +354,19 @@ def test_bf16_stays_close_to_float32(build, method):
     assert rounded["eval_logps/chosen"] == pytest.approx(exact["eval_logps/chosen"], rel=0.01)
 
 
+def start_anew():
+    """Make accelerate forget the precision; the host's loggers need a state all the same."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_mixed_precision_trains_float32_weights(build, method):
     """The host refuses `bf16: true` on a CPU, so its trainer is built once more with the argument changed."""
     plain = build(method, max_steps=3, gradient_checkpointing=True, **FIXED[method])
     model, data = copy.deepcopy(plain.model), plain.train_dataset
     plain.train()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    start_anew()
     trainer = type(plain)(
         model,
         args=dataclasses.replace(plain.args, bf16=True, use_cpu=True),
@@ -370,7 +376,7 @@ def test_bf16_mixed_precision_trains_float32_weights(build, method):
     assert trainer.accelerator.mixed_precision == "bf16"
     assert trainer.data_collator.packed
     trainer.train()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    start_anew()
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
     for entry, exact in zip(training_logs(trainer), training_logs(plain), strict=True):
         assert entry["loss"] == pytest.approx(exact["loss"], rel=0.03)
