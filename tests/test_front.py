@@ -376,7 +376,7 @@ def test_another_sampling_or_another_run_of_a_name_is_refused(four, tmp_path):
         ("brief=length", {"source": "length", "unit": "tokens"}),
         ("brief=length:words", {"source": "length", "unit": "words"}),
         ("nice={source: length, unit: characters}", {"source": "length", "unit": "characters"}),
-        ("code=callable:math:fsum", {"source": "callable", "function": "math:fsum", "batch_size": 64}),
+        ("code=callable:textwrap:shorten", {"source": "callable", "function": "textwrap:shorten", "batch_size": 64}),
     ],
 )
 def test_scorers_are_the_margins_sources(text, expected):
