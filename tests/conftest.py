@@ -47,6 +47,8 @@ from axolotl_mopo.engine.trees import Pair
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "example_configs" / "smoke"
+LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+LORA_WITH_DROPOUT = {**LORA, "lora_dropout": 0.1}
 
 SHAPE = {
     "vocab_size": 97,
@@ -146,6 +148,12 @@ def ragged_pairs(dimensions=2):
 def pytest_collection_modifyitems(items):
     """The longest tests first, so that other workers do not wait for them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """The folder of prepared rows that the tests of a module share."""
+    return tmp_path_factory.mktemp("prepared")
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from conftest import ROOT, SMOKE, build_model, host_trainer, rare_token, save_adapter, smoke_config, torchrun
+from conftest import LORA, ROOT, SMOKE, build_model, host_trainer, rare_token, save_adapter, smoke_config, torchrun
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 POLICIES = {"full": {}, "lora": LORA}
 METHODS = ["amopo", "modpo"]
 LIMITS = {"amopo": 480, "modpo": 80}

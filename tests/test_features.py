@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import ROOT, SMOKE, build_model, host_trainer, smoke_config
+from conftest import LORA, ROOT, SMOKE, build_model, host_trainer, smoke_config
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_config import AMOPO, MODPO, changed, refusal
@@ -20,7 +20,6 @@ from test_trainers import FIXED, assert_same_gradients, first_step, training_log
 from transformers import AutoConfig
 
 METHODS = ["amopo", "modpo"]
-LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 SMALL = {
     "max_steps": 2,
     "warmup_steps": 0,
@@ -30,11 +29,6 @@ SMALL = {
     "dataset_num_proc": 0,
     "dataloader_num_workers": 0,
 }
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return tmp_path_factory.mktemp("prepared")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMOKE, build_model, smoke_config
+from conftest import LORA_WITH_DROPOUT, ROOT, SMOKE, build_model, smoke_config
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
@@ -16,8 +16,7 @@ RUNS = 20
 STEPS = 8
 EVENTS = {"on_step_begin": 1, "on_substep_end": 1, "on_pre_optimizer_step": 1, "on_step_end": 1, "on_save": 0.5}
 """Where a run is killed, and how often the host comes there in a step."""
-LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.1}
-KINDS = [("amopo", {}), ("amopo", LORA), ("modpo", {}), ("modpo", LORA)]
+KINDS = [("amopo", {}), ("amopo", LORA_WITH_DROPOUT), ("modpo", {}), ("modpo", LORA_WITH_DROPOUT)]
 GAUSSIAN = {"dimensions": ["helpfulness", "correctness"], "temperature": 0.1}
 """The weights are drawn in every step."""
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMOKE, build_model, host_trainer, save_adapter, save_reward_model, smoke_config
+from conftest import LORA, ROOT, SMOKE, build_model, host_trainer, save_adapter, save_reward_model, smoke_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -26,8 +26,6 @@ from axolotl_mopo.engine.scoring import Scorer
 from axolotl_mopo.margins.fingerprint import model_files_digest, policy_digests, rows_digest
 from axolotl_mopo.margins.implicit import with_adapter
 from axolotl_mopo.plugin import MOPOPlugin
-
-LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 
 
 @pytest.fixture(scope="module")

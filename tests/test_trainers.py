@@ -12,21 +12,15 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from conftest import ROOT, host_trainer, smoke_config, stir
+from conftest import LORA_WITH_DROPOUT, ROOT, host_trainer, smoke_config, stir
 from torch.overrides import TorchFunctionMode
 from transformers import MambaConfig, TrainerCallback
 
 from axolotl_mopo.config import ConfigError
 from axolotl_mopo.metrics import MetricWindow
 
-LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.1}
 FIXED = {"amopo": {"amopo": {"dimensions": ["helpfulness", "correctness"], "weighting": "uniform"}}, "modpo": {}}
 METHODS = ["amopo", "modpo"]
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return tmp_path_factory.mktemp("prepared")
 
 
 @pytest.fixture
@@ -70,7 +64,7 @@ def assert_same_gradients(one, other):
         assert torch.allclose(gradient, other[name], rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [{}, LORA_WITH_DROPOUT], ids=["full", "lora"])
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulating_two_batches_of_two_is_one_batch_of_four(build, method, adapter):
     steps = {"max_steps": 1, "max_grad_norm": 1e9, **FIXED[method], **adapter}
@@ -222,7 +216,7 @@ def test_gradient_checkpointing_changes_no_gradient(build, method):
     assert_same_gradients(gradients, other)
 
 
-@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [{}, LORA_WITH_DROPOUT], ids=["full", "lora"])
 @pytest.mark.parametrize("method", METHODS)
 def test_training_lowers_the_loss_of_held_out_pairs(build, method, adapter):
     trainer = build(method, max_steps=12, learning_rate=0.005, **adapter)
@@ -236,7 +230,7 @@ def test_training_lowers_the_loss_of_held_out_pairs(build, method, adapter):
 
 
 def test_modpos_reference_is_the_policy_before_its_first_step(build):
-    trainer = build("modpo", max_steps=2, **LORA)
+    trainer = build("modpo", max_steps=2, **LORA_WITH_DROPOUT)
     stir(trainer.model, 0.5)
     trainer.train()
     first = training_logs(trainer)[0]
@@ -269,7 +263,7 @@ def modpo_block():
 
 
 def test_dropout_is_off_in_training(build):
-    trainer = build("amopo", **LORA)
+    trainer = build("amopo", **LORA_WITH_DROPOUT)
     assert all(m.p == 0 for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout))
 
 
