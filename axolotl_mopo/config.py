@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from axolotl_mopo.data import templates
-from axolotl_mopo.engine import TREE_BACKENDS
+from axolotl_mopo.engine import TREE_BACKENDS, carries_trees
 
 INTEGRATED = "integrated"
 """Name of AMoPO's prompt that asks for all dimensions together."""
@@ -154,6 +154,9 @@ class MethodBlock(Block):
     )
     max_tokens_per_step: int | None = Field(None, ge=1, strict=True, description="tokens of a pass, at least 1")
     logits_budget: Number = Field(1.5, gt=0, description="GiB that logits may take, a positive number")
+    router_aux_loss_coef: Number | None = Field(
+        None, ge=0, description="a number of at least 0; 0.001 where omitted, for a mixture of experts"
+    )
     on_bad_loss: Literal["raise", "skip"] = Field("raise", description="raise or skip")
 
 
@@ -467,7 +470,7 @@ def attention_advice(cfg: Mapping[str, Any], method: str, block: MethodBlock) ->
     """
     old_keys = (key for key in _OLD_ATTENTION_KEYS if cfg.get(key))
     chosen = cfg.get("attn_implementation") or next(old_keys, None)
-    if chosen is None or chosen in TREE_BACKENDS or block.layout == "padded":
+    if chosen is None or carries_trees(str(chosen)) or block.layout == "padded":
         return None
     choices = ", ".join(TREE_BACKENDS)
     if block.layout == "packed":

@@ -1,6 +1,6 @@
 """How a micro-batch is stepped: pass by pass, with the loss and the gradients of a single pass over all its pairs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,6 +22,8 @@ class SteppingMixin(Trainer):
 
     scorer: Scorer
     pass_counts: PassCounts
+    aux_loss_coef: float
+    """Of the load-balancing loss of a mixture of experts; 0 where the model has none."""
     args: Any
     model: Any
     optimizer: Any
@@ -64,13 +66,26 @@ class SteppingMixin(Trainer):
         losses: Losses = inputs.get("losses", self._recorded_losses)
         contributions = []
         for unit in inputs["units"]:
-            scores = joined([self.scorer(model, one) for one in unit])
-            contributions.append(losses(scores, {**inputs, **unit[0]}).sum())
+            scores, aux_loss = self._scores(model, unit)
+            own = {**inputs, **unit[0], "aux_loss": aux_loss}
+            contributions.append(losses(scores, own).sum())
+            if aux_loss is not None:
+                share = inputs.get("share", len(own["pairs"]))
+                contributions.append(self.aux_loss_coef * share * aux_loss)
         loss = torch.stack(contributions).sum() / inputs["size"]
         return (loss, {}) if return_outputs else loss
 
+    def _scores(self, model: nn.Module, unit: Sequence[Batch]) -> tuple[CompletionScores, Tensor | None]:
+        """The scores of a unit's completions, and the mean load-balancing loss of its passes, if the model has one."""
+        if not self.aux_loss_coef:
+            return joined([self.scorer(model, one) for one in unit]), None
+        parts, aux_losses = zip(*(self.scorer.with_aux_loss(model, one) for one in unit), strict=True)
+        return joined(parts), torch.stack(aux_losses).mean()
+
     def _recorded_losses(self, scores: CompletionScores, inputs: Batch) -> Tensor:
         losses, metrics = self.pair_losses(scores, inputs)
+        if inputs["aux_loss"] is not None:
+            metrics["aux_loss"] = inputs["aux_loss"].expand_as(losses)
         self.record({"loss": losses, **metrics}, inputs)
         return losses
 
@@ -107,12 +122,13 @@ class SteppingMixin(Trainer):
         idle_parts, idle_jobs = self.pass_counts.missing(parts, len(jobs) + parts)
         with torch.no_grad(), self.compute_loss_context_manager():
             for unit in split:
-                whole, own = joined([self.scorer(model, one) for one in unit]), {**inputs, **unit[0]}
+                whole, aux_loss = self._scores(model, unit)
+                own = {**inputs, **unit[0], "aux_loss": aux_loss}
                 self._recorded_losses(whole, own)
                 losses = self.prompt_losses(whole, own)
-                jobs += [{**inputs, "units": [[one]], "losses": losses} for one in unit]
+                jobs += [{**inputs, "units": [[one]], "losses": losses, "share": 1 / len(unit)} for one in unit]
             self._idle(model, inputs, idle_parts)
-        idle = {**inputs, "units": [inputs["units"][-1][-1:]], "losses": _no_losses}
+        idle = {**inputs, "units": [inputs["units"][-1][-1:]], "losses": _no_losses, "share": 0}
         return jobs + [idle] * idle_jobs
 
     def _idle(self, model: nn.Module, inputs: Batch, passes: int) -> None:

@@ -6,6 +6,7 @@ Imported by the host only after it has prepared TRL and its own training argumen
 import math
 import random
 from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +30,6 @@ from transformers import (
     TrainerState,
 )
 from transformers.trainer_utils import EvalLoopOutput
-from trl.trainer.utils import disable_dropout_in_model
 
 from axolotl_mopo.config import AMoPOConfig, ConfigError, DimensionsBlock, MODPOConfig
 from axolotl_mopo.data.collating import PairCollator, read_tokens
@@ -37,8 +37,9 @@ from axolotl_mopo.data.lengths import budget_message, with_lengths
 from axolotl_mopo.data.notes import notes
 from axolotl_mopo.data.rows import DataError
 from axolotl_mopo.engine.attention import use_tree_attention
-from axolotl_mopo.engine.layout import choose_layout, tolerance_of
+from axolotl_mopo.engine.layout import Layout, NoiseError, plan_layout, require_layout, tolerance_of, try_layout
 from axolotl_mopo.engine.log_softmax import selective_log_softmax
+from axolotl_mopo.engine.noise import turn_off_noise
 from axolotl_mopo.engine.ranks import PassCounts
 from axolotl_mopo.engine.scoring import CompletionScores, Scorer, by_side
 from axolotl_mopo.guarding import GuardCallback, LossGuard
@@ -52,6 +53,8 @@ from axolotl_mopo.stepping import Batch, Losses, SteppingMixin
 LOG = get_logger("axolotl.mopo")
 
 _CHECKED_ROWS = 4
+_AUX_LOSS_COEF = 0.001
+"""TRL's default for preference tuning."""
 _SPREADS = {"weights/": "weights_std/", "margins/": "margins_std/", "rewards/margins": "rewards/margins_std"}
 """Metrics whose standard deviation is logged as well, and under which name."""
 
@@ -72,6 +75,9 @@ class MultiObjectiveTrainer(
 
     method: Any
     """The settings, a `block`."""
+    _base: Any
+    """The transformers model inside the policy's wrappers."""
+    _layout: Layout
 
     def __init__(
         self,
@@ -90,7 +96,7 @@ class MultiObjectiveTrainer(
             )
         for note in notes(train_dataset, eval_dataset):
             LOG.warning(note)
-        disable_dropout_in_model(model)
+        turn_off_noise(model)
         self.method = self.block.model_validate(args.mopo)
         collator = PairCollator(processing_class.pad_token_id or 0, max_tokens=self.method.max_tokens_per_step)
         super().__init__(
@@ -113,35 +119,101 @@ class MultiObjectiveTrainer(
         self.add_callback(self._guarding)
         self.pass_counts = PassCounts(differ=collator.max_tokens is not None)
 
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        base.add_model_tags(self.tag_names)
-        collator.packed, self.scorer = self._lay_out(model, base)
-        if self.is_world_process_zero() and (message := budget_message(self.train_dataset, collator)):
-            LOG.info(message)
-
-    def _lay_out(self, model: nn.Module, base: PreTrainedModel) -> tuple[bool, Scorer]:
-        """Choose the layout, say so, and prepare the model for it."""
-        rows = self.train_dataset.select(range(min(_CHECKED_ROWS, len(self.train_dataset))))
-        try:
+        self._base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._base.add_model_tags(self.tag_names)
+        self.aux_loss_coef = self._choose_aux_loss_coef()
+        self._layout_tried = False
+        self._use_layout(plan_layout(self._base, self.method.layout))
+        if not self._is_sharded:
+            # As the model will be run, before torch compiles it.
             with self.accelerator.autocast():
-                layout = choose_layout(model, base, [read_tokens(row) for row in rows], self.method.layout)
+                self.try_layout(model)
+        self.add_callback(_BeforeFirstStep(self))
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether the model can be run only once it is prepared: its weights are split, or not yet in their dtype."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def before_first_step(self, wrapped: nn.Module, resumed: bool) -> None:
+        """What needs the model as it is run: the layout is tried, where it could not be before.
+
+        Args:
+            wrapped: the prepared model, whose weights are those that training starts from.
+            resumed: whether they are a checkpoint's.
+        """
+        if not self._layout_tried:
+            self.try_layout(wrapped)
+
+    def try_layout(self, wrapped: nn.Module) -> None:
+        """Try the planned layout on a few rows, and use what of it gives the model's numbers.
+
+        Raises:
+            ConfigError: where packed trees are asked for and do not.
+        """
+        pairs, device = [read_tokens(row) for row in self._checked_rows], self.args.device
+        try:
+            layout = try_layout(self._layout, wrapped, self._base, pairs, device, self._tolerance)
+        except NoiseError as error:
+            raise ConfigError(str(error)) from None
+        (layout,) = broadcast_object_list([layout])  # one word for all ranks
+        self._use_layout(layout)
+        self._layout_tried = True
+        self._announce_layout()
+
+    @property
+    def _checked_rows(self) -> Dataset:
+        return self.train_dataset.select(range(min(_CHECKED_ROWS, len(self.train_dataset))))
+
+    @property
+    def _tolerance(self) -> float:
+        """Nats a token by which two computations of the policy may differ."""
+        return tolerance_of(next(self.model.parameters()), self.accelerator.mixed_precision != "no")
+
+    def _use_layout(self, layout: Layout) -> None:
+        try:
+            require_layout(layout, self._base, self.method.layout)
         except ValueError as error:
             raise ConfigError(f"`layout: packed`: {error}; drop the key, or set it to padded") from None
-        (layout,) = broadcast_object_list([layout])  # other ranks may not have had the weights to try it
-        name = type(base).__name__
+        # A compiled forward pass would keep the hooks that it was traced with.
+        inside = layout.inside and not self.args.torch_compile
         if layout.packed:
-            use_tree_attention(base)
+            use_tree_attention(self._base)
+        self._layout = layout
+        self.data_collator.packed = layout.packed
+        budget = self.method.logits_budget * 2**30
+        self.scorer = Scorer(self._base if inside else None, budget, choose_log_softmax(self.args.device))
+
+    def _choose_aux_loss_coef(self) -> float:
+        """The coefficient of the load-balancing loss; 0 for a model that has none.
+
+        Raises:
+            ConfigError: where the YAML gives one to a model that has none.
+        """
+        coef, config = self.method.router_aux_loss_coef, self._base.config.get_text_config()
+        answers = "output_router_logits" in signature(self._base.forward).parameters
+        if answers and getattr(config, "output_router_logits", None) is not None:
+            return _AUX_LOSS_COEF if coef is None else coef
+        if coef:
+            raise ConfigError(
+                f"`router_aux_loss_coef` has no effect on a {type(self._base).__name__}, which has no load-balancing "
+                "loss; remove it"
+            )
+        return 0.0
+
+    def _announce_layout(self) -> None:
+        name, layout = type(self._base).__name__, self._layout
+        if layout.packed:
             LOG.info("%s is trained in packed prefix trees.", name)
         elif self.method.layout == "padded":
             LOG.info("%s is trained in padded rows.", name)
         else:
             LOG.warning("%s is trained in padded rows, not in packed trees: %s.", name, layout.why_not_packed)
-        # A compiled forward pass would keep the hooks that it was traced with.
         why_not_inside = "it is compiled" if self.args.torch_compile else layout.why_not_inside
         if why_not_inside:
             LOG.info("The logits of %s are computed at once, `logits_budget` has no effect: %s.", name, why_not_inside)
-        log_softmax = choose_log_softmax(self.args.device)
-        return layout.packed, Scorer(None if why_not_inside else base, self.method.logits_budget * 2**30, log_softmax)
+        if self.is_world_process_zero() and (message := budget_message(self.train_dataset, self.data_collator)):
+            LOG.info(message)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The shared step; the host's mean of the losses counts one that makes a step be skipped as 0."""
@@ -338,13 +410,19 @@ class MODPOTrainer(MultiObjectiveTrainer):
         self._constants: dict[str, Constants] = {}
         self._tables: Constants | None = None
         self._warned: set[str] = set()
-        self.add_callback(_BeforeFirstStep(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; constants are computed before the first step, or before the weights of a resumed run are loaded."""
         if resume_from_checkpoint:
             self.precompute(self.model)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def before_first_step(self, wrapped: nn.Module, resumed: bool) -> None:
+        """As for every method; then the reference and the margins are computed, but for a resumed run."""
+        super().before_first_step(wrapped, resumed)
+        if not resumed:
+            self.precompute(wrapped)
+            self.check_start(wrapped)
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; before any training the policy as it stands is its own initial reference."""
@@ -409,19 +487,19 @@ class MODPOTrainer(MultiObjectiveTrainer):
             LOG.info("The reference is the base model; the policy starts with an adapter that changes it.")
             return
         LOG.info("The reference is the policy before its first step.")
-        rows = self.train_dataset.select(range(min(_CHECKED_ROWS, len(self.train_dataset))))
+        rows = self._checked_rows
         wrapped.train()
         logps = self._pair_scorer(wrapped).logps(rows, title=None)
         lengths = torch.tensor([[len(row["chosen_input_ids"]), len(row["rejected_input_ids"])] for row in rows])
         assert self._tables  # noqa: S101 (computed just before)
         expected = self._tables.reference[: len(rows)]
         difference = ((logps - expected).abs().cpu() / lengths).max().item()
-        tolerance = tolerance_of(next(self.model.parameters()), self.accelerator.mixed_precision != "no")
-        if not difference <= tolerance:
+        if not difference <= self._tolerance:
             raise RuntimeError(
                 f"before the first step the policy's log-probs differ from the reference's by {difference:.3g} nats a "
-                f"token, more than {tolerance:g}; look for dropout or noise that is on in training, for weights that "
-                f"changed after the reference was computed, or for a foreign file in {self.method.cache_dir}"
+                f"token, more than {self._tolerance:g}; look for dropout or noise that is on in training, "
+                "for weights that changed after the reference was computed, or for a foreign file in "
+                f"{self.method.cache_dir}"
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -483,16 +561,14 @@ class MODPOTrainer(MultiObjectiveTrainer):
 
 
 class _BeforeFirstStep(TrainerCallback):
-    """Computes MODPO's constants through the prepared model, once it is there."""
+    """Calls a trainer once its model is prepared."""
 
-    def __init__(self, trainer: MODPOTrainer) -> None:
+    def __init__(self, trainer: MultiObjectiveTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The model is prepared and no step was made."""
-        if state.global_step == 0:
-            self.trainer.precompute(self.trainer.model_wrapped)
-            self.trainer.check_start(self.trainer.model_wrapped)
+        """The model is prepared, a checkpoint loaded where the run is resumed, and no step was made."""
+        self.trainer.before_first_step(self.trainer.model_wrapped, resumed=state.global_step > 0)
 
 
 def choose_log_softmax(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

@@ -92,7 +92,7 @@ def test_packed_equals_padded_with_eager_attention(architecture):
 @pytest.mark.parametrize("config", [*CONFIGS.values(), *MIXTURES.values(), PhiConfig(**SHAPE)], ids=type)
 def test_the_cheapest_layout_that_gives_the_models_numbers_is_found(config):
     model = build_model(config)
-    assert choose_layout(model, model, ragged_pairs()) == Layout(packed=True, inside=True)
+    assert choose_layout(model, model, ragged_pairs()) == Layout()
     assert not choose_layout(model, model, ragged_pairs(), "padded").packed
     assert not model.config._attn_implementation.startswith(TREE_PREFIX)
 
@@ -205,6 +205,14 @@ def test_half_precision_logits_are_summed_in_float32(inside):
     logits = model(torch.tensor([prompt + completion])).logits[0, 2:-1].float()
     expected = logits.log_softmax(-1)[range(4), completion].sum()
     assert torch.allclose(logps, expected, atol=1e-5)
+
+
+def test_half_precision_log_probs_are_summed_in_float32():
+    logps = (torch.randn(600, generator=torch.Generator().manual_seed(0)) - 1.5).bfloat16()
+    scores = completion_scores(logps, torch.zeros(600, dtype=torch.long), torch.tensor([600]))
+    assert scores.logps.dtype == scores.prob_mean.dtype == scores.prob_std.dtype == torch.float32
+    assert scores.logps.item() == pytest.approx(logps.double().sum().item(), abs=1e-3)
+    assert scores.prob_std.item() == pytest.approx(logps.double().exp().std().item(), rel=1e-5)
 
 
 def test_a_single_token_has_no_spread():

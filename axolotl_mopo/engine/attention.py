@@ -1,11 +1,11 @@
 """Attention over packed trees, registered with transformers beside the implementation that the user chose.
 
-`TREE_PREFIX + name` is the user's implementation `name` with one addition: a forward pass that brings `segments` is
-attended segment by segment. Without `segments` (generation, callbacks) it is the user's implementation itself.
+The registered name begins with `TREE_PREFIX` and stands for the user's implementation with one addition: a forward pass
+that brings `segments` is attended segment by segment. Without `segments` (generation, callbacks) it is the user's
+implementation itself.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_flash_attention_utils import _flash_attention_forward, flash_attn_supports_top_left_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from axolotl_mopo.engine.trees import Segments
@@ -34,6 +34,18 @@ _CHANGE_NO_SCORE = {
 }
 """What models hand their attention besides what `tree_attention` heeds; dropout is off in training."""
 
+_HALF = (torch.bfloat16, torch.float16)
+_MOST_HEAD_DIM = 256
+"""What the variable-length kernels take."""
+_PLAIN_NAMES: dict[str, str] = {}
+"""The user's implementation behind every name that was registered."""
+
+
+def plain_implementation(model: PreTrainedModel) -> str:
+    """The attention implementation that the user chose, whether or not the model takes packed trees now."""
+    name = model.config._attn_implementation or "eager"
+    return _PLAIN_NAMES.get(name, name)
+
 
 def use_tree_attention(model: PreTrainedModel) -> None:
     """Let `model` take packed trees; its chosen attention implementation stays the one for everything else.
@@ -41,19 +53,22 @@ def use_tree_attention(model: PreTrainedModel) -> None:
     A model that caps its attention scores goes by `eager` where it was loaded with `sdpa`, which ignores the cap.
     """
     chosen = model.config._attn_implementation
-    if chosen.startswith(TREE_PREFIX):
+    if chosen in _PLAIN_NAMES:
         return
     if chosen == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
         chosen = "eager"  # sdpa leaves the cap out
-    AttentionInterface.register(TREE_PREFIX + chosen, partial(tree_attention, implementation=chosen))
-    AttentionMaskInterface.register(TREE_PREFIX + chosen, ALL_MASK_ATTENTION_FUNCTIONS[chosen])
-    model.set_attn_implementation(TREE_PREFIX + chosen)
+    # transformers takes any name with "flash" in it for a kernel of its own, and any with a slash for one of the hub.
+    name = TREE_PREFIX + chosen.replace("flash", "fa").replace("/", ".")
+    _PLAIN_NAMES[name] = chosen
+    AttentionInterface.register(name, partial(tree_attention, implementation=chosen))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[chosen])
+    model.set_attn_implementation(name)
 
 
 def use_plain_attention(model: PreTrainedModel) -> None:
     """Undo `use_tree_attention`."""
-    if model.config._attn_implementation.startswith(TREE_PREFIX):
-        model.set_attn_implementation(model.config._attn_implementation.removeprefix(TREE_PREFIX))
+    if model.config._attn_implementation in _PLAIN_NAMES:
+        model.set_attn_implementation(plain_implementation(model))
 
 
 def tree_attention(
@@ -90,34 +105,59 @@ def tree_attention(
     Raises:
         ValueError: where the model hands over something that would change what packed trees attend to.
     """
+    options: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
     if segments is None:
-        fallback: Callable[..., Any] = _eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-        return fallback(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            **kwargs,
-        )
+        if implementation == "eager":
+            return _eager(module, query, key, value, attention_mask, **options, **kwargs)
+        if _is_flash(implementation):
+            return _flash_fallback(module, query, key, value, attention_mask, implementation, **options, **kwargs), None
+        return ALL_ATTENTION_FUNCTIONS[implementation](module, query, key, value, attention_mask, **options, **kwargs)
     if unknown := sorted(name for name in kwargs.keys() - _CHANGE_NO_SCORE if kwargs[name] is not None):
         raise ValueError(f"{type(module).__name__} hands its attention {', '.join(unknown)}")
-    key, value = key[:, :, segments.key_index], value[:, :, segments.key_index]
+    key, value = (tensor.index_select(2, segments.key_index) for tensor in (key, value))
+    query, key, value = _in_one_dtype(query, key, value)
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if implementation.startswith("flash_attention"):
-        attended = _flash(module, query, key, value, segments, implementation, scaling, sliding_window, softcap)
-    elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None:
+    if not _kernels_take(query, key, value):
+        attended = _by_segment(query, key, value, segments, scaling, sliding_window, softcap)
+    elif _is_flash(implementation):
+        attended = _flash(query, key, value, segments, implementation, scaling, sliding_window, softcap)
+    elif implementation == "sdpa" and softcap is None:
         attended = _varlen(query, key, value, segments, scaling, sliding_window)
     else:
         attended = _by_segment(query, key, value, segments, scaling, sliding_window, softcap)
     return attended, None
 
 
+def _is_flash(implementation: str) -> bool:
+    return "flash" in implementation
+
+
+def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The dtype that attention computes in: autocast's, or the value's, which no float32 norm has touched."""
+    device, dtype = query.device.type, value.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _kernels_take(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the variable-length kernels, torch's and flash-attention's, can attend tensors like these."""
+    head_dim = query.shape[-1]
+    return (
+        query.dtype in _HALF
+        and head_dim % 8 == 0
+        and head_dim <= _MOST_HEAD_DIM
+        and value.shape[-1] == key.shape[-1] == head_dim
+        and _has_kernels(query.device)
+    )
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the device is a GPU of compute capability 8.0 (Ampere) or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _flash(
-    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -139,11 +179,55 @@ def _flash(
         softcap=softcap,
         cu_seq_lens_q=segments.cu_seq_q,  # type: ignore[arg-type]
         cu_seq_lens_k=segments.cu_seq_k,  # type: ignore[arg-type]
-        max_length_q=max(segments.query_lengths),
-        max_length_k=max(segments.key_lengths),
-        target_dtype=get_target_dtype(query, module),  # adapters may have turned half precision into float32
+        max_length_q=segments.max_q,
+        max_length_k=segments.max_k,
         attn_implementation=implementation,
     )
+
+
+def _flash_fallback(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    implementation: str,
+    *,
+    scaling: float | None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' own flash-attention, which reads the implementation's name from the model's configuration, by name.
+
+    Args:
+        module: the attention layer.
+        query: [B, heads, T, head_dim].
+        key, value: [B, key heads, T, head_dim]; values may have a smaller head_dim.
+        attention_mask: [B, T], or None without padding.
+        implementation: the user's.
+        scaling, dropout, is_causal: as transformers' attention functions take them.
+        **kwargs: handed on.
+
+    Returns:
+        The attended values [B, T, heads, head_dim of the values].
+    """
+    head_dim, value_head_dim = query.shape[-1], value.shape[-1]
+    attended = _flash_attention_forward(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        F.pad(value, (0, head_dim - value_head_dim)).transpose(1, 2),
+        attention_mask,
+        query_length=query.shape[2],
+        is_causal=module.is_causal if is_causal is None else is_causal,  # type: ignore[arg-type]
+        dropout=dropout,
+        softmax_scale=scaling,
+        use_top_left_mask=flash_attn_supports_top_left_mask(),
+        target_dtype=get_target_dtype(query, module),  # adapters may have turned half precision into float32
+        attn_implementation=implementation,
+        **kwargs,
+    )
+    return attended[..., :value_head_dim]
 
 
 def _varlen(
@@ -157,8 +241,8 @@ def _varlen(
         value[0].transpose(0, 1),
         segments.cu_seq_q,
         segments.cu_seq_k,
-        max(segments.query_lengths),
-        max(segments.key_lengths),
+        segments.max_q,
+        segments.max_k,
         scale=scaling,
         # (-1, 0) is causal without a window; the window counts the tokens before the query.
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
@@ -168,6 +252,7 @@ def _varlen(
     return attended[None]
 
 
+@torch.compiler.disable  # the lengths of the segments differ from batch to batch, and each would be a graph of its own
 def _by_segment(
     query: Tensor,
     key: Tensor,

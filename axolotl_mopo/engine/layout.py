@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from axolotl_mopo.engine import TREE_BACKENDS
-from axolotl_mopo.engine.attention import TREE_PREFIX, use_plain_attention, use_tree_attention
-from axolotl_mopo.engine.scoring import CompletionScores, Scorer, evaluating
+from axolotl_mopo.engine import TREE_BACKENDS, carries_trees
+from axolotl_mopo.engine.attention import plain_implementation, use_plain_attention, use_tree_attention
+from axolotl_mopo.engine.scoring import CompletionScores, Scorer, in_mode
 from axolotl_mopo.engine.trees import Pair, pack, pad
 
 _TREE_LAYERS = {"full_attention", "sliding_attention"}
@@ -26,24 +26,34 @@ _CHANGES_OF_LOGITS = (
 _PROBE_TOKENS = 64
 
 
+class NoiseError(ValueError):
+    """A model whose training pass gives other numbers than its evaluation."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a model's batches are laid out and scored."""
 
-    packed: bool
-    """In packed trees; in padded rows otherwise."""
-    inside: bool
-    """Log-probs are computed within the forward pass; from the logits that it returns otherwise."""
     why_not_packed: str | None = None
     why_not_inside: str | None = None
+
+    @property
+    def packed(self) -> bool:
+        """In packed trees; in padded rows otherwise."""
+        return self.why_not_packed is None
+
+    @property
+    def inside(self) -> bool:
+        """Log-probs are computed within the forward pass; from the logits that it returns otherwise."""
+        return self.why_not_inside is None
 
 
 def why_not_trees(model: PreTrainedModel) -> str | None:
     """The reason why this architecture cannot take packed trees, or None where it can."""
     config = model.config
-    implementation = (config._attn_implementation or "eager").removeprefix(TREE_PREFIX)
+    implementation = plain_implementation(model)
     parameters = inspect.signature(model.forward).parameters
-    if implementation not in TREE_BACKENDS:
+    if not carries_trees(implementation):
         return f"attn_implementation {implementation!r} is none of {', '.join(TREE_BACKENDS)}"
     if config.is_encoder_decoder or config.sub_configs:
         return "it is not a plain text decoder"
@@ -70,53 +80,98 @@ def why_not_inside(base: PreTrainedModel) -> str | None:
     return None
 
 
-def choose_layout(model: nn.Module, base: PreTrainedModel, pairs: Sequence[Pair], wanted: str | None = None) -> Layout:
-    """Find the cheapest layout that gives a model's own numbers, by its architecture and by scoring a few pairs.
+def plan_layout(base: PreTrainedModel, wanted: str | None = None) -> Layout:
+    """The fastest layout that a model's architecture allows; no weights are looked at.
 
     Args:
-        model: the model as it is trained, possibly with adapters; it is not switched over to trees yet.
-        base: the transformers model inside it.
-        pairs: token ids of some pairs; short parts of them are scored in every layout.
-        wanted: `packed` or `padded`, to have no other.
+        base: the transformers model, without wrappers.
+        wanted: `padded`, to have no trees.
+    """
+    no_trees = why_not_trees(base) if wanted != "padded" else "padded rows are wanted"
+    return Layout(no_trees, why_not_inside(base))
+
+
+def require_layout(layout: Layout, base: PreTrainedModel, wanted: str | None) -> None:
+    """Check that a layout is the wanted one.
 
     Raises:
         ValueError: where trees are wanted and the model cannot take them.
     """
+    if wanted == "packed" and not layout.packed:
+        raise ValueError(f"{type(base).__name__} cannot be trained in packed trees: {layout.why_not_packed}")
+
+
+def try_layout(
+    plan: Layout, model: nn.Module, base: PreTrainedModel, pairs: Sequence[Pair], device: torch.device, tolerance: float
+) -> Layout:
+    """Hold a planned layout against padded rows, by computing the log-probs of a few pairs in both.
+
+    Every process that shares the weights must call this, with the same pairs.
+
+    Args:
+        plan: of `plan_layout`.
+        model: the model as it is run, with adapters and wrappers; it is left with its plain attention.
+        base: the transformers model inside it.
+        pairs: token ids of some pairs, of which short parts are taken.
+        device: where batches go.
+        tolerance: nats a token that two exact computations may differ by.
+
+    Returns:
+        The plan, without what gives other numbers.
+
+    Raises:
+        NoiseError: where the model's log-probs differ between training and evaluation.
+    """
     short = [_shorten(pair) for pair in pairs]
-    parameter = next(model.parameters())
-    tolerance = tolerance_of(parameter, torch.is_autocast_enabled(parameter.device.type))
-    no_trees = why_not_trees(base) if wanted != "padded" else "padded rows are wanted"
-    if no_trees is None:
+    if plan.packed:
         use_tree_attention(base)
-    unscorable = any(parameter.is_meta or parameter.numel() == 0 for parameter in model.parameters())
-    expected = None if unscorable else _evaluate(model, Scorer(), pad(short, pad_token_id=0))
+
+    def logps(scorer: Scorer, batch: dict[str, Any], training: bool = False) -> CompletionScores:
+        with torch.no_grad(), in_mode(model, training):
+            return scorer(model, {name: value.to(device) for name, value in batch.items()})
+
+    expected = logps(Scorer(), pad(short, pad_token_id=0))
+
+    def difference(scores: CompletionScores) -> float:
+        return ((scores.logps - expected.logps).abs() / expected.lengths).max().item()
 
     def why_wrong(scorer: Scorer, batch: dict[str, Any], tolerance: float) -> str | None:
-        if expected is None:
-            return None  # Its weights are on another rank, or not there yet.
         try:
-            logps = _evaluate(model, scorer, batch).logps
+            found = difference(logps(scorer, batch))
         except (RuntimeError, IndexError, ValueError) as error:
             return f"it fails: {error}"
-        difference = ((logps - expected.logps).abs() / expected.lengths).max().item()
-        if difference <= tolerance:
-            return None
-        return f"token log-probs differ by {difference:.2g}, more than {tolerance:g}"
+        return None if found <= tolerance else f"token log-probs differ by {found:.2g}, more than {tolerance:g}"
 
-    no_trees = no_trees or why_wrong(Scorer(), pack(short), tolerance)
+    no_trees = plan.why_not_packed or why_wrong(Scorer(), pack(short), tolerance)
     # The same batch with the same attention differs by rounding alone.
-    no_inside = why_not_inside(base) or why_wrong(Scorer(base), pad(short, pad_token_id=0), tolerance / 10)
+    no_inside = plan.why_not_inside or why_wrong(Scorer(base), pad(short, pad_token_id=0), tolerance / 10)
+    noise = difference(logps(Scorer(), pad(short, pad_token_id=0), training=True))
     use_plain_attention(base)
-    if wanted == "packed" and no_trees:
-        raise ValueError(f"{type(base).__name__} cannot be trained in packed trees: {no_trees}")
-    return Layout(no_trees is None, no_inside is None, no_trees, no_inside)
+    if not noise <= tolerance:
+        raise NoiseError(
+            f"the token log-probs of {type(base).__name__} differ by {noise:.2g} between training and evaluation, more "
+            f"than {tolerance:g}: the model adds noise in training (dropout, router noise, sampled experts), which "
+            "would be taken for a preference; turn it off with `overrides_of_model_config`"
+        )
+    return Layout(no_trees, no_inside)
 
 
-@torch.no_grad()
-def _evaluate(model: nn.Module, scorer: Scorer, batch: dict[str, Any]) -> CompletionScores:
-    device = next(model.parameters()).device
-    with evaluating(model):
-        return scorer(model, {name: value.to(device) for name, value in batch.items()})
+def choose_layout(model: nn.Module, base: PreTrainedModel, pairs: Sequence[Pair], wanted: str | None = None) -> Layout:
+    """Plan a layout and try it, for a model whose weights are all in this process.
+
+    Args:
+        model, base, pairs: as for `try_layout`.
+        wanted: `packed` or `padded`, to have no other.
+
+    Raises:
+        ValueError: where trees are wanted and the model cannot take them.
+        NoiseError: where the model's log-probs differ between training and evaluation.
+    """
+    parameter = next(model.parameters())
+    tolerance = tolerance_of(parameter, torch.is_autocast_enabled(parameter.device.type))
+    layout = try_layout(plan_layout(base, wanted), model, base, pairs, parameter.device, tolerance)
+    require_layout(layout, base, wanted)
+    return layout
 
 
 def tolerance_of(parameter: torch.Tensor, mixed_precision: bool) -> float:

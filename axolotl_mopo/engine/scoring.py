@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -66,21 +68,39 @@ class Scorer:
             model: a causal language model, possibly wrapped (PEFT, DDP, FSDP).
             batch: of `pack` or `pad`.
         """
-        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        return self._run(model, batch)[0]
+
+    def with_aux_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[CompletionScores, Tensor]:
+        """The same, and the load-balancing loss of a mixture of experts, without its coefficient.
+
+        Tokens that several sequences share count as often as they would in rows of their own.
+        """
+        scores, outputs = self._run(model, batch, output_router_logits=True)
+        return scores, outputs.aux_loss.float()
+
+    def _run(self, model: nn.Module, batch: Mapping[str, Any], **options: Any) -> tuple[CompletionScores, Any]:
+        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch} | options
+        _mark_free_lengths(inputs)
         rows, targets = batch.get("rows"), batch["targets"]
         if self.base is None:
-            logps = self._logps(_chosen(model(**inputs, use_cache=False).logits, rows), targets)
+            outputs = model(**inputs, use_cache=False)
+            logps = self._logps(_chosen(outputs.logits, rows), targets)
         else:
-            with self._head_answers_logps(self.base, rows, targets):
-                logps = model(**inputs, use_cache=False).logits
-        return completion_scores(logps.flatten()[batch["predictors"]], batch["completion_ids"], batch["lengths"])
+            # FSDP2 casts what a module returns to half precision, but no complex numbers.
+            with self._head_answers_logps(self.base, rows, targets, as_complex=isinstance(model, FSDPModule)):
+                outputs = model(**inputs, use_cache=False)
+            logps = outputs.logits.real if outputs.logits.is_complex() else outputs.logits
+        logps = logps.flatten()[batch["predictors"]]
+        return completion_scores(logps, batch["completion_ids"], batch["lengths"]), outputs
 
     @contextmanager
-    def _head_answers_logps(self, base: PreTrainedModel, rows: Tensor | None, targets: Tensor) -> Iterator[None]:
+    def _head_answers_logps(
+        self, base: PreTrainedModel, rows: Tensor | None, targets: Tensor, as_complex: bool
+    ) -> Iterator[None]:
         """For a while the head answers with log-probs [1, P, K] of `targets` in the place of logits.
 
         So they are computed within the wrapped forward pass: sharded weights are there, and mixed precision turns
-        log-probs and not logits into float32.
+        log-probs and not logits into float32. `as_complex` gives them an imaginary part of 0.
         """
         head = base.get_output_embeddings()
         size = self._rows_at_once(base.config.get_text_config()) or len(targets)
@@ -98,10 +118,12 @@ class Scorer:
             if answering:
                 return None
             if len(chunks) == 1:
-                return self._logps(logits.squeeze(0), targets, cap)[None]
-            answering = True
-            parts = zip(chunks, targets.split(size), strict=True)
-            return torch.cat([_recomputed(chunk_logps, *part) for part in parts])[None]
+                logps = self._logps(logits.squeeze(0), targets, cap)[None]
+            else:
+                answering = True
+                parts = zip(chunks, targets.split(size), strict=True)
+                logps = torch.cat([_recomputed(chunk_logps, *part) for part in parts])[None]
+            return torch.complex(logps, torch.zeros_like(logps)) if as_complex else logps
 
         def chunk_logps(hidden: Tensor, targets: Tensor) -> Tensor:
             return self._logps(head(hidden[None]).squeeze(0), targets, cap)
@@ -128,6 +150,14 @@ class Scorer:
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
         return self.log_softmax(logits[None], targets[None]).squeeze(0)
+
+
+def _mark_free_lengths(inputs: Mapping[str, Any]) -> None:
+    """Tell torch.compile, if the model goes through it, that these lengths differ from batch to batch."""
+    segments = inputs.get("segments")
+    own = (segments.key_index, segments.cu_seq_q, segments.cu_seq_k) if segments else ()
+    for tensor in (*(value for value in inputs.values() if isinstance(value, Tensor)), *own):
+        torch._dynamo.maybe_mark_dynamic(tensor, tensor.ndim - 1)
 
 
 def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
@@ -158,7 +188,8 @@ def _chosen(values: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def completion_scores(logps: Tensor, completion_ids: Tensor, lengths: Tensor) -> CompletionScores:
-    """Per-token log-probs [N] -> per-completion scores [C] by segment sums on the tokens' device."""
+    """Per-token log-probs [N] -> per-completion scores [C] by segment sums on the tokens' device, at least float32."""
+    logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
 
     def total(per_token: Tensor) -> Tensor:
         return torch.zeros_like(lengths, dtype=per_token.dtype).index_add(0, completion_ids, per_token)
@@ -170,11 +201,11 @@ def completion_scores(logps: Tensor, completion_ids: Tensor, lengths: Tensor) ->
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model as it is evaluated, for a while."""
-    was_training = model.training
-    model.eval()
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in training or in evaluation mode, for a while."""
+    before = model.training
+    model.train(training)
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train(before)

@@ -39,6 +39,10 @@ class Segments:
     """Where the queries of each segment begin, int32, [S + 1]."""
     cu_seq_k: Tensor
     """Where the keys of each segment begin, int32, [S + 1]."""
+    max_q: int
+    """Queries of the longest segment."""
+    max_k: int
+    """Keys of the longest segment."""
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
 
@@ -95,12 +99,15 @@ def pack(pairs: Sequence[Pair]) -> dict[str, Any]:
     return {
         "input_ids": torch.from_numpy(row)[None],
         "position_ids": torch.from_numpy(np.concatenate(positions))[None],
-        # transformers hands a 4-D mask on untouched, so none of size T x T is built; `segments` says who sees whom.
-        "attention_mask": torch.zeros(1, 1, 1, 1),
+        # transformers hands a 4-D mask on untouched, so none of size T x T is built; `segments` says who sees whom, and
+        # of the mask a mixture of experts alone reads something: how often each token counts, in how many sequences.
+        "attention_mask": torch.from_numpy(np.bincount(np.concatenate(paths)))[None, None, None],
         "segments": Segments(
             key_index=torch.from_numpy(np.concatenate(keys)),
             cu_seq_q=_boundaries(query_lengths),
             cu_seq_k=_boundaries(key_lengths),
+            max_q=max(query_lengths),
+            max_k=max(key_lengths),
             query_lengths=tuple(query_lengths),
             key_lengths=tuple(key_lengths),
         ),

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_mopo.data.collating import PairCollator, read_tokens
-from axolotl_mopo.engine.attention import TREE_PREFIX, use_tree_attention
+from axolotl_mopo.engine.attention import plain_implementation, use_tree_attention
 from axolotl_mopo.engine.layout import choose_layout
 from axolotl_mopo.engine.ranks import PassCounts
 from axolotl_mopo.engine.scoring import Scorer
@@ -129,7 +129,7 @@ def separate_model(path: str, like: PreTrainedModel, policy: PairScorer, rows: D
     Yields:
         How it is scored.
     """
-    attention = (like.config._attn_implementation or "sdpa").removeprefix(TREE_PREFIX)
+    attention = plain_implementation(like)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=like.dtype, attn_implementation=attention)
     model.to(policy.accelerator.device)
     if model.config.vocab_size != like.config.vocab_size:

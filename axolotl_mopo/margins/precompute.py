@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from axolotl_mopo.config import AdapterMargin, ConfigError, MarginBlock, MODPOConfig, RewardModelMargin, TextMargin
 from axolotl_mopo.data.lengths import pair_lengths
 from axolotl_mopo.data.rows import DataError
-from axolotl_mopo.engine.scoring import evaluating
+from axolotl_mopo.engine.scoring import in_mode
 from axolotl_mopo.margins.cache import TableCache
 from axolotl_mopo.margins.fingerprint import digest, model_files_digest, policy_digests, rows_digest
 from axolotl_mopo.margins.functions import function_digest, function_name
@@ -142,7 +142,7 @@ class Precomputation:
         self, title: str, rows: Dataset, rows_key: str, weights: str, state: Callable[[], AbstractContextManager[None]]
     ) -> Tensor:
         def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
-            with state(), evaluating(self.policy.model):
+            with state(), in_mode(self.policy.model, training=False):
                 return self.policy.logps(rows, title)
 
         content = {"rows": rows_key, "weights": weights, "precision": self.accelerator.mixed_precision}
