@@ -1,5 +1,6 @@
 """The plugin itself: the only room that knows Axolotl's hooks."""
 
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ class MOPOPlugin(BasePlugin):
                     "fixed its arguments since; list `axolotl_mopo.MOPOPlugin` there too, or start another process"
                 )
             arguments["logging_nan_inf_filter"] = False  # it hides bad losses, and waits for the device in every step
+            if cfg.dataloader_pin_memory is not False:  # batches are copied to the device while it computes
+                arguments["accelerator_config"] = {"non_blocking": True, **(cfg.accelerator_config or {})}
             if cfg.group_by_length:
                 arguments["train_sampling_strategy"] = "group_by_length"
             if cfg.load_best_model_at_end or cfg.early_stopping_patience:
@@ -127,12 +130,10 @@ class MOPOPlugin(BasePlugin):
 
     def post_train(self, cfg: DictDefault, model: Any) -> None:
         """Write `mopo.json` beside the final model."""
-        from axolotl.utils.distributed import is_main_process
-
         from axolotl_mopo.manifest import write_manifest
 
         for block in _blocks(cfg):
-            if is_main_process():
+            if os.environ.get("RANK", "0") == "0":  # by now Axolotl has ended the process group
                 write_manifest(block, cfg.base_model, Path(cfg.output_dir))
 
 

@@ -29,7 +29,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from axolotl_mopo.config import AMoPOConfig, ConfigError, DimensionsBlock, MODPOConfig
 from axolotl_mopo.data.collating import PairCollator, read_tokens
@@ -47,6 +47,8 @@ from axolotl_mopo.losses import adaptive_weights, amopo_loss, modpo_loss
 from axolotl_mopo.margins.cache import TableCache
 from axolotl_mopo.margins.implicit import PairScorer
 from axolotl_mopo.margins.precompute import Constants, Precomputation
+from axolotl_mopo.margins.start import FILE_NAME as START_FILE
+from axolotl_mopo.margins.start import StartCallback, read_start
 from axolotl_mopo.metrics import MetricWindow
 from axolotl_mopo.stepping import Batch, Losses, SteppingMixin
 
@@ -75,8 +77,6 @@ class MultiObjectiveTrainer(
 
     method: Any
     """The settings, a `block`."""
-    _base: Any
-    """The transformers model inside the policy's wrappers."""
     _layout: Layout
 
     def __init__(
@@ -119,7 +119,6 @@ class MultiObjectiveTrainer(
         self.add_callback(self._guarding)
         self.pass_counts = PassCounts(differ=collator.max_tokens is not None)
 
-        self._base = model.get_base_model() if isinstance(model, PeftModel) else model
         self._base.add_model_tags(self.tag_names)
         self.aux_loss_coef = self._choose_aux_loss_coef()
         self._layout_tried = False
@@ -129,6 +128,11 @@ class MultiObjectiveTrainer(
             with self.accelerator.autocast():
                 self.try_layout(model)
         self.add_callback(_BeforeFirstStep(self))
+
+    @property
+    def _base(self) -> Any:
+        """The transformers model inside the policy's adapters."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
     def _is_sharded(self) -> bool:
@@ -410,12 +414,35 @@ class MODPOTrainer(MultiObjectiveTrainer):
         self._constants: dict[str, Constants] = {}
         self._tables: Constants | None = None
         self._warned: set[str] = set()
+        self.start: dict[str, str] = {}
+        self.add_callback(StartCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; constants are computed before the first step, or before the weights of a resumed run are loaded."""
+        """Train; constants are computed before the first step, or before the weights of a resumed run are loaded.
+
+        Raises:
+            ConfigError: where a run whose weights are split is resumed without the constants of its first start.
+        """
         if resume_from_checkpoint:
-            self.precompute(self.model)
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
+            self.precompute(self.model, start=self._recorded_start(Path(str(resume_from_checkpoint))))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _recorded_start(self, checkpoint: Path) -> dict[str, str] | None:
+        """What a checkpoint says of the weights that its run started from; None where this process still has them."""
+        if not self._is_sharded:
+            return None
+        try:
+            start = read_start(checkpoint)
+        except ValueError as error:
+            raise ConfigError(f"`resume_from_checkpoint`: {error}") from None
+        if start is None:
+            raise ConfigError(
+                f"`resume_from_checkpoint`: {checkpoint} holds no {START_FILE}, without which the reference of a run "
+                "whose weights are split cannot be found again; resume from another checkpoint, or start the run anew"
+            )
+        return start
 
     def before_first_step(self, wrapped: nn.Module, resumed: bool) -> None:
         """As for every method; then the reference and the margins are computed, but for a resumed run."""
@@ -450,22 +477,24 @@ class MODPOTrainer(MultiObjectiveTrainer):
     def _normalised(self) -> bool:
         return any(margin.normalize != "none" for margin in self.method.margins.values())
 
-    def _precomputation(self, wrapped: nn.Module) -> Precomputation:
+    def _precomputation(self, wrapped: nn.Module, start: dict[str, str] | None = None) -> Precomputation:
         cache = TableCache(Path(str(self.method.cache_dir)), self.accelerator)
-        return Precomputation(self.method, self.model, self._pair_scorer(wrapped), cache)
+        return Precomputation(self.method, self.model, self._pair_scorer(wrapped), cache, start)
 
     def _pair_scorer(self, wrapped: nn.Module) -> PairScorer:
         batch_size = self.args.per_device_train_batch_size
         return PairScorer(wrapped, self.scorer, self.data_collator, self.accelerator, self.pass_counts, batch_size)
 
-    def precompute(self, wrapped: nn.Module, train: bool = True) -> None:
+    def precompute(self, wrapped: nn.Module, train: bool = True, start: dict[str, str] | None = None) -> None:
         """Compute the reference log-probs and margins of rows with the policy as it stands, or find them.
 
         Args:
             wrapped: the policy as it is run.
             train: of the training rows, and not of those for evaluation alone.
+            start: names of the weights that the run started from, where the policy cannot be run as it was then.
         """
-        precomputation = self._precomputation(wrapped)
+        precomputation = self._precomputation(wrapped, start)
+        self.start = precomputation.weights
         sets = {"train": self.train_dataset} if train else {}
         if self.eval_dataset is not None:
             sets["evaluation"] = self.eval_dataset

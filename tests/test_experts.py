@@ -174,10 +174,10 @@ def test_the_term_is_that_of_trls_dpo(tokenizer, tmp_path):
 
 def test_a_coefficient_without_experts_is_refused(trainers):
     trainer = trainers["amopo"]
-    mixture, method = trainer._base, trainer.method
-    trainer._base, trainer.method = build_model(CONFIGS["llama"]), method.model_copy(update={"router_aux_loss_coef": 1})
+    mixture, method = trainer.model, trainer.method
+    trainer.model, trainer.method = build_model(CONFIGS["llama"]), method.model_copy(update={"router_aux_loss_coef": 1})
     try:
         with pytest.raises(ConfigError, match="LlamaForCausalLM, which has no load-balancing loss"):
             trainer._choose_aux_loss_coef()
     finally:
-        trainer._base, trainer.method = mixture, method
+        trainer.model, trainer.method = mixture, method

@@ -52,7 +52,8 @@ class PairScorer:
             rows: prepared rows, as many on every rank.
             title: of the progress bar; None shows none.
         """
-        loader = DataLoader(rows, batch_size=self.batch_size, collate_fn=self.collator)
+        pinned = self.accelerator.device.type == "cuda"
+        loader = DataLoader(rows, batch_size=self.batch_size, collate_fn=self.collator, pin_memory=pinned)
         quiet = title is None or not self.accelerator.is_main_process
         return torch.cat([self._batch_logps(batch) for batch in tqdm(loader, desc=title, disable=quiet)])
 
@@ -63,7 +64,7 @@ class PairScorer:
         (idle,) = self.pass_counts.missing(len(passes))
         with self.accelerator.autocast():
             for one in passes + passes[-1:] * idle:
-                scores = self.scorer(self.model, send_to_device(one, device))
+                scores = self.scorer(self.model, send_to_device(one, device, non_blocking=True))
                 logps[one["pairs"]] = scores.logps.view(-1, 2).float()
         return logps
 

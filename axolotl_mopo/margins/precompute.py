@@ -52,23 +52,29 @@ class Precomputation:
         model: the policy as it stood before its first step, not wrapped.
         policy: the same as it is run, and how it is scored.
         cache: where tables are kept.
+        start: names of the weights that the run started from, `base` and `initial`, where the model cannot be run as
+            it was then: what is computed with it can only be found.
     """
 
     method: MODPOConfig
     model: Any
     policy: PairScorer
     cache: TableCache
+    start: dict[str, str] | None = None
     _tables: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.accelerator = self.policy.accelerator
-        base, policy = policy_digests(self.model)
-        self._weights = {"base": self._agreed(base), "initial": self._agreed(policy)}
+        if self.start is None:
+            base, policy = policy_digests(self.model)
+            self.weights = {"base": self._agreed(base), "initial": self._agreed(policy)}
+        else:
+            self.weights = self.start
 
     @property
     def reference_is_policy(self) -> bool:
         """Whether the reference is the policy as it stands."""
-        return self._weights[self.method.reference] == self._weights["initial"]
+        return self.weights[self.method.reference] == self.weights["initial"]
 
     def constants(self, sets: Mapping[str, Dataset]) -> dict[str, Constants]:
         """The constants of sets of rows; the set `train`, if there, decides how margins are normalised."""
@@ -130,18 +136,24 @@ class Precomputation:
 
     def _policy_logps(self, set_name: str, rows: Dataset, rows_key: str, state: str) -> Tensor:
         adapters: AbstractContextManager[None] = nullcontext()
-        if self._weights[state] != self._weights["initial"]:
+        if self.weights[state] != self.weights["initial"]:
             adapters = without_adapters(self.model)
-        return self._logps(f"Reference, {set_name}", rows, rows_key, self._weights[state], lambda: adapters)
+        return self._logps(f"Reference, {set_name}", rows, rows_key, self.weights[state], lambda: adapters)
 
     def _adapter_logps(self, title: str, path: str, rows: Dataset, rows_key: str) -> Tensor:
-        weights = digest([self._weights["base"], model_digest(path)])
+        weights = digest([self.weights["base"], model_digest(path)])
         return self._logps(title, rows, rows_key, weights, lambda: with_adapter(self.model, path))
 
     def _logps(
         self, title: str, rows: Dataset, rows_key: str, weights: str, state: Callable[[], AbstractContextManager[None]]
     ) -> Tensor:
         def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
+            if self.start is not None:
+                raise ConfigError(
+                    f"`{self.method.rl}.cache_dir`: {title} of the run that is resumed is not in {self.cache.folder}, "
+                    "and cannot be computed again from a model whose weights are split; give the folder that the run "
+                    "used, with the same data, or start the run anew"
+                )
             with state(), in_mode(self.policy.model, training=False):
                 return self.policy.logps(rows, title)
 
