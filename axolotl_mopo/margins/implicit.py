@@ -20,6 +20,7 @@ from axolotl_mopo.engine.attention import TREE_PREFIX, use_tree_attention
 from axolotl_mopo.engine.layout import choose_layout
 from axolotl_mopo.engine.ranks import PassCounts
 from axolotl_mopo.engine.scoring import Scorer
+from axolotl_mopo.margins.loading import load_whole
 
 _NAME = "margin"
 
@@ -130,7 +131,7 @@ def separate_model(path: str, like: PreTrainedModel, policy: PairScorer, rows: D
         How it is scored.
     """
     attention = (like.config._attn_implementation or "sdpa").removeprefix(TREE_PREFIX)
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=like.dtype, attn_implementation=attention)
+    model = load_whole(AutoModelForCausalLM, path, like.dtype, attn_implementation=attention)
     model.to(policy.accelerator.device)
     if model.config.vocab_size != like.config.vocab_size:
         raise ValueError(
