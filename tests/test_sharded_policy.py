@@ -116,3 +116,13 @@ def test_a_reward_model_scores_alike_however_the_policy_is_sharded(tokenizer, tm
     assert expected.unique().numel() == 4
     request.getfixturevalue(sharding)
     assert torch.equal(table(), expected)
+
+
+def test_under_zero_3_the_name_of_a_model_is_of_its_weights(folder, zero_3):
+    one, same, other, wider = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(4))
+    assert all(parameter.numel() == 0 for parameter in one.parameters())
+    other.model.norm.weight.ds_tensor.data[3] += 0.01
+    wider.model.norm.weight.ds_shape = torch.Size([33])
+    assert weights_digest(one.named_parameters()) == weights_digest(same.named_parameters())
+    names = {weights_digest(model.named_parameters()) for model in (one, other, wider)}
+    assert len(names) == 3
