@@ -195,7 +195,7 @@ def compute(folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["adapter", "whole"])
-def test_precision_attention_and_configuration_miss_the_tables(folder, compute, kind):
+def test_precision_attention_configuration_and_an_older_release_miss_the_tables(folder, compute, kind, monkeypatch):
     whole = {"path": str(folder), "reference": str(folder / "other")}
     llama(rms_norm_eps=1e-3).save_pretrained(folder / "other")
     margin = whole if kind == "whole" else {"path": str(folder / "adapter")}
@@ -213,6 +213,8 @@ def test_precision_attention_and_configuration_miss_the_tables(folder, compute, 
     changed, missed = compute(margin, load(config=config))
     assert missed == (1 if kind == "whole" else 2)  # whole models bring their own configuration
     assert not torch.allclose(changed.reference, first.reference, atol=1e-3)
+    monkeypatch.setattr("axolotl_mopo.margins.precompute._VERSION", 1)
+    assert compute(margin, load())[1] == made
 
 
 def test_a_margin_that_brings_a_head_along_leaves_the_policy_to_a_run_that_finds_its_table(folder, compute, tmp_path):
