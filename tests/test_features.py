@@ -167,32 +167,85 @@ def test_a_compiled_model_has_the_same_losses(build, monkeypatch, method):
 KERNELS = """
 import json, random, sys
 from pathlib import Path
+import axolotl.kernels.lora
 import torch
 sys.path.insert(0, "tests")
-from conftest import host_trainer, smoke_config
-lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+from conftest import LORA, SMOKE, build_model, host_trainer, save_adapter, smoke_config, stir
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+folder = Path(sys.argv[1])
 alone = {"dataset_num_proc": 0, "dataloader_num_workers": 0}
-common = {"max_steps": 2, "warmup_steps": 0, "test_datasets": None, **alone, **lora}
-losses = {}
+common = {"max_steps": 2, "warmup_steps": 0, "test_datasets": None, **alone, **LORA}
+
+def seeded_trainer(cfg):
+    random.seed(0)
+    torch.manual_seed(0)
+    return host_trainer(cfg)
+
+def trained(method, kernels):
+    kernel = {"lora_qkv_kernel": kernels, "lora_o_kernel": kernels}
+    trainer = seeded_trainer(smoke_config(method, folder, **common, **kernel))
+    trainer.train()
+    patched = hasattr(trainer.model.base_model.model.model.layers[0].self_attn, "apply_qkv")
+    losses[f"{method} {patched}"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+def save_margins():
+    build_model(AutoConfig.from_pretrained(SMOKE / "model")).save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(SMOKE / "model").save_pretrained(folder / "base")
+    save_adapter(folder / "base", folder / "part", seed=1)
+    everywhere = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=2, target_modules=everywhere, use_dora=True, lora_dropout=0.2, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config)
+    stir(model).save_pretrained(folder / "all")
+
+def computed(kernels):
+    margins = {name: {"source": "adapter", "path": str(folder / name), "beta": 0.2} for name in ("part", "all")}
+    block = {"objective": "overall", "weights": {"overall": 0.5, "part": 0.5, "all": 0.5}, "margins": margins}
+    block["cache_dir"] = str(folder / f"cache {kernels}")
+    kernel = dict.fromkeys(["lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel", "lora_embedding_kernel"], kernels)
+    on_disk = {"base_model": str(folder / "base"), "reinit_weights": None, "dataset_prepared_path": str(folder / "few")}
+    cfg = smoke_config("modpo", folder, **{**common, **on_disk}, modpo=block, **kernel)
+    cfg["datasets"][0]["split"] = "train[:24]"
+    trainer = seeded_trainer(cfg)
+    stir(trainer.model)
+    layer = trainer.model.base_model.model.model.layers[0]
+    assert hasattr(layer.self_attn, "apply_qkv") is ("forward" in vars(layer.mlp)) is kernels
+    trainer.precompute(trainer.model)
+    return [part.tolist() for part in trainer._constants["train"]]
+
+# Stands in for a kernel that needs a GPU.
+axolotl.kernels.lora.swiglu_forward = lambda gate, up: torch.nn.functional.silu(gate) * up
+save_margins()
+losses, tables = {}, {}
 for kernels in (False, True):  # they stay in the model's classes
     for method in ("amopo", "modpo"):
-        random.seed(0)
-        torch.manual_seed(0)
-        kernel = {"lora_qkv_kernel": kernels, "lora_o_kernel": kernels}
-        trainer = host_trainer(smoke_config(method, Path(sys.argv[1]), **common, **kernel))
-        trainer.train()
-        patched = hasattr(trainer.model.base_model.model.model.layers[0].self_attn, "apply_qkv")
-        losses[f"{method} {patched}"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-Path(sys.argv[1], "losses.json").write_text(json.dumps(losses))
+        trained(method, kernels)
+    tables[str(kernels)] = computed(kernels)
+(folder / "results.json").write_text(json.dumps({"losses": losses, "tables": tables}))
 """
 
 
-def test_the_hosts_kernels_of_attention_adapters_have_the_same_losses(tmp_path):
-    subprocess.run([sys.executable, "-c", KERNELS, str(tmp_path)], check=True, cwd=ROOT, capture_output=True)
-    losses = json.loads((tmp_path / "losses.json").read_text())
+@pytest.fixture(scope="module")
+def beside_kernels(tmp_path_factory):
+    """What a process of its own found with and without the host's kernels."""
+    folder = tmp_path_factory.mktemp("kernels")
+    subprocess.run([sys.executable, "-c", KERNELS, str(folder)], check=True, cwd=ROOT, capture_output=True)
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_hosts_kernels_of_attention_adapters_have_the_same_losses(beside_kernels):
+    losses = beside_kernels["losses"]
     assert set(losses) == {f"{method} {patched}" for method in METHODS for patched in (True, False)}
     for method in METHODS:
         assert losses[f"{method} True"] == pytest.approx(losses[f"{method} False"], rel=1e-4)
+
+
+def test_beside_the_hosts_kernels_a_margin_adapter_has_the_same_rewards(beside_kernels):
+    plain, kernels = ([torch.tensor(part) for part in beside_kernels["tables"][name]] for name in ("False", "True"))
+    for one, other in zip(plain, kernels, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+    assert plain[1].abs().amax((0, 1)).min() > 1
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from axolotl_mopo.engine.layout import choose_layout
 from axolotl_mopo.engine.packing import Share, lay_out
 from axolotl_mopo.engine.scoring import Scorer
 from axolotl_mopo.engine.trees import Pair
-from axolotl_mopo.margins.implicit import with_adapter
+from axolotl_mopo.margins.adapters import with_adapter
 
 _LOGITS_BUDGET = 1.5 * 2**30
 
@@ -77,9 +77,8 @@ class Models:
         if base is None:
             yield model
         else:
-            with with_adapter(model, path):
-                model.eval()
-                yield model
+            with with_adapter(model, path) as adapted:
+                yield adapted
 
 
 def stop_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, tqdm
 from datasets import Dataset
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,10 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from axolotl_mopo.data.collating import PairCollator, read_tokens
 from axolotl_mopo.engine.attention import plain_implementation, use_tree_attention
 from axolotl_mopo.engine.layout import choose_layout
+from axolotl_mopo.engine.noise import turn_off_noise
 from axolotl_mopo.engine.ranks import PassCounts
 from axolotl_mopo.engine.scoring import Scorer
-
-_NAME = "margin"
+from axolotl_mopo.margins.loading import load_whole
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,11 @@ class PairScorer:
         quiet = title is None or not self.accelerator.is_main_process
         return torch.cat([self._batch_logps(batch) for batch in tqdm(loader, desc=title, disable=quiet)])
 
+    def of(self, model: Any) -> "PairScorer":
+        """Another model of the same architecture, scored in the same way."""
+        base = None if self.scorer.base is None else model
+        return replace(self, model=model, scorer=replace(self.scorer, base=base))
+
     def _batch_logps(self, batch: Mapping[str, Any]) -> Tensor:
         device = self.accelerator.device
         passes = [one for unit in batch["units"] for one in unit]
@@ -75,49 +79,6 @@ def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def with_adapter(model: nn.Module, path: str) -> Iterator[None]:
-    """Run the model with the adapter at `path` in the place of its own, and leave it as it was, gradients included.
-
-    Nothing but the adapter's own weights is loaded.
-
-    Args:
-        model: not wrapped; with or without adapters.
-        path: the adapter's folder.
-    """
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    was_training = model.training
-    if isinstance(model, PeftModel):
-        active = model.active_adapter
-        model.load_adapter(path, _NAME, is_trainable=False)
-        model.set_adapter(_NAME, inference_mode=True)
-    else:
-        attached = PeftModel.from_pretrained(model, path, adapter_name=_NAME, is_trainable=False)
-    try:
-        yield
-    finally:
-        if isinstance(model, PeftModel):
-            model.set_adapter(active, inference_mode=True)
-            model.delete_adapter(_NAME)
-            _unwrap_untouched(model)
-        else:
-            attached.unload()
-        model.train(was_training)
-        after = dict(model.named_parameters())
-        if after.keys() != before.keys():
-            raise RuntimeError(f"the adapter {path} left {sorted(after.keys() ^ before.keys())} in the policy")
-        for name, parameter in after.items():
-            parameter.requires_grad_(before[name])
-
-
-def _unwrap_untouched(model: nn.Module) -> None:
-    """Take off the wrappers that PEFT leaves on modules that the deleted adapter alone had changed."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer) and not any(getattr(module, part) for part in module.adapter_layer_names):
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, module.get_base_layer())
-
-
-@contextmanager
 def separate_model(path: str, like: PreTrainedModel, policy: PairScorer, rows: Dataset) -> Iterator[PairScorer]:
     """A whole model of its own, loaded for a while, in the policy's precision.
 
@@ -130,14 +91,14 @@ def separate_model(path: str, like: PreTrainedModel, policy: PairScorer, rows: D
     Yields:
         How it is scored.
     """
-    attention = plain_implementation(like)
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=like.dtype, attn_implementation=attention)
+    model = load_whole(AutoModelForCausalLM, path, like.dtype, attn_implementation=plain_implementation(like))
     model.to(policy.accelerator.device)
     if model.config.vocab_size != like.config.vocab_size:
         raise ValueError(
             f"{path} has a vocabulary of {model.config.vocab_size} tokens and the policy one of "
             f"{like.config.vocab_size}; an implicit reward needs the policy's own tokenizer"
         )
+    turn_off_noise(model)
     model.eval()
     layout = choose_layout(model, model, [read_tokens(rows[0])])
     if layout.packed:

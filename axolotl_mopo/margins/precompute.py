@@ -17,16 +17,20 @@ from transformers import AutoConfig
 from axolotl_mopo.config import AdapterMargin, ConfigError, MarginBlock, MODPOConfig, RewardModelMargin, TextMargin
 from axolotl_mopo.data.lengths import pair_lengths
 from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.engine.attention import plain_implementation
 from axolotl_mopo.engine.scoring import in_mode
+from axolotl_mopo.margins.adapters import unchanged, with_adapter
 from axolotl_mopo.margins.cache import TableCache
 from axolotl_mopo.margins.fingerprint import digest, model_files_digest, policy_digests, rows_digest
 from axolotl_mopo.margins.functions import function_digest, function_name
-from axolotl_mopo.margins.implicit import PairScorer, separate_model, with_adapter, without_adapters
+from axolotl_mopo.margins.implicit import PairScorer, separate_model, without_adapters
 from axolotl_mopo.margins.rewards import both_sides, function_rewards, model_rewards
 from axolotl_mopo.margins.rows import row_margin_names
 
 LOG = get_logger("axolotl.mopo")
 
+_VERSION = 2
+"""Of the tables: one more where a table of an older release must not be found."""
 _TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
 _TEXTS = ("messages", "chosen_text", "rejected_text")
 
@@ -135,18 +139,8 @@ class Precomputation:
                 return torch.from_numpy(np.stack(sides, -1))
 
     def _policy_logps(self, set_name: str, rows: Dataset, rows_key: str, state: str) -> Tensor:
-        adapters: AbstractContextManager[None] = nullcontext()
-        if self.weights[state] != self.weights["initial"]:
-            adapters = without_adapters(self.model)
-        return self._logps(f"Reference, {set_name}", rows, rows_key, self.weights[state], lambda: adapters)
+        title = f"Reference, {set_name}"
 
-    def _adapter_logps(self, title: str, path: str, rows: Dataset, rows_key: str) -> Tensor:
-        weights = digest([self.weights["base"], model_digest(path)])
-        return self._logps(title, rows, rows_key, weights, lambda: with_adapter(self.model, path))
-
-    def _logps(
-        self, title: str, rows: Dataset, rows_key: str, weights: str, state: Callable[[], AbstractContextManager[None]]
-    ) -> Tensor:
         def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
             if self.start is not None:
                 raise ConfigError(
@@ -154,24 +148,41 @@ class Precomputation:
                     "and cannot be computed again from a model whose weights are split; give the folder that the run "
                     "used, with the same data, or start the run anew"
                 )
-            with state(), in_mode(self.policy.model, training=False):
+            adapters: AbstractContextManager[None] = nullcontext()
+            if self.weights[state] != self.weights["initial"]:
+                adapters = without_adapters(self.model)
+            with adapters, in_mode(self.policy.model, training=False):
                 return self.policy.logps(rows, title)
 
-        content = {"rows": rows_key, "weights": weights, "precision": self.accelerator.mixed_precision}
-        return self._table(title, content, rows, score)
+        return self._logps(title, {"weights": self.weights[state]}, rows, rows_key, score)
+
+    def _adapter_logps(self, title: str, path: str, rows: Dataset, rows_key: str) -> Tensor:
+        def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
+            with unchanged(self.model, path), with_adapter(self.model, path) as adapted:
+                return self.policy.of(adapted).logps(rows, title)
+
+        weights = digest([self.weights["base"], model_digest(path)])
+        return self._logps(title, {"weights": weights}, rows, rows_key, score)
 
     def _separate_logps(self, title: str, path: str, rows: Dataset, rows_key: str) -> Tensor:
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
         def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
-            with separate_model(path, base, self.policy, rows) as model:
+            with separate_model(path, self._base, self.policy, rows) as model:
                 return model.logps(rows, title)
 
-        content = {"rows": rows_key, "weights": model_digest(path), "precision": str(base.dtype)}
-        return self._table(title, content, rows, score)
+        content = {"weights": model_digest(path), "dtype": str(self._base.dtype)}
+        return self._logps(title, content, rows, rows_key, score)
+
+    @property
+    def _base(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def _logps(self, title: str, model: Mapping[str, str], rows: Dataset, rows_key: str, score: Score) -> Tensor:
+        """The log-probs of a model, which is known by what `model` says of it."""
+        how = {"precision": self.accelerator.mixed_precision, "attention": plain_implementation(self._base)}
+        return self._table(title, {"rows": rows_key, **model, **how}, rows, score)
 
     def _table(self, title: str, content: Mapping[str, Any], rows: Dataset, score: Score) -> Tensor:
-        name = digest(content)
+        name = digest({"version": _VERSION, **content})
         if name not in self._tables:
             table, hit = self.cache.table(name, len(rows), lambda: self._spread_over_ranks(title, rows, score))
             self._tables[name] = table

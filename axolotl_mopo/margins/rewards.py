@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from axolotl_mopo.config import ConfigError, RewardModelMargin, TextMargin
 from axolotl_mopo.data.rows import DataError, Message
 from axolotl_mopo.margins.functions import function_name, reward_function
+from axolotl_mopo.margins.loading import load_whole
 from axolotl_mopo.margins.settling import find_head
 
 Rewards = Callable[[list[list[Message]], list[str], Sequence[int]], list[float]]
@@ -54,7 +55,7 @@ def model_rewards(margin: RewardModelMargin, device: torch.device) -> Iterator[R
         DataError: from the result, where a text is longer than the model takes, or a reward is not finite.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(margin.path)
-    model = AutoModelForSequenceClassification.from_pretrained(margin.path, dtype=getattr(torch, margin.dtype))
+    model = load_whole(AutoModelForSequenceClassification, margin.path, getattr(torch, margin.dtype))
     head = find_head(margin, {str(name): index for name, index in (model.config.label2id or {}).items()})
     if not tokenizer.chat_template:
         raise ConfigError(

@@ -1,16 +1,18 @@
 """What the YAML leaves open of a margin and its source says, and every check that needs no model."""
 
 import json
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from axolotl.utils.logging import get_logger
 
 from axolotl_mopo.config import (
+    BLOCKS,
     AdapterMargin,
     CallableMargin,
     ConfigError,
+    DimensionsBlock,
     MarginBlock,
     MODPOConfig,
     RewardModelMargin,
@@ -20,6 +22,8 @@ from axolotl_mopo.config import (
 LOG = get_logger("axolotl.mopo")
 
 _DEFAULT_PREPARED_PATH = "last_run_prepared"
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to initialise LoRA that take what the adapter starts with out of the base model's weights."""
 _WITHOUT_SCORES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -35,21 +39,70 @@ def settle_margins(cfg: MutableMapping[str, Any], block: MODPOConfig) -> MODPOCo
         if not isinstance(prepared, str):
             raise ConfigError(f"`dataset_prepared_path` is {prepared!r}; it must be a folder")
         raw["cache_dir"] = str(Path(prepared) / "modpo-cache")
-    sharded = bool(cfg.get("fsdp") or cfg.get("fsdp_config") or cfg.get("deepspeed"))
     for name, margin in block.margins.items():
-        beta = check_margin(margin, f"`{block.rl}.margins.{name}", sharded)
+        beta = check_margin(margin, f"`{block.rl}.margins.{name}", cfg)
         if beta is not None:
             raw["margins"][name]["beta"] = beta
+    _check_policy(cfg, block)
     return parse_block(type(block), raw, block.rl)
 
 
-def check_margin(margin: MarginBlock, where: str, sharded: bool = False) -> float | None:
+def _check_policy(cfg: Mapping[str, Any], block: MODPOConfig) -> None:
+    """Refuse an adapter that changes the base model where the base model as it was is needed.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    change = _change_by_policy(cfg)
+    if change is None:
+        return
+    if block.reference == "base":
+        raise ConfigError(
+            f"{change} changes the base model's weights, so `{block.rl}.reference: base` does not go with it; set "
+            f"`{block.rl}.reference: initial`, or start from another adapter"
+        )
+    for name, margin in block.margins.items():
+        if isinstance(margin, AdapterMargin) and margin.reference is None:
+            raise ConfigError(
+                f"{change} changes the base model's weights, which `{block.rl}.margins.{name}` is measured against; "
+                "start from another adapter, or merge the margin's and give the merged model and its `reference`"
+            )
+
+
+def _change_by_policy(cfg: Mapping[str, Any]) -> str | None:
+    """What makes the policy's adapter change the base model's weights, if anything does."""
+    if not cfg.get("adapter"):
+        return None
+    if cfg.get("lora_model_dir"):
+        path = Path(str(cfg["lora_model_dir"])) / "adapter_config.json"
+        try:
+            change = _change_of_base(_read_mapping(path)) if path.is_file() else None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"`lora_model_dir` cannot be read: {error}") from None
+        return change and f"the {change} of the adapter in `lora_model_dir`"
+    peft = cfg.get("peft")
+    loftq = isinstance(peft, Mapping) and peft.get("loftq_config") is not None
+    if not cfg.get("peft_init_lora_weights") and loftq:
+        return "`peft.loftq_config`"
+    init, copied = cfg.get("peft_init_lora_weights"), cfg.get("peft_layer_replication")
+    change = _change_of_base({"init_lora_weights": init, "layer_replication": copied})
+    return change and change.replace("`", "`peft_", 1)
+
+
+def _change_of_base(config: Mapping[str, Any]) -> str | None:
+    """The setting of a LoRA adapter by which it changes the base model that it is put into, if there is one."""
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_THE_BASE):
+        return f"`init_lora_weights: {config['init_lora_weights']}`"
+    return "`layer_replication`" if config.get("layer_replication") else None
+
+
+def check_margin(margin: MarginBlock, where: str, run: Mapping[str, Any] | None = None) -> float | None:
     """Hold a margin against its source, without loading a model.
 
     Args:
         margin: as the user gives it.
         where: the beginning of its key in messages, a backtick first.
-        sharded: whether the policy's weights will be split.
+        run: the raw YAML of the run that it is for, if it is for one.
 
     Returns:
         The beta of an implicit reward; None for every other source.
@@ -60,7 +113,7 @@ def check_margin(margin: MarginBlock, where: str, sharded: bool = False) -> floa
     try:
         match margin:
             case AdapterMargin():
-                return _adapter_beta(margin, where, sharded)
+                return _adapter_beta(margin, where, run or {})
             case RewardModelMargin():
                 _check_reward_model(margin, where)
             case CallableMargin():
@@ -82,18 +135,10 @@ def _check_function(margin: CallableMargin, where: str) -> None:
         raise ConfigError(f"{where}.function`: {error}") from None
 
 
-def _adapter_beta(margin: AdapterMargin, where: str, sharded: bool) -> float:
+def _adapter_beta(margin: AdapterMargin, where: str, run: Mapping[str, Any]) -> float:
     folder = Path(margin.path)
     if (folder / "adapter_config.json").exists():
-        if margin.reference is not None:
-            raise ConfigError(
-                f"{where}.reference` has no effect: the reference of an adapter is the base model; drop it"
-            )
-        if sharded:
-            raise ConfigError(
-                f"{where}` is an adapter, which cannot be put into a model that FSDP or DeepSpeed has split; merge it "
-                "with `axolotl merge-lora` and give the merged model and its `reference`"
-            )
+        _check_adapter(margin, where, run)
     elif folder.exists() and not (folder / "config.json").exists():
         raise ConfigError(f"{where}.path`: {folder} holds neither an adapter_config.json nor a config.json")
     elif margin.reference is None:
@@ -104,19 +149,66 @@ def _adapter_beta(margin: AdapterMargin, where: str, sharded: bool) -> float:
     for key, path in (("path", margin.path), ("reference", margin.reference)):
         if path is not None and not Path(path).exists():
             LOG.warning("%s.%s`: %s is no folder here and is fetched from the model hub.", where, key, path)
-    recorded = _recorded_beta(folder)
-    if margin.beta is None and recorded is None:
+    beta = _recorded_beta(folder, where) if margin.beta is None else margin.beta
+    if beta is None:
         raise ConfigError(
             f"{where}.beta` is missing, and no mopo.json in {folder} says it; give the beta of its training"
         )
-    return recorded if margin.beta is None else margin.beta  # type: ignore[return-value]
+    return beta
 
 
-def _recorded_beta(folder: Path) -> float | None:
-    """The beta that a run of ours left beside the adapter, or beside the run whose checkpoint it is."""
+def _check_adapter(margin: AdapterMargin, where: str, run: Mapping[str, Any]) -> None:
+    """Hold an adapter's own configuration against the run."""
+    if margin.reference is not None:
+        raise ConfigError(f"{where}.reference` has no effect: the reference of an adapter is the base model; drop it")
+    if run.get("fsdp") or run.get("fsdp_config") or run.get("deepspeed"):
+        raise ConfigError(
+            f"{where}` is an adapter, which cannot be put into a model that FSDP or DeepSpeed has split; merge it "
+            "with `axolotl merge-lora` and give the merged model and its `reference`"
+        )
+    config = _read_mapping(Path(margin.path) / "adapter_config.json")
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise ConfigError(
+            f"{where}.path`: {margin.path} is an adapter of the type {kind}, not LORA; merge it into its base model "
+            "and give the merged model and its `reference`"
+        )
+    if change := _change_of_base(config):
+        raise ConfigError(
+            f"{where}.path`: {margin.path} has {change}, which changes the base model that it is put into, so the base "
+            "model is not its reference; save it again with PEFT's `path_initial_model_for_weight_conversion`, or "
+            "merge it and give the merged model and its `reference`"
+        )
+    theirs, ours = config.get("base_model_name_or_path"), run.get("base_model")
+    if theirs and ours and not _same_model(str(theirs), str(ours)):
+        LOG.warning(
+            "%s.path`: %s was trained on the base model %s, and this run's is %s; its rewards mean something only if "
+            "the two are the same.",
+            where,
+            margin.path,
+            theirs,
+            ours,
+        )
+
+
+def _same_model(one: str, other: str) -> bool:
+    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
+
+
+def _recorded_beta(folder: Path, where: str) -> float | None:
+    """The beta that a run of ours left beside the adapter, or beside the run whose checkpoint it is.
+
+    Raises:
+        ConfigError: where that run had no reference, which an implicit reward is measured against.
+    """
     for path in (folder / "mopo.json", folder.parent / "mopo.json"):
         if path.is_file():
-            beta = _read_mapping(path).get("beta")
+            content = _read_mapping(path)
+            method, beta = str(content.get("method")), content.get("beta")
+            if issubclass(BLOCKS.get(method, MODPOConfig), DimensionsBlock):
+                raise ConfigError(
+                    f"{where}.beta`: {path} is of a run of `rl: {method}`, which has no reference, so its beta gives "
+                    "no implicit reward; train the margin's adapter by DPO or `rl: modpo`"
+                )
             return float(beta) if isinstance(beta, int | float) else None
     return None
 
