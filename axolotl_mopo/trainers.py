@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import trl.trainer.utils
 from accelerate.utils import broadcast_object_list
@@ -33,6 +34,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from axolotl_mopo.config import AMoPOConfig, ConfigError, DimensionsBlock, MODPOConfig
 from axolotl_mopo.data.collating import PairCollator, read_tokens
+from axolotl_mopo.data.columns import with_numbers
 from axolotl_mopo.data.lengths import budget_message, with_lengths
 from axolotl_mopo.data.notes import notes
 from axolotl_mopo.data.rows import DataError
@@ -503,7 +505,7 @@ def choose_log_softmax(device: torch.device) -> Callable[[Tensor, Tensor], Tenso
 def _numbered(rows: Dataset, first: int) -> Dataset:
     if "pair_index" in rows.column_names:  # of another trainer on the same rows
         rows = rows.remove_columns("pair_index")
-    return rows.add_column("pair_index", list(range(first, first + len(rows))))
+    return with_numbers(rows, "pair_index", np.arange(first, first + len(rows)))
 
 
 def _reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
