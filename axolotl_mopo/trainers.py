@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import trl.trainer.utils
 from accelerate.utils import broadcast_object_list
-from axolotl.core.trainers.mixins import DistributedParallelMixin, RngLoaderMixin
+from axolotl.core.trainers.mixins import ActivationOffloadingMixin, DistributedParallelMixin, RngLoaderMixin
 from axolotl.core.trainers.mixins.optimizer import OptimizerInitMixin, OptimizerMixin
 from axolotl.core.trainers.mixins.scheduler import SchedulerMixin
 from axolotl.utils.logging import get_logger
@@ -59,7 +59,13 @@ _SPREADS = {"weights/": "weights_std/", "margins/": "margins_std/", "rewards/mar
 
 
 class MultiObjectiveTrainer(
-    RngLoaderMixin, SchedulerMixin, OptimizerMixin, OptimizerInitMixin, DistributedParallelMixin, SteppingMixin
+    RngLoaderMixin,
+    SchedulerMixin,
+    OptimizerMixin,
+    OptimizerInitMixin,
+    ActivationOffloadingMixin,
+    DistributedParallelMixin,
+    SteppingMixin,
 ):
     """What MODPO and AMoPO share: layout, metrics and the model card. A child gives its block and the losses."""
 
