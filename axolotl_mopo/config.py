@@ -357,37 +357,102 @@ _OLD_ATTENTION_KEYS = ("flex_attention", "xformers_attention", "sage_attention")
 """Keys of the host for what `attn_implementation` says today, and trees cannot go by."""
 _OTHER_METHODS_KEYS = {
     "rl_beta": "beta",
+    "dpo_beta": "beta",
     "simpo_gamma": "gamma",
     "cpo_alpha": "sft_coef",
     "orpo_alpha": "beta",
     "trl": "beta",
 }
-_LEFT_OUT_OF_PREFERENCE_RUNS = (
-    "auto_find_batch_size",
-    "curriculum_sampling",
-    "do_bench_eval",
-    "do_causal_lm_eval",
-    "eval_table_size",
-    "generate_samples",
-    "jagged_restart_steps",
-    "lisa_step_interval",
-    "loss_watchdog_threshold",
-    "lr_quadratic_warmup",
-    "neftune_noise_alpha",
-    "noisy_embedding_alpha",
-    "pad_to_sequence_len",
-    "relora",
-)
-"""Keys that the host reads for supervised training alone."""
-_CROSS_ENTROPY_KEYS = (
-    "chunked_cross_entropy",
-    "cut_cross_entropy",
-    "liger_cross_entropy",
-    "liger_fused_linear_cross_entropy",
-    "liger_use_token_scaling",
-    "use_eaft",
-)
-"""Keys that change how a model computes the one loss that neither method has."""
+"""Keys of Axolotl for what another key of the block says."""
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    ": it belongs to another method of Axolotl": (
+        "center_rewards_coefficient",
+        "dpo_label_smoothing",
+        "dpo_loss_type",
+        "dpo_loss_weights",
+        "dpo_padding_free",
+        "dpo_use_liger_kernel",
+        "dpo_use_weighting",
+        "ebft",
+        "kto_desirable_weight",
+        "kto_undesirable_weight",
+        "precompute_ref_log_probs",
+        "process_reward_model",
+        "reward_model",
+        "rl_adapter_ref_model",
+    ),
+    ": Axolotl reads it for supervised training alone": (
+        "auto_find_batch_size",
+        "batch_flattening",
+        "bench_dataset",
+        "bench_split",
+        "chat_template_kwargs",
+        "curriculum_sampling",
+        "dataset_keep_in_memory",
+        "dataset_shard_idx",
+        "dataset_shard_num",
+        "do_bench_eval",
+        "do_causal_lm_eval",
+        "eot_tokens",
+        "eval_causal_lm_metrics",
+        "eval_max_new_tokens",
+        "eval_sample_packing",
+        "eval_sequence_len",
+        "eval_table_size",
+        "generate_samples",
+        "generation_top_k",
+        "generation_top_p",
+        "image_resize_algorithm",
+        "jagged_restart_anneal_steps",
+        "jagged_restart_steps",
+        "jagged_restart_warmup_steps",
+        "lisa_n_layers",
+        "lisa_step_interval",
+        "loss_watchdog_patience",
+        "loss_watchdog_threshold",
+        "lr_quadratic_warmup",
+        "min_sample_len",
+        "multipack_real_batches",
+        "neftune_noise_alpha",
+        "noisy_embedding_alpha",
+        "pad_to_sequence_len",
+        "pose_max_context_len",
+        "pose_num_chunks",
+        "pose_split_on_token_ids",
+        "pretrain_multipack_buffer_size",
+        "pretraining_dataset",
+        "pretraining_sample_concatenation",
+        "relora",
+        "relora_cpu_offload",
+        "relora_prune_ratio",
+        "role_boundaries",
+        "sample_packing_eff_est",
+        "sample_packing_mp_start_method",
+        "sample_packing_sequentially",
+        "streaming",
+        "total_supervised_tokens",
+        "train_on_inputs",
+        "use_pose",
+    ),
+    ", whose loss is no cross-entropy": (
+        "chunked_cross_entropy",
+        "chunked_cross_entropy_num_chunks",
+        "cut_cross_entropy",
+        "flash_attn_cross_entropy",
+        "liger_cross_entropy",
+        "liger_fused_linear_cross_entropy",
+        "liger_use_token_scaling",
+        "use_eaft",
+    ),
+    ": Axolotl reads it nowhere": (
+        "evaluation_strategy",
+        "fsdp_final_state_dict_type",
+        "lr_div_factor",
+        "max_prompt_len",
+        "preprocess_iterable",
+    ),
+}
+"""Keys of Axolotl that would change nothing, by the reason that is told."""
 
 
 class MOPOArgs(BaseModel):
@@ -430,21 +495,40 @@ def read_method(cfg: Mapping[str, Any], method: str) -> MethodConfig:
             raise ConfigError(f"`{key}` has no effect with `rl: {method}`; remove it (see `{method}.{ours}`)")
     if cfg.get("pad_to_multiple_of"):
         raise ConfigError(f"`pad_to_multiple_of` has no effect with `rl: {method}`, which packs; remove it")
-    for key in _LEFT_OUT_OF_PREFERENCE_RUNS:
-        if cfg.get(key):
-            raise ConfigError(
-                f"`{key}` has no effect with `rl: {method}`: Axolotl reads it for supervised training alone; remove it"
-            )
-    for key in _CROSS_ENTROPY_KEYS:
-        if cfg.get(key):
-            raise ConfigError(f"`{key}` has no effect with `rl: {method}`, whose loss is no cross-entropy; remove it")
-    if cfg.get("context_parallel_size") not in (None, 1):
-        raise ConfigError(f"`context_parallel_size` other than 1 does not work with `rl: {method}`; remove it")
+    for reason, keys in WITHOUT_EFFECT.items():
+        for key in keys:
+            if cfg.get(key):
+                raise ConfigError(f"`{key}` has no effect with `rl: {method}`{reason}; remove it")
+    for key in ("context_parallel_size", "sequence_parallel_degree"):
+        if cfg.get(key) not in (None, 1):
+            raise ConfigError(f"`{key}` other than 1 does not work with `rl: {method}`; remove it")
     if cfg.get("remove_unused_columns"):
         raise ConfigError(f"`remove_unused_columns: true` would drop the columns of `rl: {method}`; remove it")
+    if cfg.get("skip_prepare_dataset"):
+        raise ConfigError(
+            "`skip_prepare_dataset: true` would keep pairs that are longer than `sequence_len`; remove it"
+        )
+    _check_offloading(cfg, method)
     block = parse_block(BLOCKS[method], cfg[method], method)
     check_skipping(cfg, block.on_bad_loss)
     return block
+
+
+def _check_offloading(cfg: Mapping[str, Any], method: str) -> None:
+    """Refuse what Axolotl builds into its trainer of supervised training alone."""
+    if cfg.get("layer_offloading"):
+        raise ConfigError(f"`layer_offloading` does not work with `rl: {method}`; remove it")
+    checkpointing = cfg.get("gradient_checkpointing")
+    if isinstance(checkpointing, str) and checkpointing.startswith("offload"):
+        key = f"gradient_checkpointing: {checkpointing}"
+    elif cfg.get("activation_offloading") not in (None, False, "hidden_states"):
+        key = f"activation_offloading: {cfg['activation_offloading']}"
+    else:
+        return
+    raise ConfigError(
+        f"`{key}` does not work with `rl: {method}`; set `gradient_checkpointing: true`, and for the CPU to hold what "
+        "it keeps `activation_offloading: hidden_states`"
+    )
 
 
 def check_skipping(cfg: Mapping[str, Any], on_bad_loss: str | None) -> None:

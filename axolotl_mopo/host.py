@@ -1,5 +1,6 @@
 """Whether the installed Axolotl is one that this package can work with."""
 
+import os
 from importlib.metadata import requires, version
 
 from packaging.requirements import Requirement
@@ -39,4 +40,20 @@ def check_hooks(plugin: type, base: type) -> None:
         raise ConfigError(
             f"Axolotl {version('axolotl')} does not call {', '.join(f'`{name}`' for name in missing)} of its plugins, "
             f'which axolotl-mopo needs; pip install "axolotl{tested_range()}"'
+        )
+
+
+def check_devices() -> None:
+    """Refuse a process without a launcher that sees several GPUs.
+
+    Raises:
+        ConfigError: how to start it.
+    """
+    import torch
+
+    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        raise ConfigError(
+            f"a single process sees {torch.cuda.device_count()} GPUs, over which it would copy or split the model "
+            "(nn.DataParallel, `device_map`), which does not work; leave out `--launcher python`, so that every GPU "
+            "gets a process, or let it see one, by CUDA_VISIBLE_DEVICES=0"
         )

@@ -21,7 +21,7 @@ from axolotl_mopo.config import (
     read_method,
 )
 from axolotl_mopo.data.entries import bind_entries
-from axolotl_mopo.host import check_hooks, version_advice
+from axolotl_mopo.host import check_devices, check_hooks, version_advice
 from axolotl_mopo.margins.settling import settle_margins
 
 LOG = get_logger("axolotl.mopo")
@@ -38,6 +38,8 @@ _SUPERVISED_ARGUMENTS = (
     "metric_for_best_model",
 )
 """Training arguments that the host fills in for supervised training alone."""
+_LOADING = {"dataloader_num_workers": 1, "dataloader_pin_memory": True, "dataloader_prefetch_factor": 8}
+"""How batches are loaded where the YAML says nothing; the host would make 256 ahead, gigabytes of long pairs."""
 
 
 @dataclass
@@ -75,6 +77,8 @@ class MOPOPlugin(BasePlugin):
             LOG.warning(advice)
         if isinstance(block, MODPOConfig):
             block = settle_margins(cfg, block)
+        if all(cfg.get(key) is None for key in _LOADING):
+            cfg.update(_LOADING)
         cfg["rl"], cfg["trainer_cls"] = _HOST_RL, block.trainer
         bind_entries(cfg, block)
 
@@ -85,6 +89,15 @@ class MOPOPlugin(BasePlugin):
     def get_training_args_mixin(self) -> str:
         """The dataclass field that joins the host's training arguments."""
         return "axolotl_mopo.plugin.MOPOTrainingArgs"
+
+    def pre_model_load(self, cfg: DictDefault) -> None:
+        """Refuse to train or evaluate in a single process on several GPUs.
+
+        Raises:
+            ConfigError: where this process was not started by a launcher.
+        """
+        if _blocks(cfg) and cfg.rl and not cfg.merge_lora:
+            check_devices()
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
         """The block of the method in use, for the trainer, and what the host leaves out for preference runs.

@@ -10,10 +10,11 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import trl.trainer.utils
 from accelerate.utils import broadcast_object_list
-from axolotl.core.trainers.mixins import DistributedParallelMixin, RngLoaderMixin
+from axolotl.core.trainers.mixins import ActivationOffloadingMixin, DistributedParallelMixin, RngLoaderMixin
 from axolotl.core.trainers.mixins.optimizer import OptimizerInitMixin, OptimizerMixin
 from axolotl.core.trainers.mixins.scheduler import SchedulerMixin
 from axolotl.utils.logging import get_logger
@@ -33,6 +34,7 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from axolotl_mopo.config import AMoPOConfig, ConfigError, DimensionsBlock, MODPOConfig
 from axolotl_mopo.data.collating import PairCollator, read_tokens
+from axolotl_mopo.data.columns import with_numbers
 from axolotl_mopo.data.lengths import budget_message, with_lengths
 from axolotl_mopo.data.notes import notes
 from axolotl_mopo.data.rows import DataError
@@ -62,7 +64,13 @@ _SPREADS = {"weights/": "weights_std/", "margins/": "margins_std/", "rewards/mar
 
 
 class MultiObjectiveTrainer(
-    RngLoaderMixin, SchedulerMixin, OptimizerMixin, OptimizerInitMixin, DistributedParallelMixin, SteppingMixin
+    RngLoaderMixin,
+    SchedulerMixin,
+    OptimizerMixin,
+    OptimizerInitMixin,
+    ActivationOffloadingMixin,
+    DistributedParallelMixin,
+    SteppingMixin,
 ):
     """What MODPO and AMoPO share: layout, metrics and the model card. A child gives its block and the losses."""
 
@@ -608,7 +616,7 @@ def choose_log_softmax(device: torch.device) -> Callable[[Tensor, Tensor], Tenso
 def _numbered(rows: Dataset, first: int) -> Dataset:
     if "pair_index" in rows.column_names:  # of another trainer on the same rows
         rows = rows.remove_columns("pair_index")
-    return rows.add_column("pair_index", list(range(first, first + len(rows))))
+    return with_numbers(rows, "pair_index", np.arange(first, first + len(rows)))
 
 
 def _reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,14 @@ import math
 
 import pytest
 
-from axolotl_mopo.config import AMoPOConfig, ConfigError, MODPOConfig, fold_dotted_keys, parse_block
+from axolotl_mopo.config import (
+    WITHOUT_EFFECT,
+    AMoPOConfig,
+    ConfigError,
+    MODPOConfig,
+    fold_dotted_keys,
+    parse_block,
+)
 from axolotl_mopo.plugin import MOPOPlugin
 
 AMOPO = {
@@ -193,6 +200,16 @@ def test_the_two_bases_are_accepted():
         (changed(AMOPO, pad_to_multiple_of=8), ["`pad_to_multiple_of` has no effect", "remove it"]),
         (changed(AMOPO, context_parallel_size=2), ["`context_parallel_size` other than 1 does not work", "remove it"]),
         (changed(AMOPO, remove_unused_columns=True), ["`remove_unused_columns: true`", "remove it"]),
+        (changed(AMOPO, sequence_parallel_degree=2), ["`sequence_parallel_degree` other than 1 does not work"]),
+        (changed(MODPO, skip_prepare_dataset=True), ["`skip_prepare_dataset: true` would keep", "longer than `seque"]),
+        (changed(MODPO, layer_offloading=True), ["`layer_offloading` does not work with `rl: modpo`", "remove it"]),
+        (
+            changed(AMOPO, gradient_checkpointing=True, activation_offloading=True),
+            ["`activation_offloading: True` does not work", "set `gradient_checkpointing: true`", "hidden_states"],
+        ),
+        (changed(AMOPO, activation_offloading="legacy"), ["`activation_offloading: legacy` does not work"]),
+        (changed(MODPO, gradient_checkpointing="offload"), ["`gradient_checkpointing: offload` does not work"]),
+        (changed(MODPO, dpo_beta=0.1), ["`dpo_beta` has no effect with `rl: modpo`", "see `modpo.beta`"]),
         (changed(AMOPO, amopo__layout="row"), ["`amopo.layout`", "'packed' or 'padded'", "'row'"]),
         (changed(AMOPO, amopo__max_tokens_per_step=0), ["`amopo.max_tokens_per_step`", "at least 1"]),
         (changed(AMOPO, amopo__max_tokens_per_step=True), ["`amopo.max_tokens_per_step`", "at least 1"]),
@@ -237,6 +254,15 @@ def test_a_setting_that_cannot_work_is_refused(cfg, words):
     text = refusal(copy.deepcopy(cfg))
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize("base", [AMOPO, MODPO], ids=["amopo", "modpo"])
+def test_a_key_that_is_turned_off_is_accepted(base):
+    keys = [key for keys in WITHOUT_EFFECT.values() for key in keys]
+    keys += ["activation_offloading", "layer_offloading", "skip_prepare_dataset", "remove_unused_columns"]
+    MOPOPlugin().register({**copy.deepcopy(base), **dict.fromkeys(keys, False)})
+    offloading = {"gradient_checkpointing": True, "activation_offloading": "hidden_states"}
+    MOPOPlugin().register({**copy.deepcopy(base), **offloading})
 
 
 def test_an_attention_implementation_that_cannot_carry_trees_is_told_of(host_log):

@@ -149,6 +149,16 @@ def test_reentrant_checkpointing_changes_no_gradient(build, method):
     assert_same_gradients(gradients, other)
 
 
+def test_offloading_what_checkpoints_keep_changes_no_gradient(build):
+    _, gradients = first_step(build("modpo", "plain"))
+    trainer = build("modpo", "offloading", gradient_checkpointing=True, activation_offloading="hidden_states")
+    _, other = first_step(trainer)
+    seen = trainer.activation_offload_context.stats
+    assert seen.marked_tensors == trainer.model.config.num_hidden_layers
+    assert seen.skipped_marked_tensors == seen.marked_tensors  # they are on the CPU already
+    assert_same_gradients(gradients, other)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_model_has_the_same_losses(build, monkeypatch, method):
     """Traced and differentiated as for any backend, but run without generated code, which takes minutes to make."""

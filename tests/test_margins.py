@@ -45,7 +45,9 @@ def adapter(base, tmp_path_factory):
 
 def few_rows(cfg, folder):
     cfg["dataset_prepared_path"] = str(folder / "prepared")
-    cfg["datasets"][0]["split"], cfg["test_datasets"][0]["split"] = "train[:40]", "train[:12]"
+    cfg["datasets"][0]["split"] = "train[:40]"
+    for entry in cfg.get("test_datasets", []):
+        entry["split"] = "train[:12]"
 
 
 @pytest.fixture
@@ -397,6 +399,19 @@ def test_a_resumed_run_reads_the_cache(build, adapter, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "out" / "checkpoint-1"))
     assert forwards.counts == {"step": resumed.args.gradient_accumulation_steps}
     assert cache_files(tmp_path) == files
+
+
+def test_a_second_run_finds_the_constants_of_rows_that_a_split_left(build, host_log, tmp_path):
+    # The first run splits rows that it has just made and shuffled, the second one those that it finds on the disk.
+    split = {"test_datasets": None, "val_set_size": 0.3}
+    first = computed(build(name="first", **split))
+    files = cache_files(tmp_path)
+    host_log.clear()
+    second = computed(build(name="second", **split))
+    assert len(first.reference) == 28
+    assert torch.equal(first.reference, second.reference)
+    assert cache_files(tmp_path) == files
+    assert "Reference, train: found for 28 pairs" in host_log.text
 
 
 def test_digests_name_values_and_nothing_else():

@@ -6,10 +6,12 @@ import sys
 from importlib.metadata import version
 
 import pytest
+import torch
+from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
-from conftest import ROOT, SMOKE
+from conftest import ROOT, SMOKE, host_trainer, smoke_config
 from test_config import AMOPO, MODPO
 
 import axolotl_mopo
@@ -40,6 +42,43 @@ def test_another_method_is_left_alone():
     before = copy.deepcopy(cfg)
     MOPOPlugin().register(cfg)
     assert cfg == before
+
+
+@pytest.mark.parametrize("method", ["amopo", "modpo"])
+def test_batches_are_not_made_hundreds_ahead(method, tmp_path):
+    cfg = load_cfg(DictDefault(smoke_config(method, tmp_path)))
+    ahead = cfg.dataloader_num_workers * cfg.dataloader_prefetch_factor
+    assert (2 <= ahead <= 8, cfg.dataloader_pin_memory) == (True, True)
+
+
+@pytest.mark.parametrize(
+    "own", [{"dataloader_num_workers": 0}, {"dataloader_pin_memory": False}, {"dataloader_prefetch_factor": 64}]
+)
+def test_what_the_yaml_says_of_loading_stays(own):
+    cfg = registered({**AMOPO, **own})
+    assert {key: value for key, value in cfg.items() if key.startswith("dataloader_")} == own
+
+
+@pytest.fixture
+def stand_in_for_two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+def test_a_single_process_that_sees_several_gpus_is_refused(stand_in_for_two_gpus, monkeypatch):
+    cfg = registered(AMOPO)
+    with pytest.raises(ConfigError, match=r"sees 2 GPUs.* leave out `--launcher python`.*CUDA_VISIBLE_DEVICES=0"):
+        MOPOPlugin().pre_model_load(cfg)
+    for other in ({"merge_lora": True}, {"rl": None, "inference": True}, {"amopo": None}):
+        MOPOPlugin().pre_model_load(DictDefault({**cfg, **other}))
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as every launcher does it
+    MOPOPlugin().pre_model_load(cfg)
+
+
+def test_several_gpus_are_refused_before_a_model_is_loaded(stand_in_for_two_gpus, tmp_path):
+    cfg = smoke_config("modpo", tmp_path, reinit_weights=None)  # whose weights are not there
+    with pytest.raises(ConfigError, match="a single process sees 2 GPUs"):
+        host_trainer(cfg)
 
 
 def test_a_sweeps_dotted_key_reaches_the_block():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from axolotl_mopo.data.shipping import OneBufferBatch
 from axolotl_mopo.engine.packing import lay_out, share_out
 from axolotl_mopo.engine.trees import Pair
 
@@ -26,16 +27,16 @@ class PairCollator:
     packed: bool = True
     max_tokens: int | None = None
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> OneBufferBatch:
         """One batch of B pairs."""
         pairs = [read_tokens(row) for row in rows]
-        batch: dict[str, Any] = {
-            "units": [
+        batch = OneBufferBatch(
+            units=[
                 [lay_out(pairs, share, self.packed, self.pad_token_id) for share in unit]
                 for unit in share_out(pairs, self.max_tokens, self.packed)
             ],
-            "size": len(pairs),
-        }
+            size=len(pairs),
+        )
         if "pair_index" in rows[0]:
             batch["pair_index"] = torch.tensor([row["pair_index"] for row in rows])
         return batch

@@ -6,6 +6,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from axolotl_mopo.data.collating import PairCollator, read_tokens
+from axolotl_mopo.data.columns import numbers, stored, with_numbers
 from axolotl_mopo.engine.packing import share_out, share_size
 
 LENGTH = "length"
@@ -16,19 +17,21 @@ _TOKENS = ["prompt_input_ids", "chosen_input_ids", "rejected_input_ids"]
 
 def with_lengths(rows: Dataset) -> Dataset:
     """The rows with a column of their lengths."""
-    return rows if LENGTH in rows.column_names else rows.add_column(LENGTH, pair_lengths(rows).tolist())
+    return rows if LENGTH in rows.column_names else with_numbers(rows, LENGTH, pair_lengths(rows))
 
 
 def pair_lengths(rows: Dataset) -> NDArray[np.int64]:
     """Tokens of every pair [N]: each of its prompts, and both completions for each of them."""
     lengths = []
-    for batch in rows.select_columns(_TOKENS).with_format("arrow").iter(1000):
+    table, selected = stored(rows)
+    for batch in table.select_columns(_TOKENS).with_format("arrow").iter(1000):
         prompts, *sides = (batch[name].combine_chunks() for name in _TOKENS)
         tokens = pc.list_value_length(pc.list_flatten(prompts))
         in_prompts = np.bincount(pc.list_parent_indices(prompts), weights=tokens, minlength=len(prompts))
         completions = sum(pc.list_value_length(side).to_numpy() for side in sides)
         lengths.append(in_prompts.astype(np.int64) + pc.list_value_length(prompts).to_numpy() * completions)
-    return np.concatenate(lengths) if lengths else np.empty(0, np.int64)
+    all_lengths = np.concatenate(lengths) if lengths else np.empty(0, np.int64)
+    return all_lengths if selected is None else all_lengths[selected]
 
 
 def budget_message(rows: Dataset, collator: PairCollator) -> str | None:
@@ -36,7 +39,7 @@ def budget_message(rows: Dataset, collator: PairCollator) -> str | None:
     if collator.max_tokens is None:
         return None
     if collator.packed:  # no trie has more tokens than its sequences
-        rows_in_doubt = rows.select(np.flatnonzero(np.asarray(rows[LENGTH]) > collator.max_tokens))
+        rows_in_doubt = rows.select(np.flatnonzero(numbers(rows, LENGTH) > collator.max_tokens))
     else:
         rows_in_doubt = rows
     split = alone = 0

@@ -1,10 +1,13 @@
 """Preference pairs in a file of this process, for the workers that turn them into token ids."""
 
 import atexit
+import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +20,7 @@ from axolotl_mopo.data.rows import PreferencePair
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("pair", pa.large_string())])
 _BATCH = 1000
+_LOCK = "lock"
 
 
 @dataclass
@@ -29,7 +33,8 @@ class PairStore:
     def write(cls, pairs: Iterator[tuple[int, PreferencePair]], folder: Path) -> "PairStore":
         """Put pairs, in ascending order of their rows, on a disk; they are gone when the process ends."""
         folder.mkdir(parents=True, exist_ok=True)
-        home = Path(tempfile.mkdtemp(prefix="pairs-", dir=folder))
+        _sweep(folder)
+        home = _home(folder)
         atexit.register(shutil.rmtree, home, ignore_errors=True)
         path = home / "pairs.arrow"
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
@@ -65,3 +70,19 @@ class PairStore:
     def __getstate__(self) -> dict[str, Path]:
         """Only the path travels to a worker."""
         return {"path": self.path}
+
+
+def _home(folder: Path) -> Path:
+    """A new folder, locked until this process ends in whatever way; it has its name when it is locked."""
+    home = Path(tempfile.mkdtemp(prefix="new-", dir=folder))
+    with suppress(OSError):  # a disk without locks; nothing is swept there either
+        fcntl.flock(os.open(home / _LOCK, os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
+    return home.rename(folder / home.name.replace("new-", "pairs-"))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes have left that were killed."""
+    for lock in folder.glob(f"pairs-*/{_LOCK}"):
+        with suppress(OSError), lock.open("r+") as file:  # its process lives, or another one removes it already
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)

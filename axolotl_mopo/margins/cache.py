@@ -7,10 +7,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
-from filelock import FileLock
+from axolotl.utils.logging import get_logger
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+LOG = get_logger("axolotl.mopo")
+
+_ROUND = 1.0
+"""Seconds that the main process tries to get a lock before it tells the others."""
 
 
 class TableCache:
@@ -40,7 +46,7 @@ class TableCache:
         lock = FileLock(self.path(name).with_suffix(".lock"))
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+        self._acquire(lock)
         try:
             found = self._read(name, rows) if self.accelerator.is_main_process else None
             (hit,) = broadcast_object_list([found is not None])
@@ -55,6 +61,17 @@ class TableCache:
             found = broadcast(values.to(self.accelerator.device))
         assert found is not None  # noqa: S101
         return found.cpu(), bool(hit)
+
+    def _acquire(self, lock: FileLock) -> None:
+        """Wait, in rounds that are shorter than any collective may take, until the main process holds the lock."""
+        warned = False
+        while True:
+            (taken,) = broadcast_object_list([self.accelerator.is_main_process and _is_taken(lock)])
+            if taken:
+                return
+            if self.accelerator.is_main_process and not warned:
+                LOG.warning("Waiting for another run, which computes the same table and holds %s.", lock.lock_file)
+                warned = True
 
     def path(self, name: str) -> Path:
         """The file of a table."""
@@ -76,3 +93,11 @@ class TableCache:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(self.path(name))
+
+
+def _is_taken(lock: FileLock) -> bool:
+    try:
+        lock.acquire(timeout=_ROUND)
+    except Timeout:
+        return False
+    return True

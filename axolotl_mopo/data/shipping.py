@@ -1,0 +1,75 @@
+"""A batch of many small tensors that leaves a data-loader worker, or enters page-locked memory, as a single one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 16
+
+
+class OneBufferBatch(dict[str, Any]):
+    """A batch, nested as it likes, whose tensors are copied into one buffer when it goes to another process.
+
+    torch sends every tensor by a file descriptor of its own, and a batch of several passes has dozens.
+    """
+
+    def __reduce__(self) -> Any:
+        return _unpacked, _packed(self)
+
+    def pin_memory(self) -> "OneBufferBatch":
+        """A copy in page-locked memory."""
+        buffer, layout = _packed(self)
+        return _unpacked(buffer.pin_memory(), layout)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a tensor lies in the buffer."""
+
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def of(self, buffer: Tensor) -> Tensor:
+        size = self.shape.numel() * self.dtype.itemsize
+        return buffer[self.start : self.start + size].view(self.dtype).view(self.shape)
+
+
+def _packed(batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """A buffer of bytes, and the batch with slots in the place of tensors."""
+    tensors: list[tuple[Tensor, _Slot]] = []
+    end = 0
+
+    def take(tensor: Tensor) -> _Slot:
+        nonlocal end
+        slot = _Slot(end, tensor.shape, tensor.dtype)
+        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        tensors.append((tensor, slot))
+        return slot
+
+    layout = _replaced(dict(batch), Tensor, take)
+    buffer = torch.empty(end, dtype=torch.uint8)
+    for tensor, slot in tensors:
+        slot.of(buffer).copy_(tensor)
+    return buffer, layout
+
+
+def _unpacked(buffer: Tensor, layout: dict[str, Any]) -> OneBufferBatch:
+    return OneBufferBatch(_replaced(layout, _Slot, lambda slot: slot.of(buffer)))
+
+
+def _replaced(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """A copy of nested dicts, lists and dataclasses with `function` of whatever is of a kind in its place."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _replaced(part, kind, function) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_replaced(part, kind, function) for part in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in fields(value)}
+        return replace(value, **_replaced(parts, kind, function))
+    return value
