@@ -75,6 +75,7 @@ class MOPOPlugin(BasePlugin):
         block = read_method(cfg, method)
         if advice := attention_advice(cfg, method, block):
             LOG.warning(advice)
+            cfg[method]["layout"] = "padded"
         if isinstance(block, MODPOConfig):
             block = settle_margins(cfg, block)
         if all(cfg.get(key) is None for key in _LOADING):

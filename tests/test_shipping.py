@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import pickle
 import resource
 from collections import Counter
 from multiprocessing.reduction import ForkingPickler
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from conftest import ragged_pairs
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -109,3 +112,22 @@ def test_a_batch_is_pinned_as_one_buffer(monkeypatch):
     batch = PairCollator(0, max_tokens=30)(ROWS[:6])
     assert_same(pin_memory(batch), batch)
     assert len(pinned) == 1
+
+
+def test_a_batch_goes_to_a_device_in_one_copy_as_accelerate_sends_it():
+    class Copies(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._to_copy.default
+            return function(*args, **(kwargs or {}))
+
+    batch = PairCollator(0, max_tokens=30)(ROWS[:6])
+    for source in (batch, pickle.loads(ForkingPickler.dumps(batch))):  # made here, or by a worker
+        with Copies() as copies:
+            sent = send_to_device(source, torch.device("meta"), non_blocking=True)
+        assert copies.count == 1
+        assert {tensor.device.type for tensor in tensors(sent).values()} == {"meta"}
+        assert {name: tensor.shape for name, tensor in tensors(sent).items()} == {
+            name: tensor.shape for name, tensor in tensors(batch).items()
+        }

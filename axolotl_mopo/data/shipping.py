@@ -1,4 +1,4 @@
-"""A batch of many small tensors that leaves a data-loader worker, or enters page-locked memory, as a single one."""
+"""A batch of many small tensors that leaves a data-loader worker, or goes to a device, as a single one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -11,18 +11,29 @@ _ALIGNMENT = 16
 
 
 class OneBufferBatch(dict[str, Any]):
-    """A batch, nested as it likes, whose tensors are copied into one buffer when it goes to another process.
+    """A batch, nested as it likes, whose tensors go to another process or device together, in one buffer.
 
-    torch sends every tensor by a file descriptor of its own, and a batch of several passes has dozens.
+    torch sends every tensor by a file descriptor, or a copy, of its own, and a batch of several passes has dozens.
     """
 
+    packed: "tuple[Tensor, dict[str, Any]] | None" = None
+    """The buffer that the tensors are views of, and where in it they lie."""
+
     def __reduce__(self) -> Any:
-        return _unpacked, _packed(self)
+        return _unpacked, self._pack()
 
     def pin_memory(self) -> "OneBufferBatch":
         """A copy in page-locked memory."""
-        buffer, layout = _packed(self)
+        buffer, layout = self._pack()
         return _unpacked(buffer.pin_memory(), layout)
+
+    def to(self, device: Any, non_blocking: bool = False) -> "OneBufferBatch":
+        """A copy on a device."""
+        buffer, layout = self._pack()
+        return _unpacked(buffer.to(device, non_blocking=non_blocking), layout)
+
+    def _pack(self) -> tuple[Tensor, dict[str, Any]]:
+        return self.packed or _packed(self)
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,9 @@ def _packed(batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _unpacked(buffer: Tensor, layout: dict[str, Any]) -> OneBufferBatch:
-    return OneBufferBatch(_replaced(layout, _Slot, lambda slot: slot.of(buffer)))
+    batch = OneBufferBatch(_replaced(layout, _Slot, lambda slot: slot.of(buffer)))
+    batch.packed = buffer, layout
+    return batch
 
 
 def _replaced(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
