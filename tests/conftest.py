@@ -4,8 +4,6 @@ import copy
 import logging
 import os
 import random
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from itertools import chain
@@ -41,6 +39,7 @@ from transformers import (
     Qwen3MoeConfig,
     TrainerCallback,
 )
+from warm import AXOLOTL, python
 
 import axolotl_mopo
 from axolotl_mopo.engine.trees import Pair
@@ -218,17 +217,12 @@ def host_trainer(cfg):
     return setup_model_and_trainer(validated, data)[0]
 
 
-def torchrun(script, *arguments, processes=2):
-    """Run a script of this folder in several processes that talk by gloo."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *launch, f"tests/{script}", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+def axolotl(*arguments, cwd=ROOT, fails=False):
+    """What the real `axolotl` command writes when it is run, in a fork of the warm process, with these arguments."""
+    done = python(AXOLOTL, *arguments, cwd=cwd)
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) is fails, output[-5000:]
+    return output
 
 
 def prepare(rows, tokenizer, *, method="amopo", kind="pairs", entry=None, num_proc=1, **settings):

@@ -1,4 +1,4 @@
-"""Train configurations in this process, one of several under torchrun, and write down what came of them."""
+"""Train configurations in this process, one of several that talk by gloo, and write down what came of them."""
 
 import json
 import sys

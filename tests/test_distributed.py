@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from conftest import LORA, ROOT, SMOKE, build_model, host_trainer, rare_token, save_adapter, smoke_config, torchrun
+from conftest import LORA, ROOT, SMOKE, build_model, host_trainer, rare_token, save_adapter, smoke_config
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from warm import ranks
 
 POLICIES = {"full": {}, "lora": LORA}
 METHODS = ["amopo", "modpo"]
@@ -71,7 +72,7 @@ def configuration(base, folder, name, processes):
 
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory):
-    """Results of all runs by name, of one process and of two; those of two share one torchrun."""
+    """Results of all runs by name, of one process and of two; those of two share their processes."""
     folder = tmp_path_factory.mktemp("distributed")
     jobs = []
     for name in DDP + FSDP:
@@ -81,7 +82,7 @@ def runs(base, tmp_path_factory):
     poisoned = {**configuration(base, folder, "ddp-amopo-full", 2), "max_steps": 30, "logging_steps": 30}
     jobs.append({"cfg": poisoned, "result": str(folder / "poisoned"), "poison": rare_token(host_trainer(poisoned))[0]})
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    torchrun("distributed_worker.py", folder / "jobs.json")
+    ranks("distributed_worker.py", folder / "jobs.json", env={"ACCELERATE_USE_CPU": "true"})
     return folder
 
 
