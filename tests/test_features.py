@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,13 +10,14 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import LORA, ROOT, SMOKE, build_model, host_trainer, smoke_config
+from conftest import LORA, SMOKE, build_model, host_trainer, smoke_config
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_config import AMOPO, MODPO, changed, refusal
 from test_pairing import helpsteer_rows
 from test_trainers import FIXED, assert_same_gradients, first_step, training_logs
 from transformers import AutoConfig
+from warm import python
 
 METHODS = ["amopo", "modpo"]
 SMALL = {
@@ -188,7 +188,8 @@ Path(sys.argv[1], "losses.json").write_text(json.dumps(losses))
 
 
 def test_the_hosts_kernels_of_attention_adapters_have_the_same_losses(tmp_path):
-    subprocess.run([sys.executable, "-c", KERNELS, str(tmp_path)], check=True, cwd=ROOT, capture_output=True)
+    done = python("-c", KERNELS, tmp_path)
+    assert done.returncode == 0, done.stderr[-5000:]
     losses = json.loads((tmp_path / "losses.json").read_text())
     assert set(losses) == {f"{method} {patched}" for method in METHODS for patched in (True, False)}
     for method in METHODS:

@@ -27,6 +27,7 @@ import axolotl.common.datasets
 import axolotl.train  # noqa: F401
 import bitsandbytes  # noqa: F401
 import evaluate  # noqa: F401
+import forking  # noqa: F401
 import mistral_common  # noqa: F401
 import numpy
 import peft  # noqa: F401
