@@ -13,6 +13,7 @@ os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: a core for each, and for the commands that it runs
     os.environ |= {"OMP_NUM_THREADS": "1"}
 
+import forking  # noqa: F401
 import pytest
 import torch
 import yaml

@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SMOKE, build_model, smoke_config
+from conftest import ROOT, SMOKE, axolotl, build_model, smoke_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_pairing import helpsteer_rows
@@ -22,25 +21,22 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
 )
+from warm import AXOLOTL
 
 import axolotl_mopo
 from axolotl_mopo.config import Directives
 from axolotl_mopo.data.directives import dimension_directive
 
-AXOLOTL = Path(sys.executable).parent / "axolotl"
 
-
-def axolotl(*arguments, cwd=ROOT, fails=False):
+def cold(*arguments):
+    """What `axolotl` writes when it is run as a user runs it, in a new process that imports everything itself."""
+    path = f"{AXOLOTL.parent}{os.pathsep}{os.environ['PATH']}"
+    command = [AXOLOTL, *map(str, arguments)]
     done = subprocess.run(
-        [AXOLOTL, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PATH": f"{AXOLOTL.parent}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=600,
+        command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=600
     )
     output = done.stdout + done.stderr
-    assert (done.returncode != 0) is fails, output[-5000:]
+    assert done.returncode == 0, output[-5000:]
     return output
 
 
@@ -84,7 +80,7 @@ def check_manifest(output_dir, method):
 
 
 def test_train_amopo(tmp_path):
-    output = axolotl("train", "example_configs/smoke-amopo.yaml", "--output-dir", tmp_path / "out")
+    output = cold("train", "example_configs/smoke-amopo.yaml", "--output-dir", tmp_path / "out")
     assert "packed prefix trees" in output
     history = check_run(tmp_path / "out", "amopo")
     logged = {name for entry in history for name in entry}
@@ -202,7 +198,7 @@ def test_preprocess_then_train_with_lora_then_merge(quick, tmp_path):
     AutoTokenizer.from_pretrained(SMOKE / "model").save_pretrained(base)
     config = quick("amopo", base_model=str(base), reinit_weights=None, **lora)
     assert "Success! Preprocessed data path" in axolotl("preprocess", config)
-    assert "Loading prepared dataset from disk" in axolotl("train", config)
+    assert "Loading prepared dataset from disk" in axolotl("train", config, "--launcher", "python")
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     axolotl("merge-lora", config)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").num_parameters() > 0
@@ -294,16 +290,18 @@ def prepared_folders(folder):
 
 def test_resume_and_evaluate(quick, tmp_path):
     config = quick("modpo", save_strategy=None, save_steps=1)
-    axolotl("train", config)
-    output = axolotl("train", config, "--resume-from-checkpoint", tmp_path / "out" / "checkpoint-1")
+    axolotl("train", config, "--launcher", "python")
+    last = tmp_path / "out" / "checkpoint-1"
+    output = axolotl("train", config, "--launcher", "python", "--resume-from-checkpoint", last)
     assert "Resuming" in output or "resume" in output
     trained = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert trained["global_step"] == 2
-    assert "eval_rewards/accuracies" in axolotl("evaluate", config)
+    assert "eval_rewards/accuracies" in axolotl("evaluate", config, "--launcher", "python")
 
 
 def test_a_config_error_stops_before_anything_is_loaded(quick):
-    output = axolotl("train", quick("amopo", amopo={"dimensions": ["helpfulness"], "betta": 1}), fails=True)
+    config = quick("amopo", amopo={"dimensions": ["helpfulness"], "betta": 1})
+    output = axolotl("train", config, "--launcher", "python", fails=True)
     assert "`amopo.betta` is not a known key; did you mean `beta`?" in output
     assert "Loading model" not in output
     assert "Mapping RL Dataset" not in output
@@ -313,7 +311,7 @@ def test_the_tools_are_commands_of_axolotl(tmp_path):
     source = tmp_path / "raw.jsonl"
     source.write_text("\n".join(map(json.dumps, helpsteer_rows(40))))
     arguments = ("--type", "helpsteer", "--objective", "overall", "--output", tmp_path / "pairs.parquet")
-    output = axolotl("mopo", "pairs", source, *arguments)
+    output = cold("mopo", "pairs", source, *arguments)
     assert "40 rows read" in output
     assert "How often two orders agree" in output
     assert (tmp_path / "pairs.parquet").exists()

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,13 +10,14 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import LORA, ROOT, SMOKE, build_model, host_trainer, smoke_config
+from conftest import LORA, SMOKE, build_model, host_trainer, smoke_config
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_config import AMOPO, MODPO, changed, refusal
 from test_pairing import helpsteer_rows
 from test_trainers import FIXED, assert_same_gradients, first_step, training_logs
 from transformers import AutoConfig
+from warm import python
 
 METHODS = ["amopo", "modpo"]
 SMALL = {
@@ -240,7 +240,8 @@ for kernels in (False, True):  # they stay in the model's classes
 def beside_kernels(tmp_path_factory):
     """What a process of its own found with and without the host's kernels."""
     folder = tmp_path_factory.mktemp("kernels")
-    subprocess.run([sys.executable, "-c", KERNELS, str(folder)], check=True, cwd=ROOT, capture_output=True)
+    done = python("-c", KERNELS, folder)
+    assert done.returncode == 0, done.stderr[-5000:]
     return json.loads((folder / "results.json").read_text())
 
 

@@ -1,16 +1,17 @@
 """Training runs that are killed at random moments and resumed end, to the bit, where undisturbed ones do."""
 
 import json
+import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import LORA_WITH_DROPOUT, ROOT, SMOKE, build_model, smoke_config
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
+from warm import AXOLOTL, python
 
 RUNS = 20
 STEPS = 8
@@ -66,12 +67,17 @@ def ended(configuration, tmp_path_factory):
         jobs += [{"cfg": cfg, "kill_at": moment}, {"cfg": cfg}]
     jobs.append({"cfg": configuration(0, "interrupted"), "kill_at": ["on_step_end", 3, "SIGINT"]})
     folder = tmp_path_factory.mktemp("jobs")
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    with (folder / "output.txt").open("w") as output:
-        command = [sys.executable, "tests/forked_worker.py", folder / "jobs.json", folder / "ended.json"]
-        done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, (folder / "output.txt").read_text()[-5000:]
-    return json.loads((folder / "ended.json").read_text())
+    return [train(folder / str(number), **job) for number, job in enumerate(jobs)]
+
+
+def train(folder, cfg, kill_at=None):
+    """How the train command ends that is killed at an event, the nth time, by a signal."""
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(cfg))
+    env = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    if kill_at is not None:
+        env["KILL_AT"] = json.dumps(kill_at)
+    return python(AXOLOTL, "train", config, "--launcher", "python", env=env).returncode
 
 
 def weights(cfg):

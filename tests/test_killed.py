@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
 import time
 
 import pytest
-from conftest import SMOKE, build_model
-from test_cli import AXOLOTL, axolotl
+from conftest import SMOKE, axolotl, build_model
 from test_generation import save_run
 from transformers import AutoConfig, AutoTokenizer
+from warm import AXOLOTL, Process
 
 JUDGE = """
 import time
@@ -21,7 +20,7 @@ def slow(prompts, responses):
 
 def kill_when(condition, *arguments):
     """Run a command and kill it as soon as the condition holds."""
-    process = subprocess.Popen([AXOLOTL, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Process(AXOLOTL, *arguments)
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, "it ended before it could be killed"

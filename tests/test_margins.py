@@ -1,15 +1,15 @@
 """MODPO's constants: every margin source against a computation by hand, one forward a step, and a cache to trust."""
 
 import json
+import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import LORA, ROOT, SMOKE, build_model, host_trainer, save_adapter, save_reward_model, smoke_config
+from conftest import LORA, SMOKE, build_model, host_trainer, save_adapter, save_reward_model, smoke_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     TrainerCallback,
 )
+from warm import Process
 
 from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data.collating import PairCollator
@@ -347,8 +348,11 @@ def test_a_margin_on_another_scale_is_warned_of(build, host_log):
 
 
 def worker(config, *point):
-    command = [sys.executable, "tests/margins_worker.py", config, *point]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    """A worker in a process of its own, and what it writes."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stdout:
+        process = Process("tests/margins_worker.py", config, *point, stdout=stdout)
+    return process, os.fdopen(reading)
 
 
 @pytest.fixture
@@ -370,8 +374,9 @@ def test_a_killed_computation_leaves_nothing_that_could_be_mistaken(build, writt
     config, block = written_config
     expected = computed(build(block["margins"], name="undisturbed", **LORA))
     for point, tables in (("score 0", 0), ("write 1", 1), ("score 2", 3)):
-        process = worker(config, point)
-        assert any(line.strip() == f"hanging at {point}" for line in process.stdout)
+        process, output = worker(config, point)
+        with output:
+            assert any(line.strip() == f"hanging at {point}" for line in output)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert len(list((tmp_path / "other-cache").glob("*.safetensors"))) == tables
@@ -384,7 +389,11 @@ def test_a_killed_computation_leaves_nothing_that_could_be_mistaken(build, writt
 def test_two_runs_that_start_together_compute_once(written_config):
     config, _ = written_config
     both = [worker(config), worker(config)]
-    counts = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in both]
+    counts = []
+    for process, output in both:
+        assert process.wait(300) == 0
+        with output:
+            counts.append(json.loads(output.read().splitlines()[-1]))
     assert sum(count["score"] for count in counts) == sum(count["write"] for count in counts) == 4
 
 

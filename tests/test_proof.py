@@ -17,6 +17,7 @@ from proof.world import (
     pairs,
     rewards,
 )
+from warm import python
 
 from axolotl_mopo.losses import modpo_loss
 
@@ -100,7 +101,7 @@ def test_distances_are_measured_from_the_front(some_policies):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    world = World(tmp_path_factory.mktemp("proof"))
+    world = World(tmp_path_factory.mktemp("proof"), run=lambda command, **where: python(*command, **where))
     world.fit_reference()
     return world
 

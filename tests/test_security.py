@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 
@@ -14,6 +13,7 @@ from axolotl.utils.dict import DictDefault
 from conftest import ROOT, host_trainer, smoke_config
 from datasets.config import HF_DATASETS_CACHE
 from test_config import AMOPO, MODPO, changed, refusal
+from warm import python
 
 from axolotl_mopo import MOPOPlugin
 from axolotl_mopo.config import ConfigError
@@ -220,5 +220,5 @@ except ValueError as error:
     sys.exit(0 if "list `axolotl_mopo.MOPOPlugin` there too" in str(error) else str(error))
 sys.exit("no error")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from warm import Process, python, ranks
+from warm import ROOT, Process, python, ranks
 
 TELL = """
 import json, os, sys
@@ -39,11 +39,12 @@ def test_modules_beside_the_script_and_on_the_path_are_found(tmp_path, monkeypat
     for name in ("beside", "path"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"on_{name}.py").write_text("")
-    (tmp_path / "beside" / "script.py").write_text("import on_beside, on_path")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    (tmp_path / "beside" / "script.py").write_text("import on_beside, on_path, killing")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "path"), str(ROOT / "tests")]))
     assert python(tmp_path / "beside" / "script.py").returncode == 0
     monkeypatch.delenv("PYTHONPATH")
     assert "No module named 'on_path'" in python(tmp_path / "beside" / "script.py").stderr
+    assert "No module named 'killing'" in python("-c", "import killing").stderr
 
 
 def test_a_variable_that_was_read_at_import_cannot_be_changed():

@@ -27,6 +27,7 @@ import axolotl.common.datasets
 import axolotl.train  # noqa: F401
 import bitsandbytes  # noqa: F401
 import evaluate  # noqa: F401
+import forking  # noqa: F401
 import mistral_common  # noqa: F401
 import numpy
 import peft  # noqa: F401
@@ -87,12 +88,13 @@ def become(streams, arguments, cwd, env):
     try:
         if other := {name for name in AT_IMPORT if env.get(name) != BEFORE.get(name)}:
             sys.exit(f"a warm process has imported what reads {', '.join(other)}: start a cold one")
+        sys.path[0] = "" if script == "-c" else str(Path(script).resolve().parent)
         sys.path[1:1] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
         if script == "-c":
-            sys.argv, sys.path[0] = ["-c", *others[1:]], ""
+            sys.argv = ["-c", *others[1:]]
             exec(compile(others[0], "<string>", "exec"), {"__name__": "__main__"})
         else:
-            sys.argv, sys.path[0] = arguments, str(Path(script).resolve().parent)
+            sys.argv = arguments
             runpy.run_path(script, run_name="__main__")
     except SystemExit as left:
         return left.code

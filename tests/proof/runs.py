@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,17 @@ def dpo_run(name: str, parts: Mapping[str, int]) -> Run:
     return Run(name, {"modpo": block, "datasets": datasets})
 
 
+def run_command(command: Sequence[Any], cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own."""
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+
+
 @dataclass
 class World:
-    """A folder with the world's data, its reference and the policies trained in it."""
+    """A folder with the world's data, its reference and the policies trained in it; `run` runs its commands."""
 
     folder: Path
+    run: Callable[..., subprocess.CompletedProcess[str]] = run_command
 
     def fit_reference(self, seed: int = 0) -> None:
         """Write the data and fit a tiny Llama, whose weights are drawn from the seed, to the demonstrations."""
@@ -137,13 +143,8 @@ class World:
         if sweep:
             (self.folder / "sweep.yaml").write_text(yaml.safe_dump(dict(sweep)), encoding="utf-8")
             arguments += ["--sweep", "sweep.yaml"]
-        done = subprocess.run(
-            [_AXOLOTL, "train", *arguments],
-            cwd=self.folder,
-            env={**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-        )
+        env = {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = self.run([_AXOLOTL, "train", *arguments], cwd=self.folder, env=env)
         if done.returncode:
             raise RuntimeError((done.stdout + done.stderr)[-5000:])
 
