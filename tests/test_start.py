@@ -1,0 +1,75 @@
+"""A resumed run whose weights are split looks its reference up, by the weights that it started from."""
+
+import json
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+from conftest import host_trainer, smoke_config
+
+from axolotl_mopo.config import ConfigError
+from axolotl_mopo.margins.start import FILE_NAME, read_start
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of three steps with a checkpoint after two, and its trainer."""
+    folder = tmp_path_factory.mktemp("start")
+    cfg = smoke_config("modpo", folder, max_steps=3, save_strategy="steps", save_steps=2, eval_strategy="no")
+    torch.manual_seed(0)
+    trainer = host_trainer(cfg)
+    trainer.train()
+    return trainer, folder / "out" / "checkpoint-2", folder / "prepared" / "modpo-cache"
+
+
+def resume(trainer, checkpoint):
+    """What is done before the checkpoint's weights are loaded, as if the policy's weights were split."""
+    with mock.patch.object(type(trainer), "_is_sharded", True):
+        return trainer._recorded_start(checkpoint)
+
+
+def test_a_checkpoint_names_the_weights_of_the_start(run):
+    trainer, checkpoint, _ = run
+    assert read_start(checkpoint) == trainer.start
+    assert set(trainer.start) == {"base", "initial"}
+    assert trainer._recorded_start(checkpoint) is None  # one process has the weights themselves
+
+
+def test_tables_are_found_by_the_start_though_the_policy_has_moved(run):
+    trainer, checkpoint, cache = run
+    tables = {path: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")}
+    before = trainer._constants["train"]
+    trainer.precompute(trainer.model, start=resume(trainer, checkpoint))
+    for table, other in zip(before, trainer._constants["train"], strict=True):
+        assert torch.equal(table, other)
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")} == tables
+
+
+def test_a_reference_that_cannot_be_found_is_not_computed_from_a_policy_that_has_moved(run, tmp_path):
+    trainer, checkpoint, cache = run
+    shutil.move(cache, tmp_path / "elsewhere")
+    try:
+        with pytest.raises(ConfigError, match=r"`modpo.cache_dir`: Reference, train of the run that is resumed is not"):
+            trainer.precompute(trainer.model, start=resume(trainer, checkpoint))
+        assert not list(cache.glob("*.safetensors"))
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+        shutil.move(tmp_path / "elsewhere", cache)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds no modpo_start.json"),
+        ("{", "is not JSON"),
+        ("[]", "must hold two strings"),
+        (json.dumps({"base": "a"}), "must hold two strings"),
+        (json.dumps({"base": "a", "initial": 3}), "must hold two strings"),
+    ],
+)
+def test_a_checkpoint_without_its_start_is_refused(run, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / FILE_NAME).write_text(content)
+    with pytest.raises(ConfigError, match=f"`resume_from_checkpoint`: .*{message}"):
+        resume(run[0], tmp_path)
