@@ -271,10 +271,16 @@ def test_an_attention_implementation_that_cannot_carry_trees_is_told_of(host_log
         ("flex_attention", "padded", False),
         ("sdpa", None, False),
         ("flash_attention_2", "packed", False),
+        ("flash_attention_4", "packed", False),
+        ("kernels-community/flash-attn3@v1", "packed", False),
+        ("kernels-community/sage-attention", None, True),
+        ("fp8", None, True),  # which Axolotl loads as sdpa, so that the model alone would not show it
     ):
         host_log.clear()
-        MOPOPlugin().register(changed({**AMOPO, "attn_implementation": attention}, amopo__layout=layout))
-        assert ("'flex_attention' cannot carry packed trees, so padded rows are trained" in host_log.text) is told
+        cfg = changed({**AMOPO, "attn_implementation": attention}, amopo__layout=layout)
+        MOPOPlugin().register(cfg)
+        assert (f"'{attention}' cannot carry packed trees, so padded rows are trained" in host_log.text) is told
+        assert cfg["amopo"]["layout"] == ("padded" if told else layout)
 
 
 def test_every_fault_is_told_at_once():

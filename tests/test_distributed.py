@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from conftest import LORA, ROOT, SMOKE, build_model, host_trainer, rare_token, save_adapter, smoke_config
+from conftest import LORA, ROOT, SMOKE, build_model, host_trainer, rare_token, save_adapter, twenty_steps
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from warm import ranks
@@ -48,26 +48,15 @@ def configuration(base, folder, name, processes):
         block["margins"]["safer"], block["weights"]["safer"] = margin, 0.2
     if method == "modpo":
         block["cache_dir"] = str(folder / f"cache-{name}-{processes}")
-    cfg = smoke_config(
+    return twenty_steps(
         method,
         folder / f"{name}-{processes}",
+        processes,
         base_model=str(base / "model"),  # its shape: several processes without a GPU cannot load weights in the host
-        seed=7,
-        max_steps=20,
-        learning_rate=0.0005,
-        eval_strategy="steps",
-        eval_steps=20,
-        dataloader_num_workers=0,
-        micro_batch_size=4 // processes,
-        gradient_accumulation_steps=1,
-        eval_batch_size=4 // processes,
         dataset_prepared_path=str(folder / "prepared"),
         **{method: block},
         **POLICIES.get(policy, {}),
     )
-    # Not the same number of rows for every process.
-    cfg["datasets"][0]["split"], cfg["test_datasets"][0]["split"] = "train[:101]", "train[:21]"
-    return cfg
 
 
 @pytest.fixture(scope="module")

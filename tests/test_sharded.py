@@ -7,7 +7,7 @@ import socket
 import pytest
 import torch
 import yaml
-from conftest import LORA, ROOT, SMOKE, build_model, save_adapter, save_reward_model, smoke_config
+from conftest import LORA, ROOT, SMOKE, build_model, save_adapter, save_reward_model, twenty_steps
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from warm import python, ranks
@@ -63,28 +63,17 @@ def configuration(base, folder, name, **changes):
         block["cache_dir"] = str(folder / f"cache-{name}")
     if "limited" in more:
         block["max_tokens_per_step"] = LIMITS[method]
-    processes = 1 if strategy == "one" else 2
-    cfg = smoke_config(
+    cfg = twenty_steps(
         method,
         folder / name,
+        1 if strategy == "one" else 2,
         base_model=str(base / "model"),
         reinit_weights=None,
         bf16="fp32" not in more,
-        seed=7,
-        max_steps=20,
-        learning_rate=0.0005,
-        eval_strategy="steps",
-        eval_steps=20,
-        dataloader_num_workers=0,
-        micro_batch_size=4 // processes,
-        gradient_accumulation_steps=1,
-        eval_batch_size=4 // processes,
         dataset_prepared_path=str(base / "prepared"),
         **{method: block},
         **POLICIES[policy],
     )
-    # Not the same number of rows for every process.
-    cfg["datasets"][0]["split"], cfg["test_datasets"][0]["split"] = "train[:101]", "train[:21]"
     if strategy == "fsdp2":
         cfg["fsdp_version"] = 2
         cfg["fsdp_config"] = {
