@@ -187,20 +187,10 @@ def smoke_config(method, output_dir, **overrides):
 
 def twenty_steps(method, output_dir, processes, **overrides):
     """A run with a global batch of four, and rows that do not come out even over two processes."""
-    cfg = smoke_config(
-        method,
-        output_dir,
-        seed=7,
-        max_steps=20,
-        learning_rate=0.0005,
-        eval_strategy="steps",
-        eval_steps=20,
-        dataloader_num_workers=0,
-        micro_batch_size=4 // processes,
-        gradient_accumulation_steps=1,
-        eval_batch_size=4 // processes,
-        **overrides,
-    )
+    steps = {"max_steps": 20, "learning_rate": 0.0005, "gradient_accumulation_steps": 1}
+    steps |= {"eval_strategy": "steps", "eval_steps": 20, "dataloader_num_workers": 0, "seed": 7}
+    steps |= {"micro_batch_size": 4 // processes, "eval_batch_size": 4 // processes}
+    cfg = smoke_config(method, output_dir, **{**steps, **overrides})
     cfg["datasets"][0]["split"], cfg["test_datasets"][0]["split"] = "train[:101]", "train[:21]"
     return cfg
 

@@ -21,6 +21,7 @@ from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_train
 from axolotl.integrations.base import PluginManager
+from axolotl.loaders.model import ModelLoader
 from axolotl.utils.dict import DictDefault
 from transformers import TrainerCallback
 
@@ -30,6 +31,16 @@ if int(os.environ["WORLD_SIZE"]) > 1:
 transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # a CPU computes in bf16 too
 build_mesh = ParallelismConfig.build_device_mesh
 ParallelismConfig.build_device_mesh = lambda self, kind: build_mesh(self, "cpu")  # Axolotl asks for one of "cuda"
+set_device_map = ModelLoader._set_device_map_config
+
+
+def set_device_map_of_cpu(self):
+    """Axolotl puts the model of each rank on the GPU of its number."""
+    self.cfg.device_map = {"": "cpu"}
+    set_device_map(self)
+
+
+ModelLoader._set_device_map_config = set_device_map_of_cpu
 
 
 class Killer(TrainerCallback):

@@ -74,6 +74,9 @@ def configuration(base, folder, name, **changes):
         **{method: block},
         **POLICIES[policy],
     )
+    if policy == "full" and cfg["bf16"]:
+        # One process keeps its weights in bf16, where small steps are lost; DeepSpeed and FSDP2 keep them in float32.
+        cfg["learning_rate"] = 0.00005
     if strategy == "fsdp2":
         cfg["fsdp_version"] = 2
         cfg["fsdp_config"] = {
