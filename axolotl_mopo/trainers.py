@@ -438,7 +438,7 @@ class MODPOTrainer(MultiObjectiveTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _recorded_start(self, checkpoint: Path) -> dict[str, str] | None:
-        """What a checkpoint says of the weights that its run started from; None where this process still has them."""
+        """What a checkpoint says of the start of its run; None where this process still has the weights of then."""
         if not self._is_sharded:
             return None
         try:
@@ -499,10 +499,10 @@ class MODPOTrainer(MultiObjectiveTrainer):
         Args:
             wrapped: the policy as it is run.
             train: of the training rows, and not of those for evaluation alone.
-            start: names of the weights that the run started from, where the policy cannot be run as it was then.
+            start: what `start` was when the run started, where the policy cannot be run as it was then.
         """
         precomputation = self._precomputation(wrapped, start)
-        self.start = precomputation.weights
+        self.start = precomputation.start
         sets = {"train": self.train_dataset} if train else {}
         if self.eval_dataset is not None:
             sets["evaluation"] = self.eval_dataset

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 import axolotl.train
-import deepspeed  # noqa: F401
+import deepspeed.runtime.utils
 import torch
 import transformers.training_args
 from accelerate import PartialState
@@ -31,6 +31,8 @@ if int(os.environ["WORLD_SIZE"]) > 1:
 transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # a CPU computes in bf16 too
 build_mesh = ParallelismConfig.build_device_mesh
 ParallelismConfig.build_device_mesh = lambda self, kind: build_mesh(self, "cpu")  # Axolotl asks for one of "cuda"
+gather = deepspeed.runtime.utils.all_gather_into_tensor_dp_groups  # gloo gathers by copies, which autograd refuses
+deepspeed.runtime.utils.all_gather_into_tensor_dp_groups = torch.no_grad()(gather)
 set_device_map = ModelLoader._set_device_map_config
 
 

@@ -57,7 +57,7 @@ def configuration(base, folder, name, **changes):
         block["weighting"] = "uniform"
     else:
         whole = {"source": "adapter", "path": str(base / "merged"), "reference": str(base / "model"), "beta": 0.2}
-        judge = {"source": "reward_model", "path": str(base / "reward"), "dtype": "float32"}
+        judge = {"source": "reward_model", "path": str(base / "reward"), "dtype": "float32", "scale": 20}
         block["margins"] |= {"safer": whole, "good": judge}
         block["weights"] |= {"safer": 0.2, "good": 0.1}
         block["cache_dir"] = str(folder / f"cache-{name}")
@@ -82,7 +82,8 @@ def configuration(base, folder, name, **changes):
         cfg["fsdp_config"] = {
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
-            "state_dict_type": "FULL_STATE_DICT",
+            # accelerate writes one rank's part of an adapter into a full checkpoint.
+            "state_dict_type": "SHARDED_STATE_DICT" if policy == "lora" else "FULL_STATE_DICT",
             "reshard_after_forward": True,
             "cpu_ram_efficient_loading": True,
         }

@@ -32,7 +32,8 @@ def resume(trainer, checkpoint):
 def test_a_checkpoint_names_the_weights_of_the_start(run):
     trainer, checkpoint, _ = run
     assert read_start(checkpoint) == trainer.start
-    assert set(trainer.start) == {"base", "initial"}
+    assert set(trainer.start) == {"base", "initial", "dtype"}
+    assert trainer.start["dtype"] == "float32"
     assert trainer._recorded_start(checkpoint) is None  # one process has the weights themselves
 
 
@@ -63,9 +64,10 @@ def test_a_reference_that_cannot_be_found_is_not_computed_from_a_policy_that_has
     [
         (None, "holds no modpo_start.json"),
         ("{", "is not JSON"),
-        ("[]", "must hold two strings"),
-        (json.dumps({"base": "a"}), "must hold two strings"),
-        (json.dumps({"base": "a", "initial": 3}), "must hold two strings"),
+        ("[]", "must hold the strings base, initial, dtype"),
+        (json.dumps({"base": "a", "initial": "b"}), "must hold the strings"),
+        (json.dumps({"base": "a", "initial": 3, "dtype": "float32"}), "must hold the strings"),
+        (json.dumps({"base": "a", "initial": "b", "dtype": "load"}), "`dtype` in .* is 'load'; it must be one of"),
     ],
 )
 def test_a_checkpoint_without_its_start_is_refused(run, tmp_path, content, message):

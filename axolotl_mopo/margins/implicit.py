@@ -79,19 +79,22 @@ def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def separate_model(path: str, like: PreTrainedModel, policy: PairScorer, rows: Dataset) -> Iterator[PairScorer]:
-    """A whole model of its own, loaded for a while, in the policy's precision.
+def separate_model(
+    path: str, like: PreTrainedModel, dtype: torch.dtype, policy: PairScorer, rows: Dataset
+) -> Iterator[PairScorer]:
+    """A whole model of its own, loaded for a while.
 
     Args:
         path: a folder or a model of the hub.
-        like: the policy's model, whose type and attention it gets.
+        like: the policy's model, whose attention it gets.
+        dtype: of its weights.
         policy: how the policy is scored.
         rows: prepared rows, one of which tries the layout.
 
     Yields:
         How it is scored.
     """
-    model = load_whole(AutoModelForCausalLM, path, like.dtype, attn_implementation=plain_implementation(like))
+    model = load_whole(AutoModelForCausalLM, path, dtype, attn_implementation=plain_implementation(like))
     model.to(policy.accelerator.device)
     if model.config.vocab_size != like.config.vocab_size:
         raise ValueError(

@@ -56,29 +56,30 @@ class Precomputation:
         model: the policy as it stood before its first step, not wrapped.
         policy: the same as it is run, and how it is scored.
         cache: where tables are kept.
-        start: names of the weights that the run started from, `base` and `initial`, where the model cannot be run as
-            it was then: what is computed with it can only be found.
+        recorded: the `start` of the run that is resumed, where the model cannot be run as it was then: what is computed
+            with it can only be found.
     """
 
     method: MODPOConfig
     model: Any
     policy: PairScorer
     cache: TableCache
-    start: dict[str, str] | None = None
+    recorded: dict[str, str] | None = None
     _tables: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.accelerator = self.policy.accelerator
-        if self.start is None:
+        if self.recorded is None:
             base, policy = policy_digests(self.model)
-            self.weights = {"base": self._agreed(base), "initial": self._agreed(policy)}
+            dtype = str(self._base.dtype).removeprefix("torch.")
+            self.start = {"base": self._agreed(base), "initial": self._agreed(policy), "dtype": dtype}
         else:
-            self.weights = self.start
+            self.start = self.recorded
 
     @property
     def reference_is_policy(self) -> bool:
         """Whether the reference is the policy as it stands."""
-        return self.weights[self.method.reference] == self.weights["initial"]
+        return self.start[self.method.reference] == self.start["initial"]
 
     def constants(self, sets: Mapping[str, Dataset]) -> dict[str, Constants]:
         """The constants of sets of rows; the set `train`, if there, decides how margins are normalised."""
@@ -142,34 +143,35 @@ class Precomputation:
         title = f"Reference, {set_name}"
 
         def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
-            if self.start is not None:
+            if self.recorded is not None:
                 raise ConfigError(
                     f"`{self.method.rl}.cache_dir`: {title} of the run that is resumed is not in {self.cache.folder}, "
                     "and cannot be computed again from a model whose weights are split; give the folder that the run "
                     "used, with the same data, or start the run anew"
                 )
             adapters: AbstractContextManager[None] = nullcontext()
-            if self.weights[state] != self.weights["initial"]:
+            if self.start[state] != self.start["initial"]:
                 adapters = without_adapters(self.model)
             with adapters, in_mode(self.policy.model, training=False):
                 return self.policy.logps(rows, title)
 
-        return self._logps(title, {"weights": self.weights[state]}, rows, rows_key, score)
+        return self._logps(title, {"weights": self.start[state]}, rows, rows_key, score)
 
     def _adapter_logps(self, title: str, path: str, rows: Dataset, rows_key: str) -> Tensor:
         def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
             with unchanged(self.model, path), with_adapter(self.model, path) as adapted:
                 return self.policy.of(adapted).logps(rows, title)
 
-        weights = digest([self.weights["base"], model_digest(path)])
+        weights = digest([self.start["base"], model_digest(path)])
         return self._logps(title, {"weights": weights}, rows, rows_key, score)
 
     def _separate_logps(self, title: str, path: str, rows: Dataset, rows_key: str) -> Tensor:
         def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
-            with separate_model(path, self._base, self.policy, rows) as model:
+            dtype = getattr(torch, self.start["dtype"])
+            with separate_model(path, self._base, dtype, self.policy, rows) as model:
                 return model.logps(rows, title)
 
-        content = {"weights": model_digest(path), "dtype": str(self._base.dtype)}
+        content = {"weights": model_digest(path), "dtype": self.start["dtype"]}
         return self._logps(title, content, rows, rows_key, score)
 
     @property

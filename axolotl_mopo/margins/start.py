@@ -1,7 +1,7 @@
-"""`modpo_start.json`, beside every checkpoint of MODPO: which weights the run started from.
+"""`modpo_start.json`, beside every checkpoint of MODPO: what the policy was when the run started.
 
-Tables of reference log-probs are named after these weights. A resumed run finds its tables by them, although the
-weights themselves are gone by then.
+It holds the names of the base model's and of the initial policy's weights (`base`, `initial`), and their `dtype`. Tables
+of log-probs are named after these, so a resumed run finds them, although its policy has other weights by then.
 """
 
 import json
@@ -11,10 +11,12 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 FILE_NAME = "modpo_start.json"
+_KEYS = ("base", "initial", "dtype")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def read_start(checkpoint: Path) -> dict[str, str] | None:
-    """The names of the base model's and the initial policy's weights (`base`, `initial`), or None without the file.
+    """What the file beside a checkpoint holds, or None without one.
 
     Raises:
         ValueError: where the file holds something else.
@@ -26,8 +28,10 @@ def read_start(checkpoint: Path) -> dict[str, str] | None:
         start = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(start, dict) or {name: type(start[name]) for name in start} != {"base": str, "initial": str}:
-        raise ValueError(f"{path} must hold two strings, base and initial")
+    if not isinstance(start, dict) or {name: type(start[name]) for name in start} != dict.fromkeys(_KEYS, str):
+        raise ValueError(f"{path} must hold the strings {', '.join(_KEYS)} and nothing else")
+    if start["dtype"] not in _DTYPES:
+        raise ValueError(f"`dtype` in {path} is {start['dtype']!r}; it must be one of {', '.join(_DTYPES)}")
     return start
 
 
