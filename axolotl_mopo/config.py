@@ -568,6 +568,20 @@ def attention_advice(cfg: Mapping[str, Any], method: str, block: MethodBlock) ->
     )
 
 
+def checkpoint_advice(cfg: Mapping[str, Any]) -> str | None:
+    """What to tell of checkpoints that a run cannot be resumed from."""
+    fsdp = cfg.get("fsdp_config")
+    if not isinstance(fsdp, Mapping) or not cfg.get("adapter"):
+        return None
+    version = cfg.get("fsdp_version") or fsdp.get("fsdp_version")
+    if str(version) != "2" or fsdp.get("state_dict_type") != "FULL_STATE_DICT":
+        return None
+    return (
+        "With FSDP2, an adapter and `fsdp_config.state_dict_type: FULL_STATE_DICT`, accelerate writes one rank's part "
+        "of the adapter into a checkpoint, so a resumed run goes on from wrong weights; set it to SHARDED_STATE_DICT."
+    )
+
+
 def no_stray_block(cfg: Mapping[str, Any]) -> None:
     """Refuse a method's block under an `rl:` that would ignore it.
 

@@ -16,6 +16,7 @@ from axolotl_mopo.config import (
     MODPOConfig,
     attention_advice,
     check_skipping,
+    checkpoint_advice,
     fold_dotted_keys,
     no_stray_block,
     read_method,
@@ -76,6 +77,8 @@ class MOPOPlugin(BasePlugin):
         if advice := attention_advice(cfg, method, block):
             LOG.warning(advice)
             cfg[method]["layout"] = "padded"
+        if advice := checkpoint_advice(cfg):
+            LOG.warning(advice)
         if isinstance(block, MODPOConfig):
             block = settle_margins(cfg, block)
         if all(cfg.get(key) is None for key in _LOADING):

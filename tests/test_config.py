@@ -10,6 +10,7 @@ from axolotl_mopo.config import (
     AMoPOConfig,
     ConfigError,
     MODPOConfig,
+    checkpoint_advice,
     fold_dotted_keys,
     parse_block,
 )
@@ -281,6 +282,24 @@ def test_an_attention_implementation_that_cannot_carry_trees_is_told_of(host_log
         MOPOPlugin().register(cfg)
         assert (f"'{attention}' cannot carry packed trees, so padded rows are trained" in host_log.text) is told
         assert cfg["amopo"]["layout"] == ("padded" if told else layout)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"adapter": "lora"}, True),
+        ({"adapter": "lora", "fsdp_version": None, "fsdp_config": {"fsdp_version": 2}}, True),
+        ({}, False),
+        ({"adapter": "lora", "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}, False),
+        ({"adapter": "lora", "fsdp_config": {"state_dict_type": None}}, False),
+        ({"adapter": "lora", "fsdp_version": 1}, False),
+    ],
+)
+def test_checkpoints_that_hold_one_ranks_part_of_an_adapter_are_told_of(keys, told):
+    fsdp = {"state_dict_type": "FULL_STATE_DICT", **keys.get("fsdp_config", {})}
+    advice = checkpoint_advice({"fsdp_version": 2, **keys, "fsdp_config": fsdp})
+    assert bool(advice) is told
+    assert checkpoint_advice({"adapter": "lora", "fsdp_version": 2, "fsdp_config": None}) is None
 
 
 def test_every_fault_is_told_at_once():

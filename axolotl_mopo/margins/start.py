@@ -1,7 +1,7 @@
 """`modpo_start.json`, beside every checkpoint of MODPO: what the policy was when the run started.
 
-It holds the names of the base model's and of the initial policy's weights (`base`, `initial`), and their `dtype`. Tables
-of log-probs are named after these, so a resumed run finds them, although its policy has other weights by then.
+It holds the names of the base model's and of the initial policy's weights (`base`, `initial`), and their `dtype`.
+Tables of log-probs are named after these, so a resumed run finds them, although its policy has other weights by then.
 """
 
 import json
