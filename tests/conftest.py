@@ -179,7 +179,7 @@ def smoke_config(method, output_dir, **overrides):
     for section in ("datasets", "test_datasets"):
         cfg[section][0]["path"] = str(ROOT / cfg[section][0]["path"])
     cfg |= {"output_dir": str(output_dir / "out"), "dataset_prepared_path": str(output_dir / "prepared")}
-    cfg |= {"logging_steps": 1, "save_strategy": "no", "dataset_num_proc": 1, **overrides}
+    cfg |= {"logging_steps": 1, "save_strategy": "no", "dataset_num_proc": 0, **overrides}
     for key in ("evals_per_epoch", "saves_per_epoch"):
         cfg.pop(key)
     return {key: value for key, value in cfg.items() if value is not None}
@@ -236,7 +236,7 @@ def axolotl(*arguments, cwd=ROOT, fails=False):
     return output
 
 
-def prepare(rows, tokenizer, *, method="amopo", kind="pairs", entry=None, num_proc=1, **settings):
+def prepare(rows, tokenizer, *, method="amopo", kind="pairs", entry=None, num_proc=0, **settings):
     """The rows as the host's own map leaves them; `settings` go to the method's block, or to the YAML where known."""
     blocks = {
         "amopo": {"dimensions": ["helpfulness"], "score_range": [0, 4]},
