@@ -452,7 +452,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "preprocess_iterable",
     ),
 }
-"""Keys of Axolotl that would change nothing, by the reason that is told."""
+"""Keys of Axolotl that would change nothing, by the reason that the error gives."""
 
 
 class MOPOArgs(BaseModel):
@@ -569,7 +569,7 @@ def attention_advice(cfg: Mapping[str, Any], method: str, block: MethodBlock) ->
 
 
 def checkpoint_advice(cfg: Mapping[str, Any]) -> str | None:
-    """What to tell of checkpoints that a run cannot be resumed from."""
+    """Advice on checkpoints that a run cannot be resumed from, or None."""
     fsdp = cfg.get("fsdp_config")
     if not isinstance(fsdp, Mapping) or not cfg.get("adapter"):
         return None

@@ -40,7 +40,7 @@ _SUPERVISED_ARGUMENTS = (
 )
 """Training arguments that the host fills in for supervised training alone."""
 _LOADING = {"dataloader_num_workers": 1, "dataloader_pin_memory": True, "dataloader_prefetch_factor": 8}
-"""How batches are loaded where the YAML says nothing; the host would make 256 ahead, gigabytes of long pairs."""
+"""How batches are loaded where the YAML says nothing; Axolotl would make 256 ahead, gigabytes of long pairs."""
 
 
 @dataclass

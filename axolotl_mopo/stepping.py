@@ -80,7 +80,7 @@ class SteppingMixin(Trainer):
         if not self.aux_loss_coef:
             return joined([self.scorer(model, one) for one in unit]), None
         parts, aux_losses = zip(*(self.scorer.with_aux_loss(model, one) for one in unit), strict=True)
-        return joined(parts), torch.stack(aux_losses).mean()
+        return joined(parts), torch.stack([loss for loss in aux_losses if loss is not None]).mean()
 
     def _recorded_losses(self, scores: CompletionScores, inputs: Batch) -> Tensor:
         losses, metrics = self.pair_losses(scores, inputs)

@@ -39,7 +39,15 @@ from axolotl_mopo.data.lengths import budget_message, with_lengths
 from axolotl_mopo.data.notes import notes
 from axolotl_mopo.data.rows import DataError
 from axolotl_mopo.engine.attention import use_tree_attention
-from axolotl_mopo.engine.layout import Layout, NoiseError, plan_layout, require_layout, tolerance_of, try_layout
+from axolotl_mopo.engine.layout import (
+    Layout,
+    NoiseError,
+    gives_aux_loss,
+    plan_layout,
+    require_layout,
+    tolerance_of,
+    try_layout,
+)
 from axolotl_mopo.engine.log_softmax import selective_log_softmax
 from axolotl_mopo.engine.noise import turn_off_noise
 from axolotl_mopo.engine.ranks import PassCounts
@@ -130,7 +138,7 @@ class MultiObjectiveTrainer(
         self._base.add_model_tags(self.tag_names)
         self.aux_loss_coef = self._choose_aux_loss_coef()
         self._layout_tried = False
-        self._use_layout(plan_layout(self._base, self.method.layout))
+        self._use_layout(plan_layout(self._base, self.method.layout, bool(args.torch_compile)))
         if not self._is_sharded:
             # As the model will be run, before torch compiles it.
             with self.accelerator.autocast():
@@ -148,7 +156,7 @@ class MultiObjectiveTrainer(
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def before_first_step(self, wrapped: nn.Module, resumed: bool) -> None:
-        """What needs the model as it is run: the layout is tried, where it could not be before.
+        """Do what needs the prepared model: try the layout, where that was not possible before.
 
         Args:
             wrapped: the prepared model, whose weights are those that training starts from.
@@ -158,18 +166,23 @@ class MultiObjectiveTrainer(
             self.try_layout(wrapped)
 
     def try_layout(self, wrapped: nn.Module) -> None:
-        """Try the planned layout on a few rows, and use what of it gives the model's numbers.
+        """Try the planned layout on a few rows, and drop what changes the log-probs.
 
         Raises:
-            ConfigError: where packed trees are asked for and do not.
+            ConfigError: where packed trees are asked for and change the log-probs, or the model adds noise in training.
         """
         pairs, device = [read_tokens(row) for row in self._checked_rows], self.args.device
+        layout = noise = None
         try:
             layout = try_layout(self._layout, wrapped, self._base, pairs, device, self._tolerance)
         except NoiseError as error:
-            raise ConfigError(str(error)) from None
-        (layout,) = broadcast_object_list([layout])  # one word for all ranks
+            noise = str(error)
+        layout, noise = broadcast_object_list([layout, noise])  # all ranks follow the first one
+        if layout is None:
+            raise ConfigError(noise)
         self._use_layout(layout)
+        if self.aux_loss_coef and not gives_aux_loss(wrapped, pairs[0], device, layout.packed):
+            self.aux_loss_coef = self._without_aux_loss()
         self._layout_tried = True
         self._announce_layout()
 
@@ -187,26 +200,37 @@ class MultiObjectiveTrainer(
             require_layout(layout, self._base, self.method.layout)
         except ValueError as error:
             raise ConfigError(f"`layout: packed`: {error}; drop the key, or set it to padded") from None
-        # A compiled forward pass would keep the hooks that it was traced with.
-        inside = layout.inside and not self.args.torch_compile
         if layout.packed:
             use_tree_attention(self._base)
         self._layout = layout
         self.data_collator.packed = layout.packed
         budget = self.method.logits_budget * 2**30
-        self.scorer = Scorer(self._base if inside else None, budget, choose_log_softmax(self.args.device))
+        self.scorer = Scorer(self._base if layout.inside else None, budget, choose_log_softmax(self.args.device))
 
     def _choose_aux_loss_coef(self) -> float:
         """The coefficient of the load-balancing loss; 0 for a model that has none.
 
         Raises:
-            ConfigError: where the YAML gives one to a model that has none.
+            ConfigError: where the YAML gives one to a model that has none, or the loss would have no gradient.
         """
-        coef, config = self.method.router_aux_loss_coef, self._base.config.get_text_config()
-        answers = "output_router_logits" in signature(self._base.forward).parameters
-        if answers and getattr(config, "output_router_logits", None) is not None:
-            return _AUX_LOSS_COEF if coef is None else coef
-        if coef:
+        config, asked = self._base.config.get_text_config(), signature(self._base.forward).parameters
+        if "output_router_logits" not in asked or getattr(config, "output_router_logits", None) is None:
+            return self._without_aux_loss()
+        coef = self.method.router_aux_loss_coef
+        coef = _AUX_LOSS_COEF if coef is None else coef
+        if (
+            coef
+            and self.args.gradient_checkpointing
+            and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        ):
+            raise ConfigError(
+                "`gradient_checkpointing_kwargs.use_reentrant: true` leaves the load-balancing loss of a mixture of "
+                f"experts without a gradient; set it to false, or `{self.method.rl}.router_aux_loss_coef: 0`"
+            )
+        return coef
+
+    def _without_aux_loss(self) -> float:
+        if self.method.router_aux_loss_coef:
             raise ConfigError(
                 f"`router_aux_loss_coef` has no effect on a {type(self._base).__name__}, which has no load-balancing "
                 "loss; remove it"
@@ -221,9 +245,8 @@ class MultiObjectiveTrainer(
             LOG.info("%s is trained in padded rows.", name)
         else:
             LOG.warning("%s is trained in padded rows, not in packed trees: %s.", name, layout.why_not_packed)
-        why_not_inside = "it is compiled" if self.args.torch_compile else layout.why_not_inside
-        if why_not_inside:
-            LOG.info("The logits of %s are computed at once, `logits_budget` has no effect: %s.", name, why_not_inside)
+        if reason := layout.why_not_inside:
+            LOG.info("The logits of %s are computed at once, `logits_budget` has no effect: %s.", name, reason)
         if self.is_world_process_zero() and (message := budget_message(self.train_dataset, self.data_collator)):
             LOG.info(message)
 
@@ -248,6 +271,19 @@ class MultiObjectiveTrainer(
             return metrics
         own = inputs["pairs"] < state.remainder - self.args.process_index * inputs["size"]
         return {name: values[own] for name, values in metrics.items()}
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, within a training run or by itself.
+
+        Raises:
+            ConfigError: where weights are split and the model has not been prepared for training.
+        """
+        if not self._layout_tried:
+            raise ConfigError(
+                "a model that FSDP or DeepSpeed splits can be evaluated within a training run only; for `axolotl "
+                "evaluate` remove `fsdp`, `fsdp_config` and `deepspeed` from the YAML"
+            )
+        return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The host's loop, with our metrics among its own and a loss that is the mean over pairs."""
@@ -432,24 +468,29 @@ class MODPOTrainer(MultiObjectiveTrainer):
             ConfigError: where a run whose weights are split is resumed without the constants of its first start.
         """
         if resume_from_checkpoint:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
-            self.precompute(self.model, start=self._recorded_start(Path(str(resume_from_checkpoint))))
+            last = get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else None
+            resume_from_checkpoint = last or resume_from_checkpoint
+            if resume_from_checkpoint is not True:  # without a checkpoint transformers raises its own error
+                self.precompute(self.model, start=self._recorded_start(Path(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _recorded_start(self, checkpoint: Path) -> dict[str, str] | None:
         """What a checkpoint says of the start of its run; None where this process still has the weights of then."""
         if not self._is_sharded:
             return None
-        try:
-            start = read_start(checkpoint)
-        except ValueError as error:
-            raise ConfigError(f"`resume_from_checkpoint`: {error}") from None
+        start = fault = None
+        if self.is_world_process_zero():  # which wrote it; other machines may not have the file
+            try:
+                start = read_start(checkpoint)
+            except ValueError as error:
+                fault = str(error)
+        start, fault = broadcast_object_list([start, fault])
         if start is None:
-            raise ConfigError(
-                f"`resume_from_checkpoint`: {checkpoint} holds no {START_FILE}, without which the reference of a run "
-                "whose weights are split cannot be found again; resume from another checkpoint, or start the run anew"
+            missing = (
+                f"{checkpoint} holds no {START_FILE}, without which the reference of a run whose weights are split "
+                "cannot be found again; resume from another checkpoint, or start the run anew"
             )
+            raise ConfigError(f"`resume_from_checkpoint`: {fault or missing}")
         return start
 
     def before_first_step(self, wrapped: nn.Module, resumed: bool) -> None:

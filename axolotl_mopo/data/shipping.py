@@ -19,6 +19,10 @@ class OneBufferBatch(dict[str, Any]):
     packed: "tuple[Tensor, dict[str, Any]] | None" = None
     """The buffer that the tensors are views of, and where in it they lie."""
 
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.packed = None
+        super().__setitem__(key, value)
+
     def __reduce__(self) -> Any:
         return _unpacked, self._pack()
 

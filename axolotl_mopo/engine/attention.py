@@ -117,11 +117,10 @@ def tree_attention(
     key, value = (tensor.index_select(2, segments.key_index) for tensor in (key, value))
     query, key, value = _in_one_dtype(query, key, value)
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if not _kernels_take(query, key, value):
-        attended = _by_segment(query, key, value, segments, scaling, sliding_window, softcap)
-    elif _is_flash(implementation):
+    kernels = _kernels_take(query, key, value)
+    if kernels and _is_flash(implementation):
         attended = _flash(query, key, value, segments, implementation, scaling, sliding_window, softcap)
-    elif implementation == "sdpa" and softcap is None:
+    elif kernels and implementation == "sdpa" and softcap is None:
         attended = _varlen(query, key, value, segments, scaling, sliding_window)
     else:
         attended = _by_segment(query, key, value, segments, scaling, sliding_window, softcap)

@@ -80,15 +80,16 @@ def why_not_inside(base: PreTrainedModel) -> str | None:
     return None
 
 
-def plan_layout(base: PreTrainedModel, wanted: str | None = None) -> Layout:
+def plan_layout(base: PreTrainedModel, wanted: str | None = None, compiled: bool = False) -> Layout:
     """The fastest layout that a model's architecture allows; no weights are looked at.
 
     Args:
         base: the transformers model, without wrappers.
-        wanted: `padded`, to have no trees.
+        wanted: `padded`, to leave trees out.
+        compiled: whether torch compiles the model, whose forward pass keeps the hooks that it was traced with.
     """
     no_trees = why_not_trees(base) if wanted != "padded" else "padded rows are wanted"
-    return Layout(no_trees, why_not_inside(base))
+    return Layout(no_trees, "it is compiled" if compiled else why_not_inside(base))
 
 
 def require_layout(layout: Layout, base: PreTrainedModel, wanted: str | None) -> None:
@@ -104,7 +105,7 @@ def require_layout(layout: Layout, base: PreTrainedModel, wanted: str | None) ->
 def try_layout(
     plan: Layout, model: nn.Module, base: PreTrainedModel, pairs: Sequence[Pair], device: torch.device, tolerance: float
 ) -> Layout:
-    """Hold a planned layout against padded rows, by computing the log-probs of a few pairs in both.
+    """Compare a planned layout with padded rows, by the log-probs of a few pairs.
 
     Every process that shares the weights must call this, with the same pairs.
 
@@ -117,7 +118,7 @@ def try_layout(
         tolerance: nats a token that two exact computations may differ by.
 
     Returns:
-        The plan, without what gives other numbers.
+        The plan, without the parts whose log-probs differ.
 
     Raises:
         NoiseError: where the model's log-probs differ between training and evaluation.
@@ -152,9 +153,24 @@ def try_layout(
         raise NoiseError(
             f"the token log-probs of {type(base).__name__} differ by {noise:.2g} between two training passes, and by "
             f"{shift:.2g} between training and evaluation: the model adds noise in training (dropout, router noise, "
-            "sampled experts), which would be taken for a preference; turn it off with `overrides_of_model_config`"
+            "sampled experts), which would be mistaken for a preference; turn it off with `overrides_of_model_config`"
         )
     return Layout(no_trees, no_inside)
+
+
+def gives_aux_loss(model: nn.Module, pair: Pair, device: torch.device, packed: bool) -> bool:
+    """Whether a model that is asked for its load-balancing loss gives one.
+
+    Args:
+        model: the model as it is run.
+        pair: token ids of a pair, of which a short part is taken.
+        device: where batches go.
+        packed: whether batches are packed trees.
+    """
+    batch = pack([_shorten(pair)]) if packed else pad([_shorten(pair)], pad_token_id=0)
+    with torch.no_grad(), in_mode(model, training=False):
+        _, aux_loss = Scorer().with_aux_loss(model, {name: value.to(device) for name, value in batch.items()})
+    return aux_loss is not None
 
 
 def choose_layout(model: nn.Module, base: PreTrainedModel, pairs: Sequence[Pair], wanted: str | None = None) -> Layout:
@@ -162,7 +178,7 @@ def choose_layout(model: nn.Module, base: PreTrainedModel, pairs: Sequence[Pair]
 
     Args:
         model, base, pairs: as for `try_layout`.
-        wanted: `packed` or `padded`, to have no other.
+        wanted: `packed` or `padded`, to accept no other layout.
 
     Raises:
         ValueError: where trees are wanted and the model cannot take them.

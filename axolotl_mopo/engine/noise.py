@@ -1,4 +1,4 @@
-"""What a model does at random in training, which would be taken for a preference."""
+"""Randomness of a model in training, which would be mistaken for a preference."""
 
 import re
 

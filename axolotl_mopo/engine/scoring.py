@@ -70,13 +70,14 @@ class Scorer:
         """
         return self._run(model, batch)[0]
 
-    def with_aux_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[CompletionScores, Tensor]:
-        """The same, and the load-balancing loss of a mixture of experts, without its coefficient.
+    def with_aux_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[CompletionScores, Tensor | None]:
+        """The same, and the load-balancing loss of a mixture of experts without its coefficient, None if it has none.
 
         Tokens that several sequences share count as often as they would in rows of their own.
         """
         scores, outputs = self._run(model, batch, output_router_logits=True)
-        return scores, outputs.aux_loss.float()
+        aux_loss = getattr(outputs, "aux_loss", None)
+        return scores, aux_loss.float() if isinstance(aux_loss, Tensor) else None
 
     def _run(self, model: nn.Module, batch: Mapping[str, Any], **options: Any) -> tuple[CompletionScores, Any]:
         inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch} | options

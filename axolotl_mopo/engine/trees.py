@@ -55,15 +55,6 @@ class Segments:
             cu_seq_k=self.cu_seq_k.to(device, non_blocking=non_blocking),
         )
 
-    def pin_memory(self) -> "Segments":
-        """A copy with its tensors in page-locked memory."""
-        return replace(
-            self,
-            key_index=self.key_index.pin_memory(),
-            cu_seq_q=self.cu_seq_q.pin_memory(),
-            cu_seq_k=self.cu_seq_k.pin_memory(),
-        )
-
 
 def pack(pairs: Sequence[Pair]) -> dict[str, Any]:
     """All sequences of a micro-batch in one row [1, T], as a trie: a beginning that some of them share is there once.

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data.collating import PairCollator, read_tokens
 from axolotl_mopo.engine.attention import plain_implementation, use_tree_attention
-from axolotl_mopo.engine.layout import choose_layout
+from axolotl_mopo.engine.layout import NoiseError, choose_layout
 from axolotl_mopo.engine.noise import turn_off_noise
 from axolotl_mopo.engine.ranks import PassCounts
 from axolotl_mopo.engine.scoring import Scorer
@@ -63,12 +64,13 @@ class PairScorer:
 
     def _batch_logps(self, batch: Mapping[str, Any]) -> Tensor:
         device = self.accelerator.device
+        batch = send_to_device(batch, device, non_blocking=True)
         passes = [one for unit in batch["units"] for one in unit]
         logps = torch.empty(batch["size"], 2, device=device)
         (idle,) = self.pass_counts.missing(len(passes))
         with self.accelerator.autocast():
             for one in passes + passes[-1:] * idle:
-                scores = self.scorer(self.model, send_to_device(one, device, non_blocking=True))
+                scores = self.scorer(self.model, one)
                 logps[one["pairs"]] = scores.logps.view(-1, 2).float()
         return logps
 
@@ -103,7 +105,10 @@ def separate_model(
         )
     turn_off_noise(model)
     model.eval()
-    layout = choose_layout(model, model, [read_tokens(rows[0])])
+    try:
+        layout = choose_layout(model, model, [read_tokens(rows[0])])
+    except NoiseError as error:
+        raise ConfigError(f"{path} cannot give rewards: {error} (in its own config.json)") from None
     if layout.packed:
         use_tree_attention(model)
     try:

@@ -158,7 +158,7 @@ def _adapter_beta(margin: AdapterMargin, where: str, run: Mapping[str, Any]) -> 
 
 
 def _check_adapter(margin: AdapterMargin, where: str, run: Mapping[str, Any]) -> None:
-    """Hold an adapter's own configuration against the run."""
+    """Check an adapter's own configuration against the run."""
     if margin.reference is not None:
         raise ConfigError(f"{where}.reference` has no effect: the reference of an adapter is the base model; drop it")
     if run.get("fsdp") or run.get("fsdp_config") or run.get("deepspeed"):
