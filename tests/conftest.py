@@ -1,6 +1,7 @@
 """Tiny real models, the embedded tokenizer, and rows to train on."""
 
 import copy
+import gc
 import logging
 import os
 import random
@@ -148,6 +149,12 @@ def ragged_pairs(dimensions=2):
 def pytest_collection_modifyitems(items):
     """The longest tests first, so that other workers do not wait for them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
+def pytest_collection_finish():
+    """Keep what was imported out of the garbage collections that the host asks for in every run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
