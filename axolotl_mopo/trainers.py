@@ -278,12 +278,15 @@ class MultiObjectiveTrainer(
         Raises:
             ConfigError: where weights are split and the model has not been prepared for training.
         """
+        self._require_prepared()
+        return super().evaluate(*args, **kwargs)
+
+    def _require_prepared(self) -> None:
         if not self._layout_tried:
             raise ConfigError(
                 "a model that FSDP or DeepSpeed splits can be evaluated within a training run only; for `axolotl "
                 "evaluate` remove `fsdp`, `fsdp_config` and `deepspeed` from the YAML"
             )
-        return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The host's loop, with our metrics among its own and a loss that is the mean over pairs."""
@@ -502,6 +505,7 @@ class MODPOTrainer(MultiObjectiveTrainer):
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; before any training the policy as it stands is its own initial reference."""
+        self._require_prepared()
         foreign = eval_dataset is not None and "pair_index" not in eval_dataset.column_names
         if (foreign or "evaluation" not in self._constants) and self.method.reference == "initial":
             LOG.warning("The policy is evaluated against itself as it stands now: no reference was computed before.")

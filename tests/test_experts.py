@@ -1,17 +1,19 @@
 """Mixtures of experts train with a load-balancing loss, as TRL's preference trainers have it."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from conftest import CONFIGS, MIXTURES, SMOKE, build_model, host_trainer, ragged_pairs, smoke_config
 from datasets import Dataset
-from transformers import AutoConfig, Qwen3MoeConfig
+from transformers import AutoConfig, GraniteMoeHybridConfig, Qwen3MoeConfig
 from trl import DPOConfig, DPOTrainer
 
 from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data.collating import PairCollator
 from axolotl_mopo.engine.attention import use_plain_attention, use_tree_attention
+from axolotl_mopo.engine.layout import gives_aux_loss
 from axolotl_mopo.engine.scoring import Scorer
 from axolotl_mopo.engine.trees import Pair, pack, pad
 
@@ -74,6 +76,14 @@ def trainers(base, tmp_path_factory):
         built[method] = host_trainer(cfg)
     built["modpo"].precompute(built["modpo"].model)
     return built
+
+
+@pytest.fixture
+def trainers_module(trainers):
+    """Our trainers, which may be imported once Axolotl has built one."""
+    from axolotl_mopo import trainers as module
+
+    return module
 
 
 def step(trainer, coefficient, packed=True, max_tokens=None):
@@ -170,6 +180,56 @@ def test_the_term_is_that_of_trls_dpo(tokenizer, tmp_path):
     assert trainer.router_aux_loss_coef == 0.001
     _, found = Scorer(model).with_aux_loss(model, pack(pairs))
     assert found.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_without_experts_that_takes_the_argument_has_no_such_loss(trainers, trainers_module):
+    """Granite's hybrid architecture answers with the number 0 where it is dense."""
+    shape = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    dense = build_model(
+        GraniteMoeHybridConfig(
+            **shape,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=0,
+            mamba_n_heads=4,
+            layer_types=["attention"],
+        )
+    )
+    (pair, *_) = ragged_pairs(1)
+    assert not gives_aux_loss(dense, pair, torch.device("cpu"), packed=False)
+    assert gives_aux_loss(build_model(MIXTURES["mixtral"]), pair, torch.device("cpu"), packed=False)
+    trainer = trainers["amopo"]
+    trainer.aux_loss_coef = 0.5
+    with mock.patch.object(trainers_module, "gives_aux_loss", lambda *_: False):
+        trainer.try_layout(trainer.model)
+        assert trainer.aux_loss_coef == 0
+        trainer.aux_loss_coef = 0.5
+        method = trainer.method
+        trainer.method = method.model_copy(update={"router_aux_loss_coef": 0.5})
+        try:
+            with pytest.raises(ConfigError, match="which has no load-balancing loss"):
+                trainer.try_layout(trainer.model)
+        finally:
+            trainer.method = method
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "reentrant", "refused"), [(None, True, True), (0, True, False), (1, False, False)]
+)
+def test_a_loss_that_would_have_no_gradient_is_refused(trainers, coefficient, reentrant, refused):
+    trainer = trainers["amopo"]
+    method = trainer.method
+    trainer.method = method.model_copy(update={"router_aux_loss_coef": coefficient})
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    try:
+        with mock.patch.multiple(trainer.args, **settings):
+            if refused:
+                with pytest.raises(ConfigError, match=r"`gradient_checkpointing_kwargs\.use_reentrant: true` leaves"):
+                    trainer._choose_aux_loss_coef()
+            else:
+                assert trainer._choose_aux_loss_coef() == coefficient
+    finally:
+        trainer.method = method
 
 
 def test_a_coefficient_without_experts_is_refused(trainers):

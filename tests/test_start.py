@@ -75,3 +75,17 @@ def test_a_checkpoint_without_its_start_is_refused(run, tmp_path, content, messa
         (tmp_path / FILE_NAME).write_text(content)
     with pytest.raises(ConfigError, match=f"`resume_from_checkpoint`: .*{message}"):
         resume(run[0], tmp_path)
+
+
+def test_a_resume_without_any_checkpoint_is_transformers_own_error(run, tmp_path):
+    trainer = run[0]
+    with mock.patch.object(trainer.args, "output_dir", str(tmp_path)), pytest.raises(ValueError, match="checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_split_model_is_not_evaluated_by_itself(run):
+    with (
+        mock.patch.object(run[0], "_layout_tried", False),
+        pytest.raises(ConfigError, match="evaluated within a training run only"),
+    ):
+        run[0].evaluate()
