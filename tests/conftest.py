@@ -18,6 +18,7 @@ import forking  # noqa: F401
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -155,6 +156,14 @@ def pytest_collection_finish():
     """Keep what was imported out of the garbage collections that the host asks for in every run."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def accelerate_state():
+    """Axolotl keeps accelerate's state for good, so one that a test has emptied is filled again for those after it."""
+    yield
+    if not PartialState._shared_state:
+        PartialState()
 
 
 @pytest.fixture(scope="module")

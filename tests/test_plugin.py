@@ -183,8 +183,14 @@ def test_the_hosts_schema_keeps_our_fields(monkeypatch):
     MOPOPlugin().register(again)  # as a Ray worker does, with the host's defaults filled in
     assert again == validated
     arguments = PluginManager.get_instance().get_training_args(validated)
-    assert set(arguments) == {"mopo", "logging_nan_inf_filter"}
+    assert set(arguments) == {"mopo", "logging_nan_inf_filter", "accelerator_config"}
     assert arguments["mopo"]["beta"] == 0.8
+    assert arguments["accelerator_config"] == {"non_blocking": True}
+    validated.accelerator_config = {"non_blocking": False, "even_batches": True}
+    arguments = PluginManager.get_instance().get_training_args(validated)
+    assert arguments["accelerator_config"] == {"non_blocking": False, "even_batches": True}
+    validated.dataloader_pin_memory = False
+    assert "accelerator_config" not in PluginManager.get_instance().get_training_args(validated)
     validated.group_by_length = True  # the host leaves it out for preference runs
     arguments = PluginManager.get_instance().get_training_args(validated)
     assert arguments["train_sampling_strategy"] == "group_by_length"
