@@ -176,7 +176,7 @@ class MultiObjectiveTrainer(
         try:
             layout = try_layout(self._layout, wrapped, self._base, pairs, device, self._tolerance)
         except NoiseError as error:
-            noise = str(error)
+            noise = f"{error}; turn it off with `overrides_of_model_config`"
         layout, noise = broadcast_object_list([layout, noise])  # all ranks follow the first one
         if layout is None:
             raise ConfigError(noise)
@@ -474,7 +474,7 @@ class MODPOTrainer(MultiObjectiveTrainer):
             last = get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else None
             resume_from_checkpoint = last or resume_from_checkpoint
             if resume_from_checkpoint is not True:  # without a checkpoint transformers raises its own error
-                self.precompute(self.model, start=self._recorded_start(Path(resume_from_checkpoint)))
+                self.precompute(self.model, recorded=self._recorded_start(Path(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _recorded_start(self, checkpoint: Path) -> dict[str, str] | None:
@@ -530,23 +530,23 @@ class MODPOTrainer(MultiObjectiveTrainer):
     def _normalised(self) -> bool:
         return any(margin.normalize != "none" for margin in self.method.margins.values())
 
-    def _precomputation(self, wrapped: nn.Module, start: dict[str, str] | None = None) -> Precomputation:
+    def _precomputation(self, wrapped: nn.Module, recorded: dict[str, str] | None = None) -> Precomputation:
         cache = TableCache(Path(str(self.method.cache_dir)), self.accelerator)
-        return Precomputation(self.method, self.model, self._pair_scorer(wrapped), cache, start)
+        return Precomputation(self.method, self.model, self._pair_scorer(wrapped), cache, recorded)
 
     def _pair_scorer(self, wrapped: nn.Module) -> PairScorer:
         batch_size = self.args.per_device_train_batch_size
         return PairScorer(wrapped, self.scorer, self.data_collator, self.accelerator, self.pass_counts, batch_size)
 
-    def precompute(self, wrapped: nn.Module, train: bool = True, start: dict[str, str] | None = None) -> None:
+    def precompute(self, wrapped: nn.Module, train: bool = True, recorded: dict[str, str] | None = None) -> None:
         """Compute the reference log-probs and margins of rows with the policy as it stands, or find them.
 
         Args:
             wrapped: the policy as it is run.
             train: of the training rows, and not of those for evaluation alone.
-            start: what `start` was when the run started, where the policy cannot be run as it was then.
+            recorded: the `start` of the run that is resumed, where the policy cannot be run as it was then.
         """
-        precomputation = self._precomputation(wrapped, start)
+        precomputation = self._precomputation(wrapped, recorded)
         self.start = precomputation.start
         sets = {"train": self.train_dataset} if train else {}
         if self.eval_dataset is not None:

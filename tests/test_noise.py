@@ -1,6 +1,7 @@
 """What a model does at random in training is off, or the run is refused."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from axolotl_mopo.config import ConfigError
 from axolotl_mopo.engine.layout import NoiseError, choose_layout
 from axolotl_mopo.engine.noise import turn_off_noise
 from axolotl_mopo.engine.trees import pad
+from axolotl_mopo.margins.implicit import separate_model
 
 SMALL = {key: value for key, value in SHAPE.items() if key not in ("intermediate_size", "num_key_value_heads")}
 NOISY = {
@@ -71,6 +73,19 @@ def trainer(tmp_path_factory, tokenizer):
             if parameter.ndim > 1 and "norm" not in name:
                 parameter.normal_(0, 0.25)
     return trainer
+
+
+def test_a_margins_model_that_adds_noise_is_refused_with_its_own_fix(tmp_path):
+    config = PersimmonConfig(**SMALL, intermediate_size=48, attention_dropout=0.5, hidden_dropout=0.0)
+    build_model(config).save_pretrained(tmp_path)
+    names = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+    rows = [dict(zip(names, pair, strict=True)) for pair in ragged_pairs()]
+    policy = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")))
+    with (
+        pytest.raises(ConfigError, match=r"cannot give rewards: .* adds noise in training .* in its own config\.json"),
+        separate_model(str(tmp_path), build_model(CONFIGS["llama"]), torch.float32, policy, rows),
+    ):
+        pass
 
 
 def test_a_little_noise_is_found_in_half_precision():

@@ -41,7 +41,7 @@ def test_tables_are_found_by_the_start_though_the_policy_has_moved(run):
     trainer, checkpoint, cache = run
     tables = {path: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")}
     before = trainer._constants["train"]
-    trainer.precompute(trainer.model, start=resume(trainer, checkpoint))
+    trainer.precompute(trainer.model, recorded=resume(trainer, checkpoint))
     for table, other in zip(before, trainer._constants["train"], strict=True):
         assert torch.equal(table, other)
     assert {path: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")} == tables
@@ -52,7 +52,7 @@ def test_a_reference_that_cannot_be_found_is_not_computed_from_a_policy_that_has
     shutil.move(cache, tmp_path / "elsewhere")
     try:
         with pytest.raises(ConfigError, match=r"`modpo.cache_dir`: Reference, train of the run that is resumed is not"):
-            trainer.precompute(trainer.model, start=resume(trainer, checkpoint))
+            trainer.precompute(trainer.model, recorded=resume(trainer, checkpoint))
         assert not list(cache.glob("*.safetensors"))
     finally:
         shutil.rmtree(cache, ignore_errors=True)

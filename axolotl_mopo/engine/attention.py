@@ -197,7 +197,7 @@ def _flash_fallback(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' own flash-attention, which reads the implementation's name from the model's configuration, by name.
+    """Call transformers' flash-attention by the user's name for it, which its own wrapper reads from the configuration.
 
     Args:
         module: the attention layer.

@@ -124,14 +124,15 @@ def try_layout(
         NoiseError: where the model's log-probs differ between training and evaluation.
     """
     short = [_shorten(pair) for pair in pairs]
+    padded = pad(short, pad_token_id=0)
     if plan.packed:
         use_tree_attention(base)
 
     def logps(scorer: Scorer, batch: dict[str, Any], training: bool = False) -> CompletionScores:
         with torch.no_grad(), in_mode(model, training):
-            return scorer(model, {name: value.to(device) for name, value in batch.items()})
+            return scorer(model, _on(device, batch))
 
-    expected = logps(Scorer(), pad(short, pad_token_id=0))
+    expected = logps(Scorer(), padded)
 
     def difference(scores: CompletionScores, other: CompletionScores = expected) -> float:
         return ((scores.logps - other.logps).abs() / other.lengths).max().item()
@@ -145,15 +146,15 @@ def try_layout(
 
     no_trees = plan.why_not_packed or why_wrong(Scorer(), pack(short), tolerance)
     # The same batch with the same attention differs by rounding alone.
-    no_inside = plan.why_not_inside or why_wrong(Scorer(base), pad(short, pad_token_id=0), tolerance / 10)
-    first, second = (logps(Scorer(), pad(short, pad_token_id=0), training=True) for _ in range(2))
+    no_inside = plan.why_not_inside or why_wrong(Scorer(base), padded, tolerance / 10)
+    first, second = (logps(Scorer(), padded, training=True) for _ in range(2))
     noise, shift = difference(first, second), difference(first)
     use_plain_attention(base)
     if not (noise <= tolerance / 10 and shift <= tolerance):
         raise NoiseError(
             f"the token log-probs of {type(base).__name__} differ by {noise:.2g} between two training passes, and by "
             f"{shift:.2g} between training and evaluation: the model adds noise in training (dropout, router noise, "
-            "sampled experts), which would be mistaken for a preference; turn it off with `overrides_of_model_config`"
+            "sampled experts), which would be mistaken for a preference"
         )
     return Layout(no_trees, no_inside)
 
@@ -169,7 +170,7 @@ def gives_aux_loss(model: nn.Module, pair: Pair, device: torch.device, packed: b
     """
     batch = pack([_shorten(pair)]) if packed else pad([_shorten(pair)], pad_token_id=0)
     with torch.no_grad(), in_mode(model, training=False):
-        _, aux_loss = Scorer().with_aux_loss(model, {name: value.to(device) for name, value in batch.items()})
+        _, aux_loss = Scorer().with_aux_loss(model, _on(device, batch))
     return aux_loss is not None
 
 
@@ -195,6 +196,10 @@ def tolerance_of(parameter: torch.Tensor, mixed_precision: bool) -> float:
     """Nats a token by which two exact computations may differ, far below what a fault makes."""
     full_precision = parameter.dtype in (torch.float32, torch.float64)
     return 0.01 if full_precision and not mixed_precision else 0.25
+
+
+def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def _shorten(pair: Pair) -> Pair:

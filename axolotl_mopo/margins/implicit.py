@@ -108,7 +108,7 @@ def separate_model(
     try:
         layout = choose_layout(model, model, [read_tokens(rows[0])])
     except NoiseError as error:
-        raise ConfigError(f"{path} cannot give rewards: {error} (in its own config.json)") from None
+        raise ConfigError(f"{path} cannot give rewards: {error}; turn it off in its own config.json") from None
     if layout.packed:
         use_tree_attention(model)
     try:
