@@ -1,0 +1,142 @@
+"""Files that may come from anybody: only regular ones are read, and nothing is written or read through a link."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_PART = ".part"
+
+
+def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
+    """The content of a regular file.
+
+    Args:
+        path: of the file; a pipe or a device is refused before it can block.
+        limit: bytes that it may have.
+        follow_links: whether `path` itself may be a symbolic link, as in the model hub's cache.
+
+    Raises:
+        OSError: saying why it is not read.
+    """
+    return _read(os.open(path, _flags(os.O_RDONLY, follow_links)), path, limit)
+
+
+class Folder:
+    """A folder of one command, below which nothing is read or written through a symbolic link.
+
+    A file is written whole or not at all: its content goes into a file of its name and `.part`, which takes its place.
+
+    Args:
+        path: of the folder; it may be a link itself, since the user gives it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """The content of a file, or None where there is no such file.
+
+        Args:
+            name: relative to the folder, with `/`.
+            limit: bytes that it may have.
+
+        Raises:
+            OSError: where it is a link, or not a regular file, or too large.
+        """
+        try:
+            with self._parent(name, create=False) as (folder, leaf):
+                self._refuse_link(folder, leaf)
+                opened = os.open(leaf, _flags(os.O_RDONLY, False), dir_fd=folder)
+                return _read(opened, self.path / name, limit)
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file whole, in the place of an older one.
+
+        Raises:
+            OSError: where a link or something else than a file has its name.
+        """
+        with self._parent(name, create=True) as (folder, leaf):
+            self._refuse_link(folder, leaf)
+            part = leaf + _PART
+            with suppress(FileNotFoundError):  # of a process that was killed
+                os.unlink(part, dir_fd=folder)
+            opened = os.open(part, _flags(os.O_WRONLY | os.O_CREAT | os.O_EXCL, False), 0o666, dir_fd=folder)
+            with os.fdopen(opened, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, leaf, src_dir_fd=folder, dst_dir_fd=folder)
+
+    def append(self, name: str, lines: bytes) -> None:
+        """Add whole lines to a file; the end of one that a killed process left is cut off first.
+
+        Raises:
+            OSError: where a link, hard or symbolic, or something else than a file has its name.
+        """
+        with self._parent(name, create=True) as (folder, leaf):
+            self._refuse_link(folder, leaf)
+            opened = os.open(leaf, _flags(os.O_RDWR | os.O_CREAT, False), 0o666, dir_fd=folder)
+            with os.fdopen(opened, "r+b") as file:
+                if os.fstat(file.fileno()).st_nlink > 1:
+                    raise OSError(f"{self.path / name} has a second name, which would change with it; copy the folder")
+                if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+                    file.seek(0, os.SEEK_END)
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def remove(self, name: str) -> None:
+        """Remove a file that the folder may have, and folders around it that are empty then."""
+        with suppress(FileNotFoundError, NotADirectoryError), self._parent(name, create=False) as (folder, leaf):
+            os.unlink(leaf, dir_fd=folder)
+        for around in list(Path(name).parents)[:-1]:
+            with suppress(OSError), self._parent(str(around), create=False) as (folder, leaf):
+                os.rmdir(leaf, dir_fd=folder)
+
+    @contextmanager
+    def _parent(self, name: str, create: bool) -> Iterator[tuple[int, str]]:
+        """The folder of a file, opened one step after the other, and the file's own name in it."""
+        *steps, leaf = Path(name).parts
+        if Path(name).is_absolute() or ".." in steps or leaf == "..":
+            raise OSError(f"{name} is not a path below {self.path}")
+        if create:
+            self.path.mkdir(parents=True, exist_ok=True)
+        folder, walked = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY), self.path
+        try:
+            for step in steps:
+                walked /= step
+                if create:
+                    with suppress(FileExistsError):
+                        os.mkdir(step, dir_fd=folder)
+                self._refuse_link(folder, step)
+                inner = os.open(step, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            yield folder, leaf
+        finally:
+            os.close(folder)
+
+    def _refuse_link(self, folder: int, name: str) -> None:
+        with suppress(FileNotFoundError):
+            if stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                raise OSError(f"{name} in {self.path} is a symbolic link; put a file or a folder in its place")
+
+
+def _flags(flags: int, follow_links: bool) -> int:
+    return flags | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+
+
+def _read(opened: int, path: Path, limit: int) -> bytes:
+    with os.fdopen(opened, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is not a regular file")
+        if status.st_size > limit:
+            raise OSError(f"{path} has {status.st_size:,} bytes; it may have {limit:,} at most")
+        return file.read()
