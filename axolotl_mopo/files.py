@@ -53,6 +53,19 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    def size(self, name: str) -> int:
+        """The bytes of a file, 0 where there is no such file.
+
+        Raises:
+            OSError: where it is a link.
+        """
+        try:
+            with self._parent(name, create=False) as (folder, leaf):
+                self._refuse_link(folder, leaf)
+                return os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_size
+        except FileNotFoundError:
+            return 0
+
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole, in the place of an older one.
 

@@ -128,8 +128,8 @@ def compare(folder, *runs):
         "mopo", "generate", *runs, "--prompts", prompts, "--limit", 5, "--max-new-tokens", 8, "--out", out
     )
     assert "5 prompts" in generated
-    scorers = ("--scorer", "brief=length:words", "--scorer", "long=length", "--lower-is-better", "long")
-    assert "brief, long: scored" in axolotl("mopo", "score", out, *scorers)
+    scorers = ("--scorer", "brief=length:words", "--scorer", "letters=length:characters")
+    assert "brief, letters: scored" in axolotl("mopo", "score", out, *scorers)
     assert "Hypervolume above" in axolotl("mopo", "front", out)
     for name in ("front.html", "front.png", "front.svg", "front.csv", "front.json"):
         assert (out / name).stat().st_size > 100

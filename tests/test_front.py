@@ -13,31 +13,36 @@ from playwright.sync_api import sync_playwright
 from rich.console import Console
 
 from axolotl_mopo.config import ConfigError
+from axolotl_mopo.data.rows import fingerprint, user
 from axolotl_mopo.front.page import render
 from axolotl_mopo.front.plots import draw
 from axolotl_mopo.front.policies import Policy
+from axolotl_mopo.front.records import Objective
 from axolotl_mopo.front.report import notes, table, to_csv, to_json
 from axolotl_mopo.front.scoring import parse_scorer
 from axolotl_mopo.front.statistics import estimate, find_front
 from axolotl_mopo.front.store import Comparison
+from axolotl_mopo.records import Manifest
 
 HELPFUL = {"scorer": {}, "digest": "x", "lower_is_better": False}
 COST = {**HELPFUL, "lower_is_better": True}
 
 
 def policy(name, kind="policy", weights=None):
-    return Policy(name, f"runs/{name}", kind, manifest={"method": "modpo", "weights": weights} if weights else {})
+    return Policy(name, f"runs/{name}", kind, manifest=Manifest(method="modpo", weights=weights) if weights else None)
 
 
 def comparison(folder, rewards, objectives=None, samples=2, temperature=1.0, log_ratio=0.25):
     """A comparison in which policy `p` has `rewards[p]`: for every prompt a list of (helpful, cost) of each sample."""
     made = Comparison(folder)
     prompts = len(next(iter(rewards.values())))
+    asked = [user(f"Question {prompt}?") for prompt in range(prompts)]
     made.agree(
-        prompts={"count": prompts, "digest": 1},
+        prompts={"count": prompts, "digest": fingerprint(asked)},
         sampling={"samples": samples, "max_new_tokens": 8, "temperature": temperature, "top_p": 1.0, "seed": 1},
     )
-    made.settings["objectives"] = objectives or {"helpful": HELPFUL, "cost": COST}
+    for name, objective in (objectives or {"helpful": HELPFUL, "cost": COST}).items():
+        made.add_objective(name, Objective.model_validate(objective))
     for name, each in rewards.items():
         kind = name if name in ("reference", "baseline") else "policy"
         made.add_policy(policy(name, kind, {"helpful": 0.5} if kind == "policy" else None))
@@ -45,7 +50,7 @@ def comparison(folder, rewards, objectives=None, samples=2, temperature=1.0, log
             {
                 "prompt_id": prompt,
                 "sample": sample,
-                "prompt": [{"role": "user", "content": f"Question {prompt}?"}],
+                "prompt": asked[prompt],
                 "response": f"{name} says {prompt}.{sample}",
                 "token_ids": [1] * (3 + sample),
                 "finished": sample == 0,
@@ -179,9 +184,12 @@ def test_what_is_missing_is_named(four, tmp_path):
     with pytest.raises(ConfigError, match="b is not scored on cost, on which others are"):
         find_front(four)
     assert find_front(four, ["helpful"])
-    with pytest.raises(ConfigError, match="holds no responses; make them with axolotl mopo generate"):
-        Comparison.existing(tmp_path / "nowhere")
-    four.settings["objectives"] = {}
+    with (
+        pytest.raises(ConfigError, match="holds no responses; make them with axolotl mopo generate"),
+        Comparison.existing(tmp_path / "nowhere"),
+    ):
+        pass
+    four.settings = four.settings.model_copy(update={"objectives": {}})
     with pytest.raises(ConfigError, match="has no scores; see axolotl mopo score"):
         find_front(four)
 
@@ -236,10 +244,8 @@ def test_pictures_for_any_number_of_objectives(tmp_path, count):
     rng = np.random.default_rng(0)
     rewards = {name: rng.normal(size=(3, 2, count)).tolist() for name in ("a", "b", "baseline", "reference")}
     front = find_front(comparison(tmp_path, rewards, objectives))
-    for name in ("front.png", "front.svg"):
-        draw(front, tmp_path / name)
-    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "front.svg").stat().st_size > 5000
+    assert draw(front, "png").startswith(b"\x89PNG")
+    assert len(draw(front, "svg")) > 5000
 
 
 def test_better_is_to_the_right_and_up(four):
@@ -333,7 +339,8 @@ def test_hostile_text_stays_text_in_a_browser(four, browser, tmp_path):
 
 def test_lines_that_a_killed_process_left_are_cut_off(tmp_path):
     made = Comparison(tmp_path)
-    row = {"prompt_id": 0, "sample": 0, "response": "two\u2028lines and é"}
+    row = {"prompt_id": 0, "sample": 0, "prompt": user("Why?"), "response": "two\u2028lines and é"}
+    row |= {"token_ids": [1], "finished": True}
     made.append("a", [row])
     with (tmp_path / "responses" / "a.jsonl").open("ab") as file:
         file.write('{"prompt_id": 1, "sample": 0, "response": "é'.encode()[:-1])
@@ -363,7 +370,7 @@ def test_a_column_is_computed_where_it_was_left(four):
 
 
 def test_another_sampling_or_another_run_of_a_name_is_refused(four, tmp_path):
-    with pytest.raises(ConfigError, match=r"made with prompts .*'digest': 1.* not .*choose another --out"):
+    with pytest.raises(ConfigError, match=r"made with prompts .*count=2.* not .*count=9.*choose another --out"):
         four.agree(prompts={"count": 9, "digest": 2})
     four.add_policy(policy("a", weights={"helpful": 0.5}))
     with pytest.raises(ConfigError, match="under the name a, and runs/a is another run or was trained anew"):
@@ -389,8 +396,8 @@ def test_scorers_are_the_margins_sources(text, expected):
     ("text", "words"),
     [
         ("brief", "write NAME=SOURCE"),
-        ("logp=length", "responses have a column of this name already"),
-        ("a b=length", "the objective 'a b' may hold letters"),
+        ("logp=length", "the objective logp needs the column logp, which is taken; choose another name"),
+        ("a b=length", "the name 'a b' may have letters, digits"),
         ("x=magic", "`--scorer x` needs a `source`, one of column, length, adapter, reward_model, callable"),
         ("x=length:feet", "`--scorer x.unit`"),
         ("x=column", "have no column of scores; use another source"),

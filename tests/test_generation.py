@@ -22,9 +22,10 @@ from axolotl_mopo.data.directives import integrated_directive
 from axolotl_mopo.data.rows import DataError, user
 from axolotl_mopo.front.engines import TransformersEngine, choose_engine
 from axolotl_mopo.front.generating import Generation
-from axolotl_mopo.front.models import Models, Sampling, generate, stop_tokens
-from axolotl_mopo.front.policies import Asking, find_policies, reference_policy
+from axolotl_mopo.front.models import Models, generate, stop_tokens
+from axolotl_mopo.front.policies import find_policies, reference_policy
 from axolotl_mopo.front.prompts import Prompts, read_prompts
+from axolotl_mopo.front.records import Asking, Sampling
 from axolotl_mopo.front.scoring import Scoring, parse_scorer
 from axolotl_mopo.front.statistics import find_front
 from axolotl_mopo.front.store import Comparison
@@ -77,7 +78,7 @@ SAMPLING = Sampling(samples=2, max_new_tokens=6)
 def generation(folder, policies, prompts=PROMPTS, sampling=SAMPLING, **overrides):
     models = Models()
     settings = {
-        "comparison": Comparison(folder),
+        "folder": folder,
         "prompts": prompts,
         "sampling": sampling,
         "asking": Asking(),
@@ -87,9 +88,8 @@ def generation(folder, policies, prompts=PROMPTS, sampling=SAMPLING, **overrides
         "say": lambda text: None,
         **overrides,
     }
-    generation = Generation(**settings)
-    generation.run(policies, reference_policy(policies, None))
-    return generation.comparison
+    Generation(**settings).run(policies, reference_policy(policies, None, settings["say"]))
+    return Comparison(folder)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_responses_are_drawn_from_the_policy_itself(base):
         model.lm_head.weight[:6] *= 3
     prompt = [5, 6, 7, 8]
     stops = stop_tokens(model.generation_config, tokenizer)
-    drawn = generate(model, [prompt], Sampling(samples=4000, max_new_tokens=1), stops, 0)
+    drawn = generate(model, [prompt], Sampling(samples=4000, max_new_tokens=1), stops, [0])
     counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=model.config.vocab_size)
     with torch.no_grad():
         exact = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
@@ -148,7 +148,7 @@ def test_responses_are_drawn_from_the_policy_itself(base):
     drawn_shares, exact_shares = ([*part[:6].tolist(), part[6:].sum().item()] for part in (shares, exact))
     for drawn_share, share in zip(drawn_shares, exact_shares, strict=True):
         assert drawn_share == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5 + 1e-4)
-    (likeliest,) = generate(model, [prompt], Sampling(max_new_tokens=1, temperature=0), stops, 0)
+    (likeliest,) = generate(model, [prompt], Sampling(max_new_tokens=1, temperature=0), stops, [0])
     assert likeliest == [[exact.argmax().item()]]
 
 
@@ -243,7 +243,7 @@ def test_a_whole_model_is_a_policy_too(base, sweep, tmp_path):
     runs = [f"whole={tmp_path / 'merged'}", f"lora={sweep / 'sweep0001'}"]
     policies = find_policies(runs)
     with pytest.raises(ConfigError, match=r"the runs were trained from .*unknown; name one with --reference"):
-        reference_policy(policies, None)
+        reference_policy(policies, None, print)
     write_manifest(MODPO, str(base), tmp_path / "merged")
     policies = find_policies(runs)
     compared = generation(tmp_path / "out", policies, sampling=Sampling(max_new_tokens=6, temperature=0))
@@ -292,7 +292,7 @@ def test_runs_that_are_none_are_named(sweep, tmp_path):
         find_policies(["nowhere"])
     with pytest.raises(ConfigError, match="two runs are called x; give one another name"):
         find_policies([f"x={sweep / 'sweep0001'}", f"x={sweep / 'sweep0001'}"])
-    with pytest.raises(ConfigError, match="the run's name 'a/b' may hold"):
+    with pytest.raises(ConfigError, match="the name 'a/b' may have"):
         find_policies([f"a/b={sweep}"])
 
 
@@ -322,23 +322,22 @@ def scored(compared, tmp_path):
     folder = tmp_path / "scored"
     shutil.copytree(compared.folder, folder)
 
-    def score(*scorers, lower=(), replace=False):
-        comparison = Comparison.existing(folder)
+    def score(*scorers, replace=False, **lower_is_better):
         parsed = dict(parse_scorer(text) for text in scorers)
-        Scoring(comparison, Models(), 3, lambda text: None).run(parsed, lower, replace)
-        return Comparison.existing(folder)
+        with Comparison.existing(folder) as comparison:
+            Scoring(comparison, Models(), 3, lambda text: None).run(parsed, lower_is_better, replace)
+        return Comparison(folder)
 
     return score
 
 
 def test_lengths(scored):
-    comparison = scored("tokens=length", "words=length:words", "characters=length:characters", lower=["words"])
+    comparison = scored("brief=length", "words=length:words", "characters=length:characters")
     for row in comparison.responses("sweep0001"):
-        assert row["tokens"] == -len(row["token_ids"])
+        assert row["brief"] == -len(row["token_ids"])
         assert row["words"] == -len(row["response"].split())
         assert row["characters"] == -len(row["response"])
-    assert [comparison.objectives[name]["lower_is_better"] for name in ("tokens", "words")] == [False, True]
-    assert find_front(comparison).lower_is_better == {"words"}
+    assert find_front(comparison).lower_is_better == set()
 
 
 def test_a_head_of_a_reward_model(scored, tokenizer, tmp_path):
@@ -353,13 +352,12 @@ def test_a_head_of_a_reward_model(scored, tokenizer, tmp_path):
         assert row["nice"] == pytest.approx(logits[0, 1].item(), abs=1e-5)
 
 
-def test_an_implicit_reward(scored, sweep, base, tokenizer):
+def test_an_implicit_reward_is_of_the_tokens_that_were_drawn(scored, sweep, base, tokenizer):
     comparison = scored(f"safer={{source: adapter, path: {sweep / 'sweep0002'}, beta: 0.3}}")
     plain = AutoModelForCausalLM.from_pretrained(base)
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), sweep / "sweep0002").eval()
     for row in comparison.responses("sweep0001")[:4]:
-        ids = tokenizer(row["response"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
-        own, other = (logp_by_hand(model, tokenizer, {**row, "token_ids": ids}) for model in (tuned, plain))
+        own, other = (logp_by_hand(model, tokenizer, row) for model in (tuned, plain))
         assert row["safer"] == pytest.approx(0.3 * (own - other), abs=1e-3)
 
 
@@ -415,7 +413,7 @@ def test_a_policy_that_came_later_is_scored_alone(scored, judges, sweep, base, t
     third = save_run(base, tmp_path / "third", 5)
     generation(comparison.folder, find_policies([str(sweep), str(third)]))
     with pytest.raises(ConfigError, match="third is not scored on nice, on which others are"):
-        find_front(Comparison.existing(comparison.folder))
+        find_front(Comparison(comparison.folder))
     comparison = scored("nice=callable:my_judges:length")
     assert len(judges.read_text().splitlines()) == calls + 1
     assert [s.policy.name for s in find_front(comparison).standings] == ["sweep0001", "sweep0002", "reference", "third"]

@@ -1,9 +1,10 @@
 """`axolotl mopo generate`, `score` and `front`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
+from click.core import ParameterSource
 
 FAULTS = (OSError, ValueError, TimeoutError)
 """What can be wrong with files, data and settings, our own errors among them; anything else shows its traceback."""
@@ -32,6 +33,13 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--score", type=float, help="AMoPO: which score of the dimension to ask for; by default the best.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at a time.")
 @click.option("--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, float16.")
+@click.option(
+    "--generation-config",
+    type=click.Choice(["neutral", "model"]),
+    default="neutral",
+    show_default=True,
+    help="model: every model's own generation settings, its temperature and top-p among them.",
+)
 @click.option("--engine", type=click.Choice(["auto", "transformers", "vllm"]), default="auto", show_default=True)
 def generate(
     runs: tuple[str, ...],
@@ -51,6 +59,7 @@ def generate(
     temperature: float,
     top_p: float,
     seed: int,
+    generation_config: Literal["neutral", "model"],
     **table: Any,
 ) -> None:
     """Let every policy of RUNS answer the same prompts.
@@ -60,19 +69,20 @@ def generate(
     """
     from axolotl_mopo.front.engines import choose_engine
     from axolotl_mopo.front.generating import Generation
-    from axolotl_mopo.front.models import Models, Sampling
-    from axolotl_mopo.front.policies import Asking, find_policies, reference_policy
+    from axolotl_mopo.front.models import Models
+    from axolotl_mopo.front.policies import find_policies, reference_policy
     from axolotl_mopo.front.prompts import read_prompts
-    from axolotl_mopo.front.store import Comparison
+    from axolotl_mopo.front.records import Asking, Sampling
 
-    sampling = Sampling(samples, max_new_tokens, temperature, top_p, seed)
+    _refuse_with(generation_config == "model", "--generation-config model", "temperature", "top_p")
     try:
+        sampling = Sampling(samples, max_new_tokens, temperature, top_p, seed, generation_config)
         policies = [*find_policies(runs), *find_policies(baselines, "baseline")]
-        compared = None if reference == "none" else reference_policy(policies, reference)
+        compared = None if reference == "none" else reference_policy(policies, reference, click.echo)
         prompts = read_prompts(source, field=field, limit=limit, **table)
         models = Models(dtype)
         Generation(
-            comparison=Comparison(out),
+            folder=out,
             prompts=prompts,
             sampling=sampling,
             asking=Asking(dimension, score),
@@ -126,8 +136,9 @@ def score(
             raise click.UsageError(
                 "every objective has one --scorer and one direction, and a direction belongs to a --scorer"
             )
-        comparison = Comparison.existing(folder)
-        Scoring(comparison, Models(dtype), batch_size, click.echo).run(dict(parsed), lower, replace)
+        directions = {**dict.fromkeys(lower, True), **dict.fromkeys(higher, False)}
+        with Comparison.existing(folder) as comparison:
+            Scoring(comparison, Models(dtype), batch_size, click.echo).run(dict(parsed), directions, replace)
     except FAULTS as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{', '.join(named)}: scored. Next: axolotl mopo front {folder}")
@@ -154,17 +165,16 @@ def front(folder: Path, objectives: str | None, reference_point: str | None, sho
     from axolotl_mopo.front.store import Comparison
 
     try:
-        comparison = Comparison.existing(folder)
-        names = objectives.split(",") if objectives else None
-        found = find_front(comparison, names, _point(reference_point))
-        for name, text in (
-            ("front.csv", to_csv(found)),
-            ("front.json", to_json(found)),
-            ("front.html", render(found, comparison, shown_prompts)),
-        ):
-            (folder / name).write_text(text, encoding="utf-8")
-        for name in ("front.png", "front.svg"):
-            draw(found, folder / name)
+        with Comparison.existing(folder) as comparison:
+            found = find_front(comparison, _objectives(objectives), _point(reference_point))
+            outputs = {
+                "front.csv": to_csv(found).encode(),
+                "front.json": to_json(found).encode(),
+                "front.html": render(found, comparison, shown_prompts).encode(),
+                **{f"front.{kind}": draw(found, kind) for kind in ("png", "svg")},
+            }
+            for name, content in outputs.items():
+                comparison.write_output(name, content)
     except FAULTS as error:
         raise click.ClickException(str(error)) from None
     Console().print(table(found))
@@ -172,10 +182,30 @@ def front(folder: Path, objectives: str | None, reference_point: str | None, sho
     click.echo(f"{folder}: front.html, front.png, front.svg, front.csv and front.json are written.")
 
 
+def _objectives(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if "" in names or len(set(names)) < len(names):
+        raise click.BadParameter(f"--objectives {text}: write a,b,c, every name once")
+    return names
+
+
 def _point(text: str | None) -> dict[str, float] | None:
     if text is None:
         return None
     try:
-        return {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
+        pairs = [(name.strip(), float(value)) for name, value in (part.split("=") for part in text.split(","))]
     except ValueError:
         raise click.BadParameter(f"--reference-point {text}: write a=0,b=-5") from None
+    if len(dict(pairs)) < len(pairs):
+        raise click.BadParameter(f"--reference-point {text}: an objective is named twice")
+    return dict(pairs)
+
+
+def _refuse_with(option_given: bool, option: str, *others: str) -> None:
+    """Refuse options that another one would leave without effect."""
+    context = click.get_current_context()
+    for other in others:
+        if option_given and context.get_parameter_source(other) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{other.replace('_', '-')} has no effect with {option}; leave one of both out")

@@ -4,21 +4,35 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
-from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from axolotl_mopo.config import ConfigError
-from axolotl_mopo.front.models import Models, Sampling, generate, stop_tokens
+from axolotl_mopo.front.models import Models, generate, generation_config, stop_tokens
 from axolotl_mopo.front.policies import Policy
+from axolotl_mopo.front.records import Sampling
+from axolotl_mopo.records import ADAPTER, AdapterConfig, read_record
 
-Draw = Callable[[Sequence[Sequence[int]], int], list[list[tuple[list[int], bool]]]]
-"""Prompts' token ids and a seed -> for every prompt its responses: token ids, and whether they ended by themselves."""
+Draw = Callable[[Sequence[Sequence[int]], Sequence[int]], list[list[tuple[list[int], bool]]]]
+"""Prompts' token ids and a seed for each -> its responses: token ids, and whether they ended by themselves."""
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks of adapters that vLLM has room for."""
+_VLLM_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Those of a model's generation settings that vLLM knows."""
 
 
 class Engine(Protocol):
     """What draws responses."""
+
+    def check(self, policy: Policy) -> None:
+        """Refuse a policy that cannot be drawn from, before anything is loaded.
+
+        Raises:
+            ConfigError: saying why.
+        """
 
     def running(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[Draw]:
         """Have a policy in memory for a while."""
@@ -48,14 +62,18 @@ class TransformersEngine:
     models: Models
     sampling: Sampling
 
+    def check(self, policy: Policy) -> None:
+        """See `Engine`."""
+        generation_config(_generation_config(policy.whole), self.sampling)
+
     @contextmanager
     def running(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Iterator[Draw]:
         """See `Engine`."""
         with self.models.running(policy.path, policy.base) as model:
             stops = stop_tokens(model.generation_config, tokenizer)
 
-            def draw(prompts: Sequence[Sequence[int]], seed: int) -> list[list[tuple[list[int], bool]]]:
-                drawn = generate(model, prompts, self.sampling, stops, seed)
+            def draw(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[tuple[list[int], bool]]]:
+                drawn = generate(model, prompts, self.sampling, stops, seeds)
                 return [[(tokens, tokens[-1] in stops) for tokens in responses] for responses in drawn]
 
             yield draw
@@ -78,31 +96,36 @@ class VLLMEngine:
         self._loaded: tuple[str, int] | None = None
         self._adapters = 0
 
+    def check(self, policy: Policy) -> None:
+        """See `Engine`."""
+        vllm_settings(_generation_config(policy.whole), self.sampling)
+        if policy.base:
+            adapter_rank(policy)
+
     @contextmanager
     def running(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Iterator[Draw]:
         """See `Engine`."""
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
-        rank = PeftConfig.from_pretrained(policy.path).r if policy.base else 0
-        model = self._load(policy.whole, rank)
-        stops = stop_tokens(_generation_config(policy.whole), tokenizer)
+        model = self._load(policy.whole, adapter_rank(policy) if policy.base else 0)
+        own = _generation_config(policy.whole)
+        settings, stops = vllm_settings(own, self.sampling), stop_tokens(own, tokenizer)
         adapter = None
         if policy.base:
             self._adapters += 1
             adapter = LoRARequest(policy.name, self._adapters, policy.path)
 
-        def draw(prompts: Sequence[Sequence[int]], seed: int) -> list[list[tuple[list[int], bool]]]:
+        def draw(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[tuple[list[int], bool]]]:
             parameters = [
                 SamplingParams(
                     n=self.sampling.samples,
-                    temperature=self.sampling.temperature,
-                    top_p=self.sampling.top_p,
                     max_tokens=self.sampling.max_new_tokens,
                     stop_token_ids=stops,
-                    seed=seed + number * self.sampling.samples,
+                    seed=seed,
+                    **settings,
                 )
-                for number in range(len(prompts))
+                for seed in seeds
             ]
             asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
             outputs = model.generate(asked, parameters, lora_request=adapter, use_tqdm=False)
@@ -127,6 +150,43 @@ class VLLMEngine:
             self._model = LLM(path, dtype=self.dtype, generation_config="vllm", **lora)
             self._loaded = (path, rank)
         return self._model
+
+
+def adapter_rank(policy: Policy) -> int:
+    """The least rank that vLLM has room for and the adapter fits into.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    rank = read_record(AdapterConfig, Path(policy.path) / ADAPTER).r or 0
+    found = next((room for room in _VLLM_RANKS if room >= rank > 0), None)
+    if found is None:
+        raise ConfigError(
+            f"{policy.name} has rank {rank}, and vLLM takes {_VLLM_RANKS[-1]} at most; use --engine transformers, or "
+            "merge it with `axolotl merge-lora`"
+        )
+    return found
+
+
+def vllm_settings(own: GenerationConfig, sampling: Sampling) -> dict[str, Any]:
+    """How vLLM is to draw, as the names of its parameters.
+
+    Raises:
+        ConfigError: where it does not know one of the model's own settings.
+    """
+    config = generation_config(own, sampling)
+    if not config.do_sample:
+        config.temperature = 0.0
+    defaults = GenerationConfig().to_dict()
+    given = {name: value for name, value in config.to_dict().items() if value != defaults.get(name)}
+    lengths_and_tokens = {name for name in given if name.endswith(("_token_id", "_length")) or name.startswith("_")}
+    other = {*lengths_and_tokens, "max_new_tokens", "transformers_version", "use_cache", "cache_implementation"}
+    if unknown := sorted(set(given) - set(_VLLM_SETTINGS) - other):
+        raise ConfigError(
+            f"--generation-config model: vLLM does not know {', '.join(unknown)} of the model's own settings; use "
+            "--engine transformers"
+        )
+    return {name: value for name, value in given.items() if name in _VLLM_SETTINGS[1:]}
 
 
 def _generation_config(path: str) -> Any:

@@ -1,20 +1,24 @@
 """`axolotl mopo generate`: the responses of every policy, and their log-probs under it and under the reference."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data.rows import DataError, RowError, fingerprint
 from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
 from axolotl_mopo.front.engines import Engine
-from axolotl_mopo.front.models import Models, Sampling, SequenceScorer
-from axolotl_mopo.front.policies import Asking, Policy
+from axolotl_mopo.front.models import Models, SequenceScorer
+from axolotl_mopo.front.policies import Policy, check_distinct, require_weights
 from axolotl_mopo.front.prompts import Prompts
-from axolotl_mopo.front.store import Comparison, Response
+from axolotl_mopo.front.records import Asking, Response, Sampling
+from axolotl_mopo.front.store import Comparison
 from axolotl_mopo.margins.precompute import model_digest
 
 
@@ -23,7 +27,7 @@ class Generation:
     """Fills a comparison with responses.
 
     Args:
-        comparison: where they are kept.
+        folder: of the comparison.
         prompts: what is asked.
         sampling: how responses are drawn.
         asking: which of AMoPO's prompts to use.
@@ -33,7 +37,7 @@ class Generation:
         say: tells the user what was done.
     """
 
-    comparison: Comparison
+    folder: Path
     prompts: Prompts
     sampling: Sampling
     asking: Asking
@@ -50,19 +54,25 @@ class Generation:
             reference: the model that they are compared with, if any.
 
         Raises:
-            ConfigError: where the folder's responses were made otherwise.
-            DataError: where a prompt cannot be asked; nothing is generated then.
+            ConfigError: where a policy cannot be run, or the folder's responses were made otherwise.
+            DataError: where a prompt cannot be asked. Nothing is saved then.
         """
+        if self.sampling.temperature == 0 and self.sampling.samples > 1:
+            raise ConfigError("--temperature 0 gives the same response every time; ask for --samples 1")
         policies = [*policies, *([reference] if reference else [])]
+        check_distinct(policies)
+        for policy in policies:
+            require_weights(policy.whole, policy.name)
+            self.engine.check(policy)
         policies = [replace(policy, digest=model_digest(policy.path)) for policy in policies]
         asked = {policy.name: self._asked(policy) for policy in policies}
-        with self.comparison.locked():
-            self._agree(policies, reference)
+        with Comparison.opened(self.folder) as comparison:
+            self._agree(comparison, policies, reference)
             for policy in sorted(policies, key=lambda policy: policy.whole):
-                self._draw(policy, asked[policy.name])
+                self._draw(comparison, policy, asked[policy.name])
             self.engine.close()
             for policy in sorted(policies, key=lambda policy: policy.whole):
-                self._score("logp", policy, policy, asked[policy.name])
+                self._score(comparison, "logp", policy, policy, asked[policy.name])
             if reference:
                 for policy in policies:
                     if self._vocabulary(policy) != self._vocabulary(reference):
@@ -70,19 +80,19 @@ class Generation:
                             f"{policy.name} has another vocabulary than the reference, so its KL is not estimated."
                         )
                     else:
-                        self._score("ref_logp", policy, reference, asked[policy.name])
+                        self._score(comparison, "ref_logp", policy, reference, asked[policy.name])
 
-    def _agree(self, policies: Sequence[Policy], reference: Policy | None) -> None:
-        self.comparison.agree(
+    def _agree(self, comparison: Comparison, policies: Sequence[Policy], reference: Policy | None) -> None:
+        comparison.agree(
             prompts={"count": len(self.prompts.conversations), "digest": self.prompts.digest},
             sampling=asdict(self.sampling),
             asking=asdict(self.asking),
             reference=reference and reference.path,
         )
-        self.comparison.settings.setdefault("source", self.prompts.source)
+        comparison.name_source(self.prompts.source)
         for policy in policies:
-            self.comparison.add_policy(policy)
-        self.comparison.save_settings()
+            comparison.add_policy(policy)
+        comparison.save_settings()
 
     def _asked(self, policy: Policy) -> list[list[int]]:
         """Every prompt as token ids."""
@@ -92,6 +102,7 @@ class Generation:
         except DataError as error:
             raise DataError(f"{policy.name}: {error}") from None
         limit = getattr(_config(policy.whole), "max_position_embeddings", None)
+        vocabulary = self._vocabulary(policy)
         asked = []
         for number, messages in enumerate(self.prompts.conversations):
             where = f"{self.prompts.source}, prompt {number}, asked of {policy.name}"
@@ -104,31 +115,34 @@ class Generation:
                     f"{where}: its {len(ids)} tokens and --max-new-tokens {self.sampling.max_new_tokens} are more than "
                     f"the {limit} that the model takes; leave the prompt out, or ask for shorter responses"
                 )
+            if max(ids) >= vocabulary:
+                raise DataError(
+                    f"{where}: the tokenizer in {policy.tokenizer} gives the token {max(ids)}, and {policy.whole} has "
+                    f"{vocabulary:,}; compare with a --reference of the same vocabulary, or with none"
+                )
             asked.append(ids)
         return asked
 
-    def _draw(self, policy: Policy, asked: list[list[int]]) -> None:
-        """Generate the batches that are not there yet; every batch is the same, and drawn alike, whenever it is."""
-        order = sorted(range(len(asked)), key=lambda number: -len(asked[number]))
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        rows = self.comparison.responses(policy.name)
-        samples: dict[int, int] = {}
-        for row in rows:
-            samples[row["prompt_id"]] = samples.get(row["prompt_id"], 0) + 1
-        done = [all(samples.get(number) == self.sampling.samples for number in batch) for batch in batches]
-        kept = {number for batch, is_done in zip(batches, done, strict=True) if is_done for number in batch}
-        if len(kept) < len(samples):
-            self.comparison.replace(policy.name, [row for row in rows if row["prompt_id"] in kept])
-        if all(done):
+    def _draw(self, comparison: Comparison, policy: Policy, asked: list[list[int]]) -> None:
+        """Generate the responses to prompts that have not all of them; a response is the same whenever it is drawn."""
+        rows = comparison.responses(policy.name)
+        samples = Counter(row["prompt_id"] for row in rows)
+        done = {prompt for prompt, count in samples.items() if count == self.sampling.samples}
+        if len(done) < len(samples):
+            comparison.replace(policy.name, [row for row in rows if row["prompt_id"] in done])
+        missing = sorted(set(range(len(asked))) - done, key=lambda number: (-len(asked[number]), number))
+        if not missing:
             self.say(f"{policy.name}: all {len(rows):,} responses are there.")
             return
         tokenizer = _tokenizer(policy.tokenizer)
         with self.engine.running(policy, tokenizer) as draw:
-            for number, batch in enumerate(tqdm(batches, desc=policy.name)):
-                if not done[number]:
-                    seed = fingerprint([self.sampling.seed, number]) % 2**31
-                    drawn = draw([asked[prompt] for prompt in batch], seed)
-                    self.comparison.append(policy.name, self._rows(batch, drawn, tokenizer))
+            for start in tqdm(range(0, len(missing), self.batch_size), desc=policy.name):
+                batch = missing[start : start + self.batch_size]
+                drawn = draw([asked[number] for number in batch], [self._seed(number) for number in batch])
+                comparison.append(policy.name, self._rows(batch, drawn, tokenizer))
+
+    def _seed(self, prompt: int) -> int:
+        return fingerprint([self.sampling.seed, self.prompts.conversations[prompt]])
 
     def _rows(
         self, batch: Sequence[int], drawn: list[list[tuple[list[int], bool]]], tokenizer: PreTrainedTokenizerBase
@@ -138,7 +152,7 @@ class Generation:
                 "prompt_id": prompt,
                 "sample": sample,
                 "prompt": self.prompts.conversations[prompt],
-                "response": tokenizer.decode(tokens, skip_special_tokens=True),
+                "response": str(tokenizer.decode(tokens, skip_special_tokens=True)),
                 "token_ids": tokens,
                 "finished": finished,
             }
@@ -146,9 +160,11 @@ class Generation:
             for sample, (tokens, finished) in enumerate(responses)
         ]
 
-    def _score(self, column: str, policy: Policy, model: Policy, asked: list[list[int]]) -> None:
+    def _score(
+        self, comparison: Comparison, column: str, policy: Policy, model: Policy, asked: list[list[int]]
+    ) -> None:
         """Fill in the responses' log-probs under a model."""
-        rows = self.comparison.responses(policy.name)
+        rows = comparison.responses(policy.name)
         if all(column in row for row in rows):
             return
         with self.models.running(model.path, model.base) as running:
@@ -158,8 +174,8 @@ class Generation:
                 return scorer([asked[row["prompt_id"]] for row in part], [row["token_ids"] for row in part])
 
             title = f"{policy.name}, {column}"
-            values = self.comparison.compute(policy.name, column, model.digest, self.batch_size, logps, title)
-        self.comparison.add_column(policy.name, column, values)
+            values = comparison.compute(policy.name, column, model.digest, self.batch_size, logps, title)
+        comparison.add_column(policy.name, column, values, [model.digest])
 
     @staticmethod
     def _vocabulary(policy: Policy) -> int:

@@ -4,41 +4,39 @@ import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
-from axolotl_mopo.data.rows import user
+from axolotl_mopo.config import ConfigError
+from axolotl_mopo.data.rows import fingerprint, user
 from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
 from axolotl_mopo.engine.attention import use_plain_attention, use_tree_attention
 from axolotl_mopo.engine.layout import choose_layout
 from axolotl_mopo.engine.packing import Share, lay_out
 from axolotl_mopo.engine.scoring import Scorer
 from axolotl_mopo.engine.trees import Pair
+from axolotl_mopo.front.records import Sampling
 from axolotl_mopo.margins.adapters import with_adapter
 
 _LOGITS_BUDGET = 1.5 * 2**30
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn."""
-
-    samples: int = 1
-    """Responses to each prompt."""
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    """0 takes the likeliest token."""
-    top_p: float = 1.0
-    seed: int = 42
-
-    @property
-    def exact(self) -> bool:
-        """Whether responses are drawn from the policy itself, so that log-ratios estimate its divergence."""
-        return self.temperature == 1 and self.top_p == 1
 
 
 class Models:
@@ -93,7 +91,7 @@ def stop_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 @torch.no_grad()
 def generate(
-    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[int], seed: int
+    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[int], seeds: Sequence[int]
 ) -> list[list[list[int]]]:
     """Draw responses.
 
@@ -102,30 +100,123 @@ def generate(
         prompts: token ids.
         sampling: how to draw.
         stops: the tokens that end a response; it holds the first of them.
-        seed: of these draws.
+        seeds: one for each prompt; a response depends on its prompt's and on its own number, on nothing else that is
+            random.
 
     Returns:
         For every prompt the token ids of `sampling.samples` responses.
     """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[stops[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    # What is not said here would come from the model's own generation_config.
-    config = GenerationConfig(
-        **(drawn if sampling.temperature else {"do_sample": False}),
+    own = model.generation_config
+    config = generation_config(own, sampling)
+    width, rows = max(map(len, prompts)), [prompt for prompt in prompts for _ in range(sampling.samples)]
+    ids = torch.tensor([[stops[0]] * (width - len(prompt)) + list(prompt) for prompt in rows])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in rows])
+    processors = LogitsProcessorList(_warpers(config))
+    if config.do_sample:
+        numbers = [_numbers(seed, sample, sampling) for seed in seeds for sample in range(sampling.samples)]
+        processors.append(_Draw(torch.stack(numbers).to(model.device), width))
+    config.update(
+        do_sample=False,  # `_Draw` has drawn, and leaves one token
         max_new_tokens=sampling.max_new_tokens,
-        num_return_sequences=sampling.samples,
-        repetition_penalty=1.0,
-        num_beams=1,
+        max_length=None,
+        num_return_sequences=1,
         eos_token_id=list(stops),
         pad_token_id=stops[0],
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        output = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    model.generation_config = GenerationConfig()  # or else it fills in what `config` leaves open
+    try:
+        output = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            logits_processor=processors,
+        )
+    finally:
+        model.generation_config = own
     responses = [_until_stop(tokens, stops) for tokens in output[:, width:].tolist()]
     return [responses[start : start + sampling.samples] for start in range(0, len(responses), sampling.samples)]
+
+
+def generation_config(own: GenerationConfig, sampling: Sampling) -> GenerationConfig:
+    """How to draw, without lengths, numbers and stops.
+
+    Args:
+        own: the model's settings, which count where `sampling` says so.
+        sampling: how responses are drawn.
+
+    Raises:
+        ConfigError: where they cannot be followed.
+    """
+    if sampling.generation_config == "neutral":
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        return GenerationConfig(**(drawn if sampling.temperature else {"do_sample": False}))
+    content = own.to_dict()
+    if kept := [name for name in _NOT_FOLLOWED if content.get(name) not in (None, 1, False)]:
+        raise ConfigError(
+            f"--generation-config model: the model's own settings have {', '.join(kept)}, which cannot be followed; "
+            "leave the option out"
+        )
+    config = GenerationConfig(**content)
+    if sampling.samples > 1 and not config.do_sample:
+        raise ConfigError(
+            "--generation-config model: the model's own settings take the likeliest token, so every response to a "
+            "prompt would be the same; ask for --samples 1, or leave the option out"
+        )
+    return config
+
+
+_NOT_FOLLOWED = (
+    *("num_beams", "num_beam_groups", "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "max_time"),
+    *("stop_strings", "watermarking_config", "guidance_scale", "forced_eos_token_id", "assistant_model", "use_mtp"),
+)
+"""Settings that search instead of drawing, depend on time, or need more than token ids."""
+
+
+def _warpers(config: GenerationConfig) -> Iterator[LogitsProcessor]:
+    """What changes the distribution that is drawn from, in transformers' own order."""
+    if not config.do_sample:
+        return
+    if config.temperature not in (None, 1.0):
+        yield TemperatureLogitsWarper(float(config.temperature))
+    if config.top_h is not None:
+        yield TopHLogitsWarper(config.top_h)
+    if config.top_k:
+        yield TopKLogitsWarper(config.top_k)
+    if config.top_p is not None and config.top_p < 1:
+        yield TopPLogitsWarper(config.top_p)
+    if config.min_p is not None:
+        yield MinPLogitsWarper(config.min_p)
+    if config.typical_p is not None and config.typical_p < 1:
+        yield TypicalLogitsWarper(config.typical_p)
+    if config.epsilon_cutoff:
+        yield EpsilonLogitsWarper(config.epsilon_cutoff)
+    if config.eta_cutoff:
+        yield EtaLogitsWarper(config.eta_cutoff)
+
+
+def _numbers(seed: int, sample: int, sampling: Sampling) -> Tensor:
+    """One number from 0 to 1 for each token of a response, [max_new_tokens]."""
+    generator = torch.Generator().manual_seed(fingerprint([seed, sample]))
+    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+class _Draw(LogitsProcessor):
+    """Draws every row's token by the row's own numbers, whatever else is in the batch, and leaves no other token.
+
+    Args:
+        numbers: from 0 to 1, [rows, tokens].
+        width: tokens before the first that is drawn.
+    """
+
+    def __init__(self, numbers: Tensor, width: int) -> None:
+        self.numbers, self.width = numbers, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [rows, vocabulary] -> minus infinity but for one token a row."""
+        totals = scores.double().softmax(-1).cumsum(-1)
+        wanted = self.numbers[:, input_ids.shape[1] - self.width].unsqueeze(-1) * totals[:, -1:]
+        drawn = torch.searchsorted(totals, wanted, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 
 def _until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:

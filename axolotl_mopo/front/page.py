@@ -42,6 +42,6 @@ def _responses(front: Front, comparison: Comparison, policy: str, prompts: int) 
     shown: list[list[dict[str, Any]]] = [[] for _ in range(min(prompts, front.prompts))]
     for row in comparison.responses(policy):
         if row["prompt_id"] < len(shown):
-            scores = {name: row[name] for name in front.objectives}
+            scores = {name: row[name] for name in front.objectives}  # type: ignore[literal-required]
             shown[row["prompt_id"]].append({"text": row["response"], "finished": row["finished"], "scores": scores})
     return shown

@@ -1,6 +1,6 @@
 """A front as a picture: two objectives as a plane, three and more as a matrix of planes and parallel lines."""
 
-from pathlib import Path
+import io
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,15 @@ MARKS = {"policy": ("o", "#1f5fbf"), "baseline": ("s", "#c2571a"), "reference": 
 """The mark and the colour of each kind of policy."""
 
 _DOMINATED = 0.45
+_LABEL: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "parse_math": False}
+"""Of a policy's label, which may hold `$`."""
 
 
-def draw(front: Front, path: Path) -> None:
-    """Write the picture, as PNG or SVG by the file's name."""
-    _figure(front).savefig(path, dpi=150, bbox_inches="tight")
+def draw(front: Front, kind: str) -> bytes:
+    """The picture, as `png` or `svg`."""
+    content = io.BytesIO()
+    _figure(front).savefig(content, format=kind, dpi=150, bbox_inches="tight")
+    return content.getvalue()
 
 
 def _figure(front: Front) -> Figure:
@@ -50,7 +54,9 @@ def _plane(axes: Axes, front: Front, x: str, y: str, labels: bool) -> None:
         _point(axes, standing, x, y)
         if labels:
             place = (standing.rewards[x].mean, standing.rewards[y].mean)
-            axes.annotate(standing.policy.label, place, xytext=(5, 5), textcoords="offset points", fontsize=7)
+            axes.annotate(
+                standing.policy.label, place, xytext=(5, 5), textcoords="offset points", fontsize=7, parse_math=False
+            )
     if len(front.objectives) == 2:
         best = sorted((s.rewards[x].mean, s.rewards[y].mean) for s in front.standings if s.on_front)
         axes.plot(*np.array(best).T, color="#999999", linewidth=1, zorder=0)

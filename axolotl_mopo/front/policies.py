@@ -1,21 +1,24 @@
 """What training leaves on disk -> the policies to compare."""
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from axolotl_mopo.config import ConfigError, DimensionsBlock
+from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data.directives import inference_directive, with_directive
 from axolotl_mopo.data.rows import Message
-from axolotl_mopo.manifest import FILE_NAME
+from axolotl_mopo.front.names import check_name, check_policies
+from axolotl_mopo.front.records import Asking
+from axolotl_mopo.records import ADAPTER, MANIFEST, AdapterConfig, Manifest, read_record
 
 Kind = Literal["policy", "baseline", "reference"]
 
 _WEIGHTS = ("*.safetensors", "*.bin")
+_LONGEST = 90
+"""Characters of a name that is made of a folder's."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Policy:
     """Where its tokenizer is, with the chat template that it was trained with."""
     digest: str = ""
     """A name made of its weights."""
-    manifest: dict[str, Any] = field(default_factory=dict)
-    """Its `mopo.json`, without versions; empty for a model of another method."""
+    manifest: Manifest | None = None
+    """Its `mopo.json`, without versions; None for a model of another method."""
 
     @property
     def whole(self) -> str:
@@ -42,51 +45,40 @@ class Policy:
         return self.base or self.path
 
     @property
+    def weights(self) -> dict[str, float] | None:
+        """Those of MODPO's objectives that it was trained for."""
+        return self.manifest.weights if self.manifest else None
+
+    @property
     def label(self) -> str:
         """Its weights, where it is one of several with different ones, or its name."""
-        weights = self.manifest.get("weights") if self.kind == "policy" else None
-        return ", ".join(f"{name} {weight:g}" for name, weight in weights.items()) if weights else self.name
+        if self.kind != "policy" or not self.weights:
+            return self.name
+        text = ", ".join(f"{name} {weight:g}" for name, weight in self.weights.items())
+        return "".join(character if character.isprintable() else "?" for character in text)
 
-    def asked(self, messages: Sequence[Message], asking: "Asking") -> list[Message]:
-        """What the policy is asked for a prompt: with AMoPO's directive for inference, as it was trained."""
-        if "dimensions" not in self.manifest:
-            return list(messages)
-        settings = {name: self.manifest[name] for name in DimensionsBlock.model_fields if name in self.manifest}
+    def asked(self, messages: Sequence[Message], asking: Asking) -> list[Message]:
+        """What the policy is asked for a prompt: with AMoPO's directive for inference, as it was trained.
+
+        Raises:
+            ConfigError: where it was not trained with such a prompt.
+        """
         try:
-            directive = inference_directive(DimensionsBlock.model_validate(settings), asking.dimension, asking.score)
+            block = self.manifest.dimensions_block() if self.manifest else None
+        except ValueError as error:
+            raise ConfigError(f"{Path(self.path) / MANIFEST}: {error}") from None
+        if block is None:
+            return list(messages)
+        try:
+            directive = inference_directive(block, asking.dimension, asking.score)
         except ValueError as error:
             raise ConfigError(f"--dimension or --score: {self.name}: {error}") from None
         return with_directive(messages, directive)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the name."""
-        return {key: value for key, value in asdict(self).items() if key != "name"}
-
-    @classmethod
-    def from_json(cls, name: str, content: dict[str, Any]) -> Self:
-        """The policy of a name and what `to_json` gave."""
-        return cls(name=name, **content)
-
-
-@dataclass(frozen=True)
-class Asking:
-    """Which of AMoPO's prompts to use: the integrated one, or one dimension's at a score, by default the best."""
-
-    dimension: str | None = None
-    score: float | None = None
-
-
-def check_name(name: str, what: str) -> str:
-    """Hold a name that files and columns carry against what those allow.
-
-    Raises:
-        ConfigError: where it has other characters.
-    """
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ConfigError(
-            f"the {what} {name!r} may hold letters, digits, `_`, `-` and `.`, and begins with one of the first"
-        )
-    return name
+        content = {key: value for key, value in vars(self).items() if key != "name"}
+        return content | {"manifest": self.manifest and self.manifest.model_dump(mode="json")}
 
 
 def find_policies(runs: Iterable[str], kind: Kind = "policy") -> list[Policy]:
@@ -100,73 +92,126 @@ def find_policies(runs: Iterable[str], kind: Kind = "policy") -> list[Policy]:
     Raises:
         ConfigError: where a run has no model, or two have one name.
     """
-    found = [(policy, "=" in run) for run in runs for policy in _of_run(run, kind)]
+    found = [(policy, named) for run in runs for policy, named in _of_run(run, kind)]
     counts = Counter(policy.name for policy, _ in found)
     policies = [
         policy
         if named or counts[policy.name] == 1
-        else replace(policy, name=f"{Path(policy.path).resolve().parent.name}-{policy.name}")
+        else replace(policy, name=_safe(f"{Path(policy.path).resolve().parent.name}-{policy.name}"))
         for policy, named in found
     ]
-    if doubled := [name for name, count in Counter(policy.name for policy in policies).items() if count > 1]:
-        raise ConfigError(f"two runs are called {doubled[0]}; give one another name, as NAME=PATH")
+    check_distinct(policies)
     return policies
 
 
-def reference_policy(policies: Sequence[Policy], path: str | None) -> Policy:
+def check_distinct(policies: Iterable[Policy]) -> None:
+    """Refuse policies that share a name, or a file.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    names = [policy.name for policy in policies]
+    if doubled := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"two runs are called {doubled[0]}; give one another name, as NAME=PATH")
+    try:
+        check_policies(names)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def reference_policy(policies: Sequence[Policy], path: str | None, say: Callable[[str], None]) -> Policy | None:
     """The model that the policies were trained from.
 
     Args:
         policies: at least one.
-        path: where the user says it.
+        path: where the user says it; its weights must be there.
+        say: tells the user why there is none.
+
+    Returns:
+        The reference, or None where the policies were trained from a model that has no weights (`reinit_weights`).
 
     Raises:
         ConfigError: where the policies do not agree on one, or do not say it.
     """
-    known = {policy.reference for policy in policies if policy.kind == "policy"}
     if path is None:
+        known = {policy.reference for policy in policies if policy.kind == "policy"}
         if len(known) != 1 or None in known:
             said = ", ".join(sorted(name or "unknown" for name in known))
             raise ConfigError(
                 f"the runs were trained from {said}; name one with --reference, or leave it out with none"
             )
         (path,) = known
-    assert path is not None  # noqa: S101
-    tokenizer = path if _has_tokenizer(Path(path)) else policies[0].tokenizer
-    return Policy("reference", path, "reference", reference=path, tokenizer=tokenizer)
+        assert path is not None  # noqa: S101
+        if Path(path).is_dir() and not _has_model(Path(path)):
+            say(
+                f"The runs were trained from {path}, which has no weights (reinit_weights), so there is no reference: "
+                "no KL and no win rates are shown. Name another model with --reference to compare with that."
+            )
+            return None
+    require_weights(path, "--reference")
+    # The chat template is the runs' own, which the reference's folder need not have.
+    return Policy("reference", path, "reference", reference=path, tokenizer=policies[0].tokenizer)
 
 
-def _of_run(run: str, kind: Kind) -> list[Policy]:
-    given, _, path = run.rpartition("=")
+def require_weights(path: str, where: str) -> None:
+    """Refuse a whole model on this machine without weights.
+
+    Raises:
+        ConfigError: beginning with `where`.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not _has_model(folder):
+        raise ConfigError(f"{where}: {path} has no weights; give the folder of a whole model with *.safetensors")
+    if not folder.is_dir() and (folder.exists() or not _is_hub_name(path)):
+        raise ConfigError(f"{where}: {path} is neither a folder nor a model of the hub")
+
+
+def _is_hub_name(path: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
+
+
+def _of_run(run: str, kind: Kind) -> list[tuple[Policy, bool]]:
+    """The policies of a run, and whether the user named each."""
+    given, equals, path = run.partition("=")
+    if not equals or Path(run).exists():  # a path may have `=` in it
+        given, path = "", run
     if given:
-        check_name(given, "run's name")
+        try:
+            check_name(given)
+        except ValueError as error:
+            raise ConfigError(f"{run}: {error}") from None
     folder = Path(path)
     if not folder.is_dir():
-        if folder.exists() or path.count("/") != 1:
+        if folder.exists() or path.count("/") != 1 or not _is_hub_name(path):
             raise ConfigError(f"{path} is neither a folder nor a model of the hub")
-        return [Policy(given or path.replace("/", "-"), path, kind, reference=None, tokenizer=path)]
-    sweep = sorted(child for child in folder.glob("sweep*") if child.is_dir())
+        name = given or _safe(path.replace("/", "-"))
+        return [(Policy(name, path, kind, reference=None, tokenizer=path), bool(given))]
+    sweep = sorted(child for child in folder.iterdir() if child.name.startswith("sweep") and child.is_dir())
     if sweep and not given:
-        return [_of_folder(child, child.name, kind) for child in sweep]
-    return [_of_folder(folder, given or _name(folder), kind)]
+        return [(_of_folder(child, _safe(child.name), kind), False) for child in sweep]
+    return [(_of_folder(folder, given or _name(folder), kind), bool(given))]
 
 
 def _of_folder(folder: Path, name: str, kind: Kind) -> Policy:
     model = folder if _has_model(folder) else _last_checkpoint(folder)
-    manifest: dict[str, Any] = {}
-    if (model / FILE_NAME).is_file():
-        manifest = json.loads((model / FILE_NAME).read_text(encoding="utf-8"))
-        manifest.pop("versions", None)
+    manifest = None
+    if (model / MANIFEST).exists():
+        content = read_record(Manifest, model / MANIFEST).model_dump()
+        content.pop("versions", None)
+        manifest = Manifest.model_validate(content)
     base = None
-    if (model / "adapter_config.json").is_file():
-        base = json.loads((model / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if (model / ADAPTER).exists():
+        base = read_record(AdapterConfig, model / ADAPTER).base_model_name_or_path
+        if base is None:
+            raise ConfigError(f"{model / ADAPTER}, `base_model_name_or_path`: it is missing; name the base model there")
+        require_weights(base, f"{model / ADAPTER}, `base_model_name_or_path`")
     tokenizer = next((place for place in (model, folder) if _has_tokenizer(place)), None)
     return Policy(
         name,
         str(model),
         kind,
         base=base,
-        reference=base or manifest.get("base_model"),
+        reference=base or (manifest.base_model if manifest else None),
         tokenizer=str(tokenizer or base or model),
         manifest=manifest,
     )
@@ -174,12 +219,17 @@ def _of_folder(folder: Path, name: str, kind: Kind) -> Policy:
 
 def _name(folder: Path) -> str:
     folder = folder.resolve()
-    name = f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
-    return re.sub(r"[^\w.-]", "_", name)
+    return _safe(f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name)
+
+
+def _safe(name: str) -> str:
+    """A folder's name with other characters in the place of those that a policy's may not have."""
+    name = re.sub(r"[^\w.-]", "_", name)[:_LONGEST]
+    return name if name[:1].isalnum() or name[:1] == "_" else f"_{name}"
 
 
 def _has_model(folder: Path) -> bool:
-    described = (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file()
+    described = (folder / ADAPTER).is_file() or (folder / "config.json").is_file()
     return described and any(any(folder.glob(pattern)) for pattern in _WEIGHTS)
 
 
@@ -189,8 +239,9 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _last_checkpoint(folder: Path) -> Path:
     checkpoints = [child for child in folder.glob("checkpoint-*") if _has_model(child)]
-    if not checkpoints:
+    numbered = [child for child in checkpoints if child.name.removeprefix("checkpoint-").isdecimal()]
+    if not numbered:
         raise ConfigError(
             f"{folder} has neither a model nor a checkpoint with one; wait until it is trained, or leave the run out"
         )
-    return max(checkpoints, key=lambda child: int(child.name.removeprefix("checkpoint-")))
+    return max(numbered, key=lambda child: int(child.name.removeprefix("checkpoint-")))

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from axolotl_mopo.front.policies import Policy
 from axolotl_mopo.front.statistics import Estimate, Front, Standing
@@ -41,9 +42,10 @@ def table(front: Front) -> Table:
     return shown
 
 
-def _title(policy: Policy) -> str:
+def _title(policy: Policy) -> Text:
+    """Not as rich's markup, since a label may hold anything."""
     kind = " (baseline)" if policy.kind == "baseline" else ""
-    return f"{policy.name}{kind}" + ("" if policy.label == policy.name else f"\n{policy.label}")
+    return Text(f"{policy.name}{kind}" + ("" if policy.label == policy.name else f"\n{policy.label}"))
 
 
 def notes(front: Front) -> list[str]:
@@ -89,7 +91,7 @@ def to_json(front: Front) -> str:
                 "name": standing.policy.name,
                 "kind": standing.policy.kind,
                 "path": standing.policy.path,
-                "weights": standing.policy.manifest.get("weights"),
+                "weights": standing.policy.weights,
                 "rewards": {name: _numbers(value) for name, value in standing.rewards.items()},
                 "win_rates": standing.win_rates,
                 "kl": _numbers(standing.kl) if standing.kl else None,
@@ -106,9 +108,9 @@ def to_json(front: Front) -> str:
 
 def _flat(front: Front, standing: Standing) -> dict[str, Any]:
     line: dict[str, Any] = {
-        "policy": standing.policy.name,
+        "policy": _plain(standing.policy.name),
         "kind": standing.policy.kind,
-        "weights": standing.policy.label,
+        "weights": _plain(standing.policy.label),
     }
     for name in front.objectives:
         line |= _columns(name, standing.rewards[name])
@@ -120,6 +122,11 @@ def _flat(front: Front, standing: Standing) -> dict[str, Any]:
         "on_front": standing.on_front,
         "dominated_by": " ".join(standing.dominated_by),
     }
+
+
+def _plain(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _columns(name: str, value: Estimate | None) -> dict[str, float | None]:

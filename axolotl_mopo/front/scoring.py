@@ -1,12 +1,13 @@
 """`axolotl mopo score`: a column of rewards for every objective, by the same sources that MODPO takes margins from."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from axolotl_mopo.config import (
     AdapterMargin,
@@ -18,12 +19,13 @@ from axolotl_mopo.config import (
     TextMargin,
     parse_block,
 )
-from axolotl_mopo.data.formats.rated import RESPONSE_COLUMNS
 from axolotl_mopo.data.rows import DataError
 from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
 from axolotl_mopo.front.models import Models, SequenceScorer
-from axolotl_mopo.front.policies import Policy, check_name, find_policies
-from axolotl_mopo.front.store import Comparison, Response
+from axolotl_mopo.front.names import check_name, check_objectives
+from axolotl_mopo.front.policies import Policy, find_policies, require_weights
+from axolotl_mopo.front.records import Objective, Response
+from axolotl_mopo.front.store import Comparison
 from axolotl_mopo.margins.fingerprint import digest
 from axolotl_mopo.margins.functions import function_digest, function_name
 from axolotl_mopo.margins.precompute import model_digest
@@ -51,8 +53,11 @@ def parse_scorer(text: str) -> tuple[str, Any]:
     name, equals, spec = text.partition("=")
     if not equals:
         raise ConfigError(f"--scorer {text}: write NAME=SOURCE, for instance brief=length:words")
-    if check_name(name, "objective") in RESPONSE_COLUMNS:
-        raise ConfigError(f"--scorer {name}: responses have a column of this name already; choose another")
+    try:
+        check_name(name)
+        check_objectives([name])
+    except ValueError as error:
+        raise ConfigError(f"--scorer {text}: {error}") from None
     if spec.lstrip().startswith("{"):
         try:
             raw = yaml.safe_load(spec)
@@ -91,51 +96,86 @@ class Scoring:
     batch_size: int
     say: Callable[[str], None]
 
-    def run(self, scorers: Mapping[str, Any], lower_is_better: Collection[str], replace: bool) -> None:
+    def run(self, scorers: Mapping[str, Any], lower_is_better: Mapping[str, bool], replace: bool) -> None:
         """Add the columns that are missing.
 
         Args:
             scorers: objectives, and where their rewards come from.
-            lower_is_better: those of which less is better.
-            replace: scores objectives anew that another scorer scored.
+            lower_is_better: of objectives whose direction is said; the others' is what it was, or more is better.
+            replace: scores objectives anew that another scorer scored, or whose direction was another.
 
         Raises:
-            ConfigError: where an objective was scored by another scorer.
+            ConfigError: where responses are missing, or an objective was scored otherwise; nothing is scored then.
             DataError: naming policy and prompt that cannot be scored; what was computed before is kept.
         """
-        with self.comparison.locked():
-            for name, margin in scorers.items():
-                self._agree(name, margin, name in lower_is_better, replace)
-                unscored = [policy for policy in self.comparison.policies if not self._has(policy, name)]
-                if not unscored:
-                    self.say(f"{name}: all responses are scored.")
-                    continue
-                with self._numbers(name, margin) as numbers:
-                    for policy in unscored:
-                        self.comparison.add_column(policy.name, name, numbers(policy))
+        for policy in self.comparison.policies:
+            self.comparison.complete(policy.name)
+        try:
+            check_objectives({**self.comparison.objectives, **scorers})
+        except ValueError as error:
+            raise ConfigError(f"--scorer: {error}") from None
+        agreed = {
+            name: self._agreed(name, margin, lower_is_better.get(name), replace) for name, margin in scorers.items()
+        }
+        for name, margin in scorers.items():
+            self._settle(name, agreed[name])
+            unscored = [policy for policy in self.comparison.policies if not self._has(policy, name)]
+            if not unscored:
+                self.say(f"{name}: all responses are scored.")
+                continue
+            with self._numbers(name, margin) as numbers:
+                for policy in unscored:
+                    self.comparison.add_column(policy.name, name, numbers(policy), self._sources(name, margin))
 
-    def _agree(self, name: str, margin: Any, lower: bool, replace: bool) -> None:
+    def _agreed(self, name: str, margin: Any, lower: bool | None, replace: bool) -> Objective:
+        """What is to be known of an objective."""
+        if lower and isinstance(margin, LengthMargin):
+            raise ConfigError(
+                f"--lower-is-better {name}: its scorer gives minus the length, so more of it is a shorter response "
+                "already; leave the option out"
+            )
         source = digest([margin.model_dump(mode="json"), _content(margin)])
-        known = self.comparison.objectives.get(name, {"digest": source})
-        if known["digest"] != source:
-            if not replace:
-                raise ConfigError(
-                    f"--scorer {name}: its scores were made by {known['scorer']}, or that has changed since; give "
-                    "another name, or score anew with --replace"
-                )
-            for policy in self.comparison.policies:
-                rows = self.comparison.responses(policy.name)
-                self.comparison.replace(policy.name, [{k: v for k, v in row.items() if k != name} for row in rows])
+        known = self.comparison.objectives.get(name)
+        if known and known.digest != source and not replace:
+            raise ConfigError(
+                f"--scorer {name}: its scores were made by {known.scorer}, or that has changed since; give another "
+                "name, or score anew with --replace"
+            )
+        if known and lower not in (None, known.lower_is_better) and not replace:
+            said, option = ("lower", "--lower-is-better") if known.lower_is_better else ("higher", "--higher-is-better")
+            raise ConfigError(
+                f"{name} was scored with {said} is better; leave the direction out or say {option} {name}, or change "
+                "it with --replace"
+            )
+        if lower is None:
+            lower = known is not None and known.lower_is_better
         scorer = margin.model_dump(mode="json", exclude_defaults=True)
-        self.comparison.objectives[name] = {"scorer": scorer, "digest": source, "lower_is_better": lower}
+        return Objective(scorer=scorer, digest=source, lower_is_better=lower)
+
+    def _settle(self, name: str, objective: Objective) -> None:
+        known = self.comparison.objectives.get(name)
+        if known and known.digest != objective.digest:
+            self.comparison.drop_column(name)
+        self.comparison.add_objective(name, objective)
         self.comparison.save_settings()
 
     def _has(self, policy: Policy, name: str) -> bool:
-        return all(name in row for row in self.comparison.responses(policy.name))
+        return all(name in row for row in self._rows(policy))
+
+    def _sources(self, name: str, margin: Any) -> list[str]:
+        """What `Comparison.compute` keeps numbers under."""
+        source = self.comparison.objectives[name].digest
+        match margin:
+            case LengthMargin():
+                return []
+            case AdapterMargin():
+                return [f"{source}-{number}" for number in range(2)]
+            case _:
+                return [source]
 
     @contextmanager
     def _numbers(self, name: str, margin: Any) -> Iterator[Numbers]:
-        source = self.comparison.objectives[name]["digest"]
+        source = self.comparison.objectives[name].digest
         match margin:
             case LengthMargin():
                 yield lambda policy: [
@@ -167,22 +207,16 @@ class Scoring:
     def _implicit(self, policy: Policy, name: str, source: str, margin: AdapterMargin) -> list[float]:
         """beta * (logp - reference_logp) of a model that was trained on another objective's preferences."""
         (model,) = find_policies([margin.path])
-        renderer = ChatRenderer(tokenizer := AutoTokenizer.from_pretrained(model.tokenizer))
+        require_weights(margin.reference or model.whole, f"--scorer {name}")
         rows = self._rows(policy)
-        texts = [
-            part
-            for row in rows
-            for part in (renderer.prompt(row["prompt"]), renderer.completion(row["prompt"], row["response"]))
-        ]
-        ids = iter(tokenize(tokenizer, texts))
-        asked = {(row["prompt_id"], row["sample"]): (next(ids), next(ids)) for row in rows}
+        asked = dict(zip(map(_key, rows), _asked(rows, policy, model), strict=True))
         logps: list[list[float]] = []
         for path, base in ((model.path, model.base), (margin.reference or model.whole, None)):
             with self.models.running(path, base) as running:
                 scorer = SequenceScorer(running, next(iter(asked.values())))
 
                 def one_batch(part: list[Response], scorer: SequenceScorer = scorer) -> list[float]:
-                    pairs = [asked[row["prompt_id"], row["sample"]] for row in part]
+                    pairs = [asked[_key(row)] for row in part]
                     return scorer([prompt for prompt, _ in pairs], [completion for _, completion in pairs])
 
                 made = f"{source}-{len(logps)}"
@@ -195,6 +229,43 @@ class Scoring:
         return self.comparison.responses(policy.name)
 
 
+def _asked(rows: list[Response], policy: Policy, model: Policy) -> list[tuple[list[int], list[int]]]:
+    """Prompt and completion of every response as token ids of the model that scores them.
+
+    Where it has the policy's vocabulary, completions are the tokens that were drawn; else their text is tokenised, with
+    the end of a turn where there was one.
+
+    Raises:
+        DataError: where a token is none of the vocabulary.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
+    renderer = ChatRenderer(tokenizer)
+    prompts = tokenize(tokenizer, [renderer.prompt(row["prompt"]) for row in rows])
+    if _same_vocabulary(policy.tokenizer, model.tokenizer, tokenizer):
+        largest = max(rows, key=lambda row: max(row["token_ids"]))
+        if (token := max(largest["token_ids"])) >= len(tokenizer):
+            raise DataError(
+                f"{policy.name}, prompt {largest['prompt_id']}, sample {largest['sample']}: there is no token {token} "
+                f"in {model.tokenizer}"
+            )
+        return list(zip(prompts, (row["token_ids"] for row in rows), strict=True))
+    texts = [
+        renderer.completion(row["prompt"], row["response"]) if row["finished"] else row["response"] for row in rows
+    ]
+    return list(zip(prompts, tokenize(tokenizer, texts), strict=True))
+
+
+def _same_vocabulary(policy: str, model: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a policy's tokenizer is known to have the tokens of a model's; one on the hub is not fetched for it."""
+    if policy == model:
+        return True
+    return Path(policy).is_dir() and AutoTokenizer.from_pretrained(policy).get_vocab() == tokenizer.get_vocab()
+
+
+def _key(row: Response) -> tuple[int, int]:
+    return row["prompt_id"], row["sample"]
+
+
 def _content(margin: Any) -> str:
     """A name made of what a scorer's numbers depend on besides its settings."""
     match margin:
@@ -203,6 +274,7 @@ def _content(margin: Any) -> str:
         case RewardModelMargin():
             return model_digest(margin.path)
         case AdapterMargin():
-            return digest([model_digest(margin.path), margin.reference and model_digest(margin.reference)])
+            reference = margin.reference and model_digest(margin.reference)
+            return digest([model_digest(margin.path), reference, "the tokens that were drawn"])
         case _:
             return ""

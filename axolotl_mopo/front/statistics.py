@@ -1,10 +1,10 @@
 """Scored responses -> what decides between policies: means with intervals, win rates, divergence, the front."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import moocore
 import numpy as np
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
 from axolotl_mopo.config import ConfigError
-from axolotl_mopo.front.models import Sampling
 from axolotl_mopo.front.policies import Policy
-from axolotl_mopo.front.store import Comparison, Response
+from axolotl_mopo.front.records import Response, check_number
+from axolotl_mopo.front.store import Comparison
 
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
@@ -90,6 +90,8 @@ def find_front(
         ConfigError: naming what is missing: responses, scores, objectives.
     """
     names = list(objectives or comparison.objectives)
+    if doubled := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"the objective {doubled[0]} is named twice; name every objective once")
     if unknown := [name for name in names if name not in comparison.objectives]:
         raise ConfigError(
             f"{', '.join(unknown)} was not scored; scored are {', '.join(comparison.objectives) or 'no objectives'}; "
@@ -97,7 +99,8 @@ def find_front(
         )
     if not names:
         raise ConfigError(f"{comparison.folder} has no scores; see axolotl mopo score --help")
-    lower = {name for name in names if comparison.objectives[name]["lower_is_better"]}
+    _check_point(reference_point or {}, names)
+    lower = {name for name in names if comparison.objectives[name].lower_is_better}
     responses = {policy.name: _complete(comparison, policy, names) for policy in comparison.policies}
     reference = next((policy.name for policy in comparison.policies if policy.kind == "reference"), None)
     rewards = {policy: {name: estimate(_means(rows, name)) for name in names} for policy, rows in responses.items()}
@@ -124,9 +127,9 @@ def find_front(
         which: float(moocore.hypervolume(part, ref=list(begin.values()), maximise=[*(signs > 0)]))
         for which, part in volumes.items()
     }
-    sampling = Sampling(**comparison.settings["sampling"])
-    prompts = comparison.settings["prompts"]["count"]
-    return Front(names, lower, standings, begin, hypervolume, prompts, sampling.samples, sampling.exact)
+    sampling, prompts = comparison.settings.sampling, comparison.settings.prompts
+    assert sampling and prompts  # noqa: S101 (or else the responses are not complete)
+    return Front(names, lower, standings, begin, hypervolume, prompts.count, sampling.samples, sampling.exact)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -140,14 +143,18 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(sample.mean()), float(interval.low), float(interval.high))
 
 
+def _check_point(point: Mapping[str, float], names: Sequence[str]) -> None:
+    if unknown := [name for name in point if name not in names]:
+        raise ConfigError(f"--reference-point: {', '.join(unknown)} is not compared by; known are {', '.join(names)}")
+    for name, value in point.items():
+        try:
+            check_number(value)
+        except ValueError as error:
+            raise ConfigError(f"--reference-point {name}: {error}") from None
+
+
 def _complete(comparison: Comparison, policy: Policy, names: Sequence[str]) -> list[Response]:
-    rows = comparison.responses(policy.name)
-    expected = comparison.settings["prompts"]["count"] * comparison.settings["sampling"]["samples"]
-    if len(rows) != expected:
-        raise ConfigError(
-            f"{policy.name} has {len(rows):,} of {expected:,} responses; run axolotl mopo generate again, and it goes "
-            "on where it was"
-        )
+    rows = comparison.complete(policy.name)
     if unscored := [name for name in names if any(name not in row for row in rows)]:
         raise ConfigError(
             f"{policy.name} is not scored on {', '.join(unscored)}, on which others are; run axolotl mopo score again "
@@ -160,7 +167,7 @@ def _by_prompt(rows: Sequence[Response], column: str) -> dict[int, Values]:
     """The numbers in a column for the responses to each prompt."""
     values: dict[int, list[float]] = defaultdict(list)
     for row in rows:
-        values[row["prompt_id"]].append(row[column])
+        values[row["prompt_id"]].append(row[column])  # type: ignore[literal-required]
     return {prompt: np.asarray(own, np.float64) for prompt, own in values.items()}
 
 
@@ -182,9 +189,9 @@ def _win_rates(
 
 
 def _divergence(rows: Sequence[Response]) -> Estimate | None:
-    if any("ref_logp" not in row for row in rows):
+    if any("logp" not in row or "ref_logp" not in row for row in rows):
         return None
-    ratios = [{**row, "log_ratio": row["logp"] - row["ref_logp"]} for row in rows]
+    ratios: list[Any] = [{**row, "log_ratio": row["logp"] - row["ref_logp"]} for row in rows]
     return estimate(_means(ratios, "log_ratio"))
 
 

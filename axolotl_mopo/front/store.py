@@ -4,86 +4,125 @@
     responses/NAME.jsonl     a line for every response: `prompt_id`, `sample`, `prompt`, `response`, `token_ids`,
                              `finished`, `logp`, `ref_logp`, and a column for every objective
 
-Every write appears whole or not at all, and what is half done is kept in `responses/.partial` until it is whole.
+Every write appears whole or not at all, and what is half done is kept in `responses/.partial` until it is whole. The
+folder may come from anybody, so everything in it is checked when it is read, and no link below it is followed.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from accelerate.utils import tqdm
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 
 from axolotl_mopo.config import ConfigError
+from axolotl_mopo.data.rows import fingerprint
+from axolotl_mopo.files import Folder
 from axolotl_mopo.front.policies import Policy
-
-Response = dict[str, Any]
-"""A line of a policy's file."""
+from axolotl_mopo.front.records import Objective, Partial, Response, Settings, check_number
+from axolotl_mopo.records import explain, parse_record
 
 _SETTINGS = "comparison.json"
+_SETTINGS_LIMIT = 1 << 26
+_RESPONSES_LIMIT = 1 << 36
+_LOCK_SECONDS = 0.1
+
+_settings = TypeAdapter(Settings)
+_response = TypeAdapter(Response)
+_partial = TypeAdapter(Partial)
 
 
 class Comparison:
-    """Reads and writes the folder of a comparison.
+    """Reads and writes the folder of a comparison; nothing else may write into it meanwhile. See `opened`.
 
     Args:
         folder: made by `axolotl mopo generate`.
+
+    Raises:
+        ConfigError: where its settings are not what this package writes.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.settings: dict[str, Any] = {"policies": {}, "objectives": {}}
-        if (folder / _SETTINGS).is_file():
-            self.settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+        self._files = Folder(folder)
+        content = self._files.read(_SETTINGS, _SETTINGS_LIMIT) if folder.exists() else None
+        where = str(folder / _SETTINGS)
+        self.settings = Settings() if content is None else parse_record(_settings, content, where)
 
     @classmethod
-    def existing(cls, folder: Path) -> "Comparison":
-        """The comparison in a folder.
+    @contextmanager
+    def opened(cls, folder: Path) -> Iterator[Self]:
+        """The comparison in a folder, while other commands are kept out of it. The folder is made where there is none.
 
         Raises:
-            ConfigError: where there is none.
+            ConfigError: where another command is in it.
         """
-        comparison = cls(folder)
-        if not comparison.policies:
-            raise ConfigError(f"{folder} holds no responses; make them with axolotl mopo generate")
-        return comparison
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=_LOCK_SECONDS)
+        except Timeout:
+            raise ConfigError(f"another axolotl mopo command works in {folder}; wait until it has ended") from None
+        try:
+            yield cls(folder)  # read when it is locked, so that no change of another command is lost
+        finally:
+            lock.release()
 
+    @classmethod
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from writing into the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
-        with lock.acquire(timeout=0.1):
-            yield
+    def existing(cls, folder: Path) -> Iterator[Self]:
+        """See `opened`.
+
+        Raises:
+            ConfigError: where there are no responses in the folder.
+        """
+        if not (folder / _SETTINGS).exists():
+            raise _no_responses(folder)
+        with cls.opened(folder) as comparison:
+            if not comparison.has_responses:
+                raise _no_responses(folder)
+            yield comparison
 
     @property
     def policies(self) -> list[Policy]:
         """The policies, in the order in which they were given."""
-        return [Policy.from_json(name, content) for name, content in self.settings["policies"].items()]
+        return [Policy(name, **dict(record)) for name, record in self.settings.policies.items()]
 
     @property
-    def objectives(self) -> dict[str, dict[str, Any]]:
-        """What was scored: `scorer`, `digest` and `lower_is_better` of every objective."""
-        return self.settings["objectives"]
+    def objectives(self) -> dict[str, Objective]:
+        """What was scored."""
+        return self.settings.objectives
+
+    @property
+    def has_responses(self) -> bool:
+        """Whether there is at least one."""
+        return any(self._files.size(_file(policy)) for policy in self.settings.policies)
 
     def agree(self, **settings: Any) -> None:
-        """Set what all responses have in common.
+        """Set what all responses have in common: `prompts`, `sampling`, `asking`, `reference`.
+
+        Settings of a folder without responses are forgotten.
 
         Raises:
             ConfigError: where responses were made with another setting.
         """
-        settings = json.loads(json.dumps(settings))
-        for name, value in settings.items():
-            known = self.settings.get(name, value)
-            if known != value:
-                raise ConfigError(
-                    f"{self.folder} has responses made with {name} {known}, not {value}; choose another --out"
-                )
-        self.settings = {**settings, **self.settings}
+        agreed = _checked({**(self._content() if self.has_responses else {}), **settings}, self.folder)
+        if self.has_responses:
+            for name in settings:
+                known, wanted = getattr(self.settings, name), getattr(agreed, name)
+                if known != wanted:
+                    raise ConfigError(
+                        f"{self.folder} has responses made with {name} {known}, not {wanted}; choose another --out"
+                    )
+        self.settings = agreed
+
+    def name_source(self, source: str) -> None:
+        """Say where the prompts came from, unless it is said already."""
+        if self.settings.source is None:
+            self.settings = _checked({**self._content(), "source": source}, self.folder)
 
     def add_policy(self, policy: Policy) -> None:
         """Add a policy.
@@ -91,31 +130,90 @@ class Comparison:
         Raises:
             ConfigError: where another one has its name.
         """
-        known = self.settings["policies"].get(policy.name)
-        content = json.loads(json.dumps(policy.to_json()))
-        if known not in (None, content):
+        content = self._content()
+        added = _checked({**content, "policies": {**content["policies"], policy.name: policy.to_json()}}, self.folder)
+        known = self.settings.policies.get(policy.name)
+        if known not in (None, added.policies[policy.name]):
+            assert known  # noqa: S101
             raise ConfigError(
-                f"{self.folder} has responses of {known['path']} under the name {policy.name}, and {policy.path} is "
+                f"{self.folder} has responses of {known.path} under the name {policy.name}, and {policy.path} is "
                 "another run or was trained anew; give it another name, as NAME=PATH, or choose another --out"
             )
-        self.settings["policies"][policy.name] = content
+        self.settings = added
+
+    def add_objective(self, name: str, objective: Objective) -> None:
+        """Add an objective, or replace one.
+
+        Raises:
+            ConfigError: where its name cannot be a column.
+        """
+        content = self._content()
+        objectives = {**content["objectives"], name: objective.model_dump()}
+        self.settings = _checked({**content, "objectives": objectives}, self.folder)
 
     def save_settings(self) -> None:
         """Write the settings."""
-        _write(self.folder / _SETTINGS, json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(self._content(), indent=2, ensure_ascii=False) + "\n"
+        self._files.write(_SETTINGS, text.encode())
+
+    def write_output(self, name: str, content: bytes) -> None:
+        """Write a file that is made of the comparison."""
+        self._files.write(name, content)
 
     def responses(self, policy: str) -> list[Response]:
-        """The responses of a policy, by prompt and sample; what a killed process wrote of a line is left out."""
-        rows = _read_lines(self._file(policy))
+        """The responses of a policy, by prompt and sample; what a killed process wrote of a line is left out.
+
+        Raises:
+            ConfigError: naming file and line of one that is not as this package writes it, or is there twice.
+        """
+        where = self.folder / _file(policy)
+        rows = [_read_response(line, f"{where}, line {number}") for number, line in enumerate(self._lines(policy), 1)]
+        seen: set[tuple[int, int]] = set()
+        for number, row in enumerate(rows, 1):
+            if _key(row) in seen:
+                raise ConfigError(
+                    f"{where}, line {number}: sample {row['sample']} of prompt {row['prompt_id']} is there twice; take "
+                    "one of the lines out"
+                )
+            seen.add(_key(row))
         return sorted(rows, key=_key)
+
+    def complete(self, policy: str) -> list[Response]:
+        """The responses of a policy: every sample to every prompt.
+
+        Raises:
+            ConfigError: where one is missing or none that was asked for.
+        """
+        prompts, sampling = self.settings.prompts, self.settings.sampling
+        if prompts is None or sampling is None:
+            raise _no_responses(self.folder)
+        rows = self.responses(policy)
+        expected = prompts.count * sampling.samples
+        wanted = [(prompt, sample) for prompt in range(prompts.count) for sample in range(sampling.samples)]
+        if len(rows) < expected:
+            raise ConfigError(
+                f"{policy} has {len(rows):,} of {expected:,} responses; run axolotl mopo generate again, and it goes "
+                "on where it was"
+            )
+        if [_key(row) for row in rows] != wanted:
+            raise ConfigError(
+                f"{self.folder / _file(policy)} has other responses than {sampling.samples} to each of {prompts.count} "
+                "prompts, counted from 0; fetch the folder again, or generate them again"
+            )
+        if fingerprint([row["prompt"] for row in rows if row["sample"] == 0]) != prompts.digest:
+            raise ConfigError(
+                f"{self.folder / _file(policy)} has other prompts than {_SETTINGS} says; fetch the folder again, or "
+                "generate the responses again"
+            )
+        return rows
 
     def append(self, policy: str, rows: Sequence[Response]) -> None:
         """Add responses of a policy."""
-        _append(self._file(policy), rows)
+        self._files.append(_file(policy), _text(rows))
 
     def replace(self, policy: str, rows: Iterable[Response]) -> None:
         """Write all responses of a policy anew."""
-        _write(self._file(policy), "".join(map(_line, rows)))
+        self._files.write(_file(policy), _text(rows))
 
     def compute(
         self,
@@ -135,67 +233,115 @@ class Comparison:
             batch: how many responses to compute at a time, the longest first.
             function: their numbers.
             title: of the progress bar.
+
+        Raises:
+            ConfigError: naming the response whose number cannot be compared.
         """
         rows = self.responses(policy)
-        partial = self._partial(policy, column) / f"{source}.jsonl"
-        values = {(entry["prompt_id"], entry["sample"]): entry["value"] for entry in _read_lines(partial)}
+        partial = _partial_file(policy, column, source)
+        values = {(entry["prompt_id"], entry["sample"]): entry["value"] for entry in self._partial_lines(partial)}
         missing = [row for row in rows if _key(row) not in values]
         missing.sort(key=lambda row: -len(row["token_ids"]))
         for start in tqdm(range(0, len(missing), batch), desc=title):
             part = missing[start : start + batch]
-            computed = dict(zip(map(_key, part), function(part), strict=True))
-            _append(
+            computed = {_key(row): value for row, value in zip(part, function(part), strict=True)}
+            _check_values(computed, title)
+            self._files.append(
                 partial,
-                [{"prompt_id": key[0], "sample": key[1], "value": value} for key, value in computed.items()],
+                _text({"prompt_id": key[0], "sample": key[1], "value": value} for key, value in computed.items()),
             )
             values |= computed
         return [values[_key(row)] for row in rows]
 
-    def add_column(self, policy: str, column: str, values: Sequence[float]) -> None:
-        """Give every response of a policy its number, in their order."""
+    def add_column(self, policy: str, column: str, values: Sequence[float], sources: Iterable[str] = ()) -> None:
+        """Give every response of a policy its number, in their order.
+
+        Args:
+            policy: its name.
+            column: the name of the numbers.
+            values: the numbers.
+            sources: what they were computed with; what was kept of it is removed.
+
+        Raises:
+            ConfigError: naming the response whose number cannot be compared.
+        """
         rows = self.responses(policy)
-        self.replace(policy, [{**row, column: value} for row, value in zip(rows, values, strict=True)])
-        shutil.rmtree(self._partial(policy, column), ignore_errors=True)
+        _check_values(dict(zip(map(_key, rows), values, strict=True)), f"{policy}, {column}")
+        added: list[Any] = [{**row, column: value} for row, value in zip(rows, values, strict=True)]
+        self.replace(policy, added)
+        for source in sources:
+            self._files.remove(_partial_file(policy, column, source))
 
-    def _partial(self, policy: str, column: str) -> Path:
-        return self._file(policy).parent / ".partial" / policy / column
+    def drop_column(self, column: str) -> None:
+        """Take a number away from all responses."""
+        for policy in self.settings.policies:
+            kept: list[Any] = [{k: v for k, v in row.items() if k != column} for row in self.responses(policy)]
+            self.replace(policy, kept)
 
-    def _file(self, policy: str) -> Path:
-        return self.folder / "responses" / f"{policy}.jsonl"
+    def _content(self) -> dict[str, Any]:
+        content: dict[str, Any] = self.settings.model_dump(mode="json")
+        return content
+
+    def _lines(self, policy: str) -> list[bytes]:
+        return _whole_lines(self._files.read(_file(policy), _RESPONSES_LIMIT))
+
+    def _partial_lines(self, name: str) -> Iterator[Partial]:
+        for number, line in enumerate(_whole_lines(self._files.read(name, _RESPONSES_LIMIT)), 1):
+            yield parse_record(_partial, line, f"{self.folder / name}, line {number}")
+
+
+def _checked(content: dict[str, Any], folder: Path) -> Settings:
+    """Settings of any origin.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    try:
+        return _settings.validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise ConfigError(f"{folder / _SETTINGS}{explain(error)}") from None
+
+
+def _no_responses(folder: Path) -> ConfigError:
+    return ConfigError(f"{folder} holds no responses; make them with axolotl mopo generate")
+
+
+def _check_values(values: dict[tuple[int, int], float], title: str) -> None:
+    for (prompt, sample), value in values.items():
+        try:
+            check_number(value)
+        except ValueError as error:
+            raise ConfigError(f"{title}: the number of prompt {prompt}, sample {sample}: {error}") from None
+
+
+def _read_response(line: bytes, where: str) -> Response:
+    row = parse_record(_response, line, where)
+    for name in row.keys() - Response.__annotations__:
+        value: Any = row[name]  # type: ignore[literal-required]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{where}, {name!a}: a score must be a number, not {value!a:.60}")
+        try:
+            check_number(value)
+        except (OverflowError, ValueError) as error:
+            raise ConfigError(f"{where}, {name!a}: {error}") from None
+    return row
 
 
 def _key(row: Response) -> tuple[int, int]:
     return row["prompt_id"], row["sample"]
 
 
-def _line(row: Response) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def _file(policy: str) -> str:
+    return f"responses/{policy}.jsonl"
 
 
-def _read_lines(path: Path) -> list[Response]:
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]]
+def _partial_file(policy: str, column: str, source: str) -> str:
+    return f"responses/.partial/{policy}/{column}/{source}.jsonl"
 
 
-def _append(path: Path, rows: Sequence[Response]) -> None:
-    """Add lines; the end of one that a killed process left is cut off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write("".join(map(_line, rows)).encode())
-        file.flush()
-        os.fsync(file.fileno())
+def _text(rows: Iterable[Any]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+def _whole_lines(content: bytes | None) -> list[bytes]:
+    return content[: content.rfind(b"\n") + 1].split(b"\n")[:-1] if content else []

@@ -1,0 +1,62 @@
+"""Names of policies and objectives, which become files, columns and arguments."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from axolotl_mopo.data.formats.rated import RESPONSE_COLUMNS
+
+_LONGEST = 100
+_FIXED_COLUMNS = ("policy", "kind", "weights", "tokens", "finished", "on_front", "dominated_by")
+_DIVERGENCE = "kl"
+_PARTS = ("", "_low", "_high", "_win_rate")
+"""What `front.csv` has of every objective; of the divergence all but the last."""
+
+
+def check_name(name: str) -> str:
+    """Refuse a name that could not be a file's, a column's or an argument's.
+
+    Raises:
+        ValueError: saying which characters it may have.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", name) or len(name) > _LONGEST or not name.isprintable():
+        raise ValueError(
+            f"the name {name!a} may have letters, digits, `_`, `-` and `.`, {_LONGEST} at most, and begins with a "
+            "letter, a digit or `_`"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+
+
+def check_policies(names: Iterable[str]) -> None:
+    """Refuse names that are one file on a disk that does not tell upper from lower case.
+
+    Raises:
+        ValueError: naming the first two.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise ValueError(f"the policies {other} and {name} would share a file; give one another name, as NAME=PATH")
+
+
+def check_objectives(names: Iterable[str]) -> None:
+    """Refuse names of objectives whose columns would be others' in a response's line or in `front.csv`.
+
+    Raises:
+        ValueError: naming the objective.
+    """
+    taken = Counter([*_FIXED_COLUMNS, *RESPONSE_COLUMNS, *(_DIVERGENCE + part for part in _PARTS)])
+    names = list(names)
+    taken.update(name + part for name in names for part in _PARTS)
+    for name in names:
+        if doubled := [name + part for part in _PARTS if taken[name + part] > 1]:
+            raise ValueError(
+                f"the objective {name} needs a column {doubled[0]}, which is another's; choose another name"
+            )
