@@ -56,7 +56,7 @@ def check_objectives(names: Iterable[str]) -> None:
     names = list(names)
     taken.update(name + part for name in names for part in _PARTS)
     for name in names:
-        if doubled := [name + part for part in _PARTS if taken[name + part] > 1]:
+        if taken_twice := [name + part for part in _PARTS if taken[name + part] > 1]:
             raise ValueError(
-                f"the objective {name} needs a column {doubled[0]}, which is another's; choose another name"
+                f"the objective {name} needs the column {taken_twice[0]}, which is taken; choose another name"
             )

@@ -40,7 +40,7 @@ Number = Annotated[float, AfterValidator(check_number)]
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", **_STRICT))
 class Sampling:
     """How responses are drawn."""
 
@@ -60,7 +60,7 @@ class Sampling:
         return self.temperature == 1 and self.top_p == 1 and self.generation_config == "neutral"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", **_STRICT))
 class Asking:
     """Which of AMoPO's prompts to use: the integrated one, or one dimension's at a score, by default the best."""
 

@@ -1,0 +1,357 @@
+"""Comparison folders from strangers: what is wrong with them is named, and nothing outside of them is touched."""
+
+import builtins
+import json
+import os
+import shutil
+import stat
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from test_front import COST, HELPFUL, comparison
+
+from axolotl_mopo.cli import mopo
+from axolotl_mopo.config import ConfigError
+from axolotl_mopo.files import Folder
+from axolotl_mopo.front.scoring import parse_scorer
+from axolotl_mopo.front.store import Comparison
+
+FOLDERS = yaml.safe_load((Path(__file__).parent / "broken" / "folders.yaml").read_text(encoding="utf-8"))
+REWARDS = {
+    "a": [[(4, 2), (2, 0)], [(3, 1), (3, 1)]],
+    "b": [[(2, 0), (2, 0)], [(2, 0), (1, 0)]],
+    "reference": [[(3, 1), (1, 1)], [(2, 1), (2, 1)]],
+}
+JUDGE = """
+def length(prompts, responses):
+    return [float(len(response)) for response in responses]
+"""
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    (tmp_path / "a_judge.py").write_text(JUDGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("a_judge", None)
+    return "long=callable:a_judge:length"
+
+
+@pytest.fixture
+def received(tmp_path):
+    """A folder as it may be received, beside a file and a folder that it must not reach."""
+    (tmp_path / "victim.json").write_text('{"mine": true}')
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.jsonl").write_text("mine\n")
+    return comparison(tmp_path / "received", REWARDS).folder
+
+
+def run(command, *arguments):
+    """What a command of ours says, and how it ended."""
+    result = CliRunner().invoke(mopo, [command, *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result.output, result.exit_code
+
+
+def tree(folder):
+    """Everything below a folder: kinds, link targets and contents."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        kind = stat.S_IFMT(path.lstat().st_mode)
+        content = os.readlink(path) if path.is_symlink() else path.read_bytes() if stat.S_ISREG(kind) else None
+        found[str(path.relative_to(folder))] = (kind, content)
+    return found
+
+
+def put(value, keys, case):
+    """Change one place of a JSON value."""
+    *outer, key = keys
+    for each in outer:
+        value = value[each]
+    if case.get("remove"):
+        del value[key]
+    else:
+        value[key] = case["value"]
+
+
+def broken(folder, case, judge):
+    """Make a folder what a case says."""
+    name = case.get("file", "comparison.json")
+    if "SOURCE" in name:
+        from axolotl_mopo.front.scoring import _content, digest
+
+        _, margin = parse_scorer(judge)
+        name = name.replace("SOURCE", digest([margin.model_dump(mode="json"), _content(margin)]))
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "link" in case or "pipe" in case or "folder" in case:
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+    if "link" in case:
+        path.symlink_to(folder.parent / case["link"])
+    elif "pipe" in case:
+        os.mkfifo(path)
+    elif "folder" in case:
+        path.mkdir()
+    elif "line" in case:
+        lines = path.read_bytes().split(b"\n")
+        line = case["line"]
+        if "text" in case:
+            text = case["text"]
+            lines[line] = lines[line].decode().encode("utf-16") if text == "!UTF-16" else text.encode()
+        else:
+            value = json.loads(lines[line])
+            put(value, case["at"], case)
+            lines[line] = json.dumps(value).encode()
+        path.write_bytes(b"\n".join(lines))
+    elif "text" in case:
+        path.write_text(case["text"])
+    else:
+        value = json.loads(path.read_text())
+        put(value, case["at"], case)
+        path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_broken_folder_is_refused_and_left_as_it_is(name, received, judge):
+    case = FOLDERS[name]
+    broken(received, case, judge)
+    before = tree(received.parent)
+    command = case.get("run", "front")
+    output, code = run(command, received, *(["--scorer", judge] if command == "score" else []))
+    assert code == 1
+    for text in case["expect"]:
+        assert text in " ".join(output.split())
+    changed = {path for path, what in tree(received.parent).items() if before.get(path) != what}
+    allowed = {"received/.lock", "received/front.csv.part", "__pycache__"}
+    if command == "score":  # it says what it scores before it does
+        allowed |= {"received/comparison.json"}
+    assert {path for path in changed if path.partition("/")[0] != "__pycache__"} <= allowed
+    assert not set(before) - set(tree(received.parent))
+
+
+def test_there_are_enough_broken_folders_and_each_says_what_is_expected():
+    assert len(FOLDERS) >= 40
+    assert all(case["expect"] for case in FOLDERS.values())
+
+
+@contextmanager
+def watched():
+    """What is opened for writing, renamed, removed or made meanwhile, as absolute paths."""
+    seen, on = [], True
+
+    def absolute(path, folder=-1):
+        if isinstance(path, int):
+            return os.readlink(f"/proc/self/fd/{path}")
+        base = os.readlink(f"/proc/self/fd/{folder}") if isinstance(folder, int) and folder >= 0 else os.getcwd()
+        return os.path.join(base, os.fsdecode(path))
+
+    def hook(event, arguments):
+        if not on or threading.current_thread() is not main:
+            return
+        if event == "open":
+            path, mode, flags = arguments
+            if isinstance(path, str | bytes | os.PathLike) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                seen.append(absolute(path) if os.path.isabs(os.fsdecode(path)) else f"./{os.fsdecode(path)}")
+        elif event in ("os.remove", "os.rmdir"):
+            seen.append(absolute(*arguments[:2]))
+        elif event == "os.mkdir":
+            seen.append(absolute(arguments[0], arguments[2]))
+        elif event == "os.rename":
+            seen.extend([absolute(arguments[0], arguments[2]), absolute(arguments[1], arguments[3])])
+        elif event == "shutil.rmtree":
+            seen.append(absolute(arguments[0]))
+
+    main = threading.current_thread()
+    sys.addaudithook(hook)  # for good, so it is told when to look away
+    try:
+        yield seen
+    finally:
+        on = False
+
+
+def test_commands_touch_nothing_but_the_folder_that_they_are_given(received, judge):
+    """Scores, then compares, twice, so that there are files to replace and to remove."""
+    outside = {path: what for path, what in tree(received.parent).items() if not path.startswith("received")}
+    (received / "notes.txt").write_text("mine")
+    (received / "responses" / ".partial" / "a" / "mine").mkdir(parents=True)
+    with watched() as seen:
+        for scorer in (judge, "short=length:words"):
+            assert run("score", received, "--scorer", scorer)[1] == 0
+        for _ in range(2):
+            assert run("front", received)[1] == 0
+        assert run("score", received, "--scorer", "short=length", "--replace")[1] == 0
+    strays = {path for path in seen if os.path.isabs(path) and not path.startswith(str(received))}
+    caches = ("/dev/", "/proc/", str(Path.home()), "/tmp/matplotlib", *map(str, (builtins,)))  # noqa: S108
+    assert {path for path in strays if not path.startswith(caches) and "__pycache__" not in path} == set()
+    after = tree(received.parent)
+    assert {path: after[path] for path in outside} == outside
+    assert (received / "notes.txt").read_text() == "mine"
+    assert (received / "responses" / ".partial" / "a" / "mine").is_dir()
+
+
+def test_what_was_kept_of_a_score_is_removed_when_it_is_there(received, judge):
+    assert run("score", received, "--scorer", judge)[1] == 0
+    assert not (received / "responses" / ".partial").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "a/.."])
+def test_no_file_outside_of_a_folder_is_named(tmp_path, name):
+    folder = Folder(tmp_path / "folder")
+    (tmp_path / "folder").mkdir()
+    for act in (lambda: folder.write(name, b"x"), lambda: folder.append(name, b"x"), lambda: folder.read(name, 9)):
+        with pytest.raises(OSError, match="is not a path below"):
+            act()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "folder"]
+
+
+def test_lines_are_not_added_to_a_file_that_has_a_second_name(tmp_path):
+    (tmp_path / "victim").write_text("mine\n")
+    (tmp_path / "folder").mkdir()
+    os.link(tmp_path / "victim", tmp_path / "folder" / "a.jsonl")
+    with pytest.raises(OSError, match="has a second name"):
+        Folder(tmp_path / "folder").append("a.jsonl", b"x\n")
+    Folder(tmp_path / "folder").write("a.jsonl", b"x\n")  # in its place, not into it
+    assert (tmp_path / "victim").read_text() == "mine\n"
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    (tmp_path / "a").write_bytes(b"0" * 100)
+    with pytest.raises(OSError, match="100 bytes; it may have 99 at most"):
+        Folder(tmp_path).read("a", 99)
+    assert len(Folder(tmp_path).read("a", 100)) == 100
+
+
+def test_two_commands_do_not_work_in_one_folder(received):
+    with Comparison.opened(received):
+        output, code = run("front", received)
+    assert code == 1
+    assert "another axolotl mopo command works in" in output
+
+
+def test_settings_are_read_when_the_folder_is_locked(received, judge, monkeypatch):
+    """Whatever another command has added between the start of this one and its lock is kept."""
+    from axolotl_mopo.front import store
+
+    class Slow(store.FileLock):
+        def acquire(self, *arguments, **options):
+            made = json.loads((received / "comparison.json").read_text())
+            made["objectives"]["speed"] = HELPFUL
+            (received / "comparison.json").write_text(json.dumps(made))
+            return super().acquire(*arguments, **options)
+
+    monkeypatch.setattr(store, "FileLock", Slow)
+    run("score", received, "--scorer", judge)
+    assert set(Comparison(received).objectives) == {"helpful", "cost", "speed", "long"}
+
+
+def test_nothing_is_scored_where_there_are_no_responses(tmp_path, judge):
+    made = comparison(tmp_path / "empty", REWARDS)
+    for name in REWARDS:
+        (made.folder / "responses" / f"{name}.jsonl").write_text("")
+    for command in (("score", made.folder, "--scorer", judge), ("front", made.folder)):
+        output, code = run(*command)
+        assert code == 1
+        assert "holds no responses; make them with axolotl mopo generate" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--objectives", "helpful,helpful"], "every name once"),
+        (["--objectives", "helpful,,cost"], "every name once"),
+        (["--objectives", "speed"], "speed was not scored; scored are helpful, cost"),
+        (["--reference-point", "speed=1"], "speed is not compared by; known are helpful, cost"),
+        (["--objectives", "cost", "--reference-point", "helpful=1"], "helpful is not compared by; known are cost"),
+        (["--reference-point", "helpful=nan"], "--reference-point helpful: it is nan; it must be a finite number"),
+        (["--reference-point", "helpful=1e308"], "at most 1e+30 in magnitude"),
+        (["--reference-point", "helpful=1,helpful=2"], "an objective is named twice"),
+        (["--reference-point", "helpful"], "write a=0,b=-5"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(received, arguments, words):
+    output, code = run("front", received, *arguments)
+    assert code != 0
+    assert words in " ".join(output.split())
+
+
+def test_blanks_between_names_do_not_count(received):
+    output, code = run("front", received, "--objectives", "helpful, cost", "--reference-point", "helpful=0, cost=3")
+    assert code == 0
+    assert "Hypervolume above (helpful 0, cost 3)" in output
+
+
+@pytest.mark.parametrize("name", ["kl", "tokens", "policy", "finished", "helpful_low", "helpful_win_rate", "logp"])
+def test_an_objective_does_not_take_the_column_of_another(received, name):
+    output, code = run("score", received, "--scorer", f"{name}=length")
+    assert code == 1
+    assert f"needs the column {name}, which is taken" in " ".join(output.split())
+
+
+def test_an_objective_is_not_named_before_its_intervals(received, judge):
+    assert run("score", received, "--scorer", "x_low=length")[1] == 0
+    output, code = run("score", received, "--scorer", "x=length:words")
+    assert code == 1
+    assert "the objective x_low needs the column x_low, which is taken" in " ".join(output.split())
+
+
+def test_a_scorer_whose_number_is_too_large_is_told_with_the_response(received, tmp_path, monkeypatch):
+    (tmp_path / "a_huge_judge.py").write_text("def f(prompts, responses):\n    return [1e200] * len(responses)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    output, code = run("score", received, "--scorer", "huge=callable:a_huge_judge:f")
+    assert code == 1
+    assert "a, huge: the number of prompt 0, sample 1: it is 1e+200" in " ".join(output.split())
+
+
+def test_a_direction_is_agreed_once(received, judge):
+    assert run("score", received, "--scorer", judge, "--lower-is-better", "long")[1] == 0
+    assert run("score", received, "--scorer", judge)[1] == 0
+    assert Comparison(received).objectives["long"].lower_is_better
+    output, code = run("score", received, "--scorer", judge, "--higher-is-better", "long")
+    assert code == 1
+    assert "long was scored with lower is better" in " ".join(output.split())
+    assert Comparison(received).objectives["long"].lower_is_better
+    assert run("score", received, "--scorer", judge, "--higher-is-better", "long", "--replace")[1] == 0
+    assert not Comparison(received).objectives["long"].lower_is_better
+
+
+def test_a_length_is_not_turned_around(received):
+    output, code = run("score", received, "--scorer", "cost2=length:words", "--lower-is-better", "cost2")
+    assert code == 1
+    assert "its scorer gives minus the length" in " ".join(output.split())
+    assert "cost2" not in Comparison(received).objectives
+
+
+def test_a_weighting_that_looks_like_code_stays_text(received):
+    made = json.loads((received / "comparison.json").read_text())
+    weights = {"=cmd()": 0.5, "[red]$\\frac": 0.25, "\x1b[31m": 0.25}
+    made["policies"]["a"]["manifest"] = {"method": "modpo", "weights": weights}
+    made["policies"]["b"]["manifest"] = {"method": "modpo", "weights": {"-1+1": 1}}
+    (received / "comparison.json").write_text(json.dumps(made))
+    output, code = run("front", received)
+    assert code == 0
+    assert "\x1b[31m" not in output
+    table = (received / "front.csv").read_text()
+    assert "'=cmd() 0.5" in table
+    assert "'-1+1 1" in table
+    assert "\x1b" not in table
+
+
+def test_a_folder_of_an_older_version_is_read(received):
+    """Without what was added since, and with an empty mapping for a model without `mopo.json`."""
+    made = json.loads((received / "comparison.json").read_text())
+    del made["sampling"]["generation_config"]
+    made["policies"]["reference"]["manifest"] = {}
+    (received / "comparison.json").write_text(json.dumps(made))
+    assert run("front", received)[1] == 0
+
+
+def test_directions_of_objectives_are_in_the_settings(received):
+    assert Comparison(received).objectives["cost"].lower_is_better is COST["lower_is_better"]
+    with pytest.raises(ConfigError, match="the name 'a b' may have letters"):
+        Comparison(received).add_objective("a b", Comparison(received).objectives["cost"])
