@@ -1,19 +1,19 @@
 """Comparison folders from strangers: what is wrong with them is named, and nothing outside of them is touched."""
 
-import builtins
 import json
 import os
 import shutil
 import stat
 import sys
-import threading
-from contextlib import contextmanager
+import tempfile
 from pathlib import Path
 
+import matplotlib
 import pytest
 import yaml
 from click.testing import CliRunner
 from test_front import COST, HELPFUL, comparison
+from test_security import Seen
 
 from axolotl_mopo.cli import mopo
 from axolotl_mopo.config import ConfigError
@@ -50,6 +50,11 @@ def received(tmp_path):
     return comparison(tmp_path / "received", REWARDS).folder
 
 
+@pytest.fixture(scope="module")
+def seen():
+    return Seen()
+
+
 def run(command, *arguments):
     """What a command of ours says, and how it ended."""
     result = CliRunner().invoke(mopo, [command, *map(str, arguments)])
@@ -62,7 +67,7 @@ def tree(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         kind = stat.S_IFMT(path.lstat().st_mode)
-        content = os.readlink(path) if path.is_symlink() else path.read_bytes() if stat.S_ISREG(kind) else None
+        content = path.readlink() if path.is_symlink() else path.read_bytes() if stat.S_ISREG(kind) else None
         found[str(path.relative_to(folder))] = (kind, content)
     return found
 
@@ -140,57 +145,30 @@ def test_there_are_enough_broken_folders_and_each_says_what_is_expected():
     assert all(case["expect"] for case in FOLDERS.values())
 
 
-@contextmanager
-def watched():
-    """What is opened for writing, renamed, removed or made meanwhile, as absolute paths."""
-    seen, on = [], True
-
-    def absolute(path, folder=-1):
-        if isinstance(path, int):
-            return os.readlink(f"/proc/self/fd/{path}")
-        base = os.readlink(f"/proc/self/fd/{folder}") if isinstance(folder, int) and folder >= 0 else os.getcwd()
-        return os.path.join(base, os.fsdecode(path))
-
-    def hook(event, arguments):
-        if not on or threading.current_thread() is not main:
-            return
-        if event == "open":
-            path, mode, flags = arguments
-            if isinstance(path, str | bytes | os.PathLike) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                seen.append(absolute(path) if os.path.isabs(os.fsdecode(path)) else f"./{os.fsdecode(path)}")
-        elif event in ("os.remove", "os.rmdir"):
-            seen.append(absolute(*arguments[:2]))
-        elif event == "os.mkdir":
-            seen.append(absolute(arguments[0], arguments[2]))
-        elif event == "os.rename":
-            seen.extend([absolute(arguments[0], arguments[2]), absolute(arguments[1], arguments[3])])
-        elif event == "shutil.rmtree":
-            seen.append(absolute(arguments[0]))
-
-    main = threading.current_thread()
-    sys.addaudithook(hook)  # for good, so it is told when to look away
-    try:
-        yield seen
-    finally:
-        on = False
-
-
-def test_commands_touch_nothing_but_the_folder_that_they_are_given(received, judge):
+def test_commands_touch_nothing_but_the_folder_that_they_are_given(received, judge, seen):
     """Scores, then compares, twice, so that there are files to replace and to remove."""
     outside = {path: what for path, what in tree(received.parent).items() if not path.startswith("received")}
+    times = {path: (received.parent / path).stat().st_mtime_ns for path in outside}
     (received / "notes.txt").write_text("mine")
     (received / "responses" / ".partial" / "a" / "mine").mkdir(parents=True)
-    with watched() as seen:
+    with seen:
         for scorer in (judge, "short=length:words"):
             assert run("score", received, "--scorer", scorer)[1] == 0
         for _ in range(2):
             assert run("front", received)[1] == 0
         assert run("score", received, "--scorer", "short=length", "--replace")[1] == 0
-    strays = {path for path in seen if os.path.isabs(path) and not path.startswith(str(received))}
-    caches = ("/dev/", "/proc/", str(Path.home()), "/tmp/matplotlib", *map(str, (builtins,)))  # noqa: S108
-    assert {path for path in strays if not path.startswith(caches) and "__pycache__" not in path} == set()
+    caches = (
+        str(received),
+        matplotlib.get_cachedir(),
+        matplotlib.get_configdir(),
+        tempfile.gettempdir() + "/matplotlib",
+    )
+    strays = {path for path in seen.written if path.startswith("/") and not path.startswith((*caches, "/dev/"))}
+    assert {path for path in strays if "__pycache__" not in path} == set()
+    assert seen.called == []
     after = tree(received.parent)
     assert {path: after[path] for path in outside} == outside
+    assert {path: (received.parent / path).stat().st_mtime_ns for path in outside} == times
     assert (received / "notes.txt").read_text() == "mine"
     assert (received / "responses" / ".partial" / "a" / "mine").is_dir()
 
