@@ -111,7 +111,7 @@ def test_sweep_modpo(tmp_path):
         manifest = check_manifest(run, "modpo")
         assert (manifest["weights"], manifest["objective"]) == (trained[-1], "overall")
     assert sorted(trained, key=lambda weights: weights["overall"]) == sweep  # the host shuffles a sweep
-    compare(tmp_path, tmp_path / "out", "--reference", "none")
+    compare(tmp_path, tmp_path / "out")
     front = json.loads((tmp_path / "compared" / "front.json").read_text())
     assert [policy["name"] for policy in front["policies"]] == [run.name for run in runs]
     assert [policy["weights"] for policy in front["policies"]] == trained

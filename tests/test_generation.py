@@ -20,10 +20,10 @@ from transformers import (
 from axolotl_mopo.config import AMoPOConfig, ConfigError, MODPOConfig
 from axolotl_mopo.data.directives import integrated_directive
 from axolotl_mopo.data.rows import DataError, user
-from axolotl_mopo.front.engines import TransformersEngine, choose_engine
+from axolotl_mopo.front.engines import TransformersEngine, adapter_rank, choose_engine, vllm_settings
 from axolotl_mopo.front.generating import Generation
 from axolotl_mopo.front.models import Models, generate, stop_tokens
-from axolotl_mopo.front.policies import find_policies, reference_policy
+from axolotl_mopo.front.policies import Policy, find_policies, reference_policy
 from axolotl_mopo.front.prompts import Prompts, read_prompts
 from axolotl_mopo.front.records import Asking, Sampling
 from axolotl_mopo.front.scoring import Scoring, parse_scorer
@@ -170,6 +170,190 @@ def test_the_divergence_is_estimated_without_bias(base, sweep, tmp_path):
     error = math.sqrt(sum(spread) / len(spread) / len(ratios))
     assert sum(exact) / len(exact) > 10 * error
     assert sum(ratios) / len(ratios) == pytest.approx(sum(exact) / len(exact), abs=4 * error)
+
+
+LEAKING = {
+    "min_p": 0.9,
+    "typical_p": 0.1,
+    "top_k": 1,
+    "epsilon_cutoff": 0.3,
+    "no_repeat_ngram_size": 1,
+    "repetition_penalty": 5.0,
+    "suppress_tokens": list(range(40)),
+    "begin_suppress_tokens": list(range(40)),
+    "bad_words_ids": [[7]],
+    "min_new_tokens": 6,
+    "max_time": 1e-9,
+    "stop_strings": ["e"],
+    "exponential_decay_length_penalty": [1, 3.0],
+    "num_beams": 3,
+}
+
+
+def draw_with(base, sampling, **settings):
+    """What a model draws whose own generation settings are these."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=2, pad_token_id=0, **settings)
+    stops = stop_tokens(model.generation_config, tokenizer)
+    drawn = generate(model, [[5, 6, 7], [9, 10, 11, 12]], sampling, stops, [1, 2])
+    assert model.generation_config.to_dict().items() >= settings.items()  # it stays as it was
+    return drawn
+
+
+def test_no_generation_setting_of_a_model_changes_what_is_drawn(base):
+    sampling = Sampling(samples=3, max_new_tokens=8)
+    plain = draw_with(base, sampling)
+    assert draw_with(base, sampling, **LEAKING) == plain
+    assert len({tuple(tokens) for responses in plain for tokens in responses}) == 6
+
+
+@pytest.mark.parametrize("name", ["min_p", "typical_p", "top_k", "no_repeat_ngram_size", "suppress_tokens"])
+def test_the_own_generation_settings_of_a_model_are_followed_where_that_is_wanted(base, name):
+    own = Sampling(samples=3, max_new_tokens=8, generation_config="model")
+    assert not own.exact
+    plain, changed = draw_with(base, own), draw_with(base, own, **{name: LEAKING[name]})
+    assert changed != plain
+    if name == "top_k":
+        assert len({tuple(tokens) for responses in changed for tokens in responses}) == 2
+    if name == "suppress_tokens":
+        assert min(token for responses in changed for tokens in responses for token in tokens) >= 40
+
+
+@pytest.mark.parametrize("name", ["num_beams", "max_time", "stop_strings"])
+def test_own_generation_settings_that_cannot_be_followed_are_refused(base, name):
+    with pytest.raises(ConfigError, match=f"--generation-config model: the model's own settings have {name}"):
+        draw_with(base, Sampling(generation_config="model"), **{name: LEAKING[name]})
+
+
+def test_a_likeliest_response_is_asked_for_once(base, sweep, tmp_path):
+    policies = find_policies([str(sweep)])
+    with pytest.raises(ConfigError, match="--temperature 0 gives the same response every time; ask for --samples 1"):
+        generation(tmp_path / "out", policies, sampling=Sampling(samples=2, temperature=0))
+    assert not (tmp_path / "out").exists()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=2)
+    with pytest.raises(ConfigError, match="the model's own settings take the likeliest token"):
+        generate(model, [[5]], Sampling(samples=2, generation_config="model"), [2], [0])
+
+
+def test_a_response_depends_on_seed_prompt_and_sample_alone(compared, sweep, tmp_path):
+    def tokens(comparison, name="sweep0001"):
+        return {(row["prompt"][0]["content"], row["sample"]): row["token_ids"] for row in comparison.responses(name)}
+
+    policies = find_policies([str(sweep)])
+    for size in (1, 3):
+        assert tokens(generation(tmp_path / f"batches-of-{size}", policies, batch_size=size)) == tokens(compared)
+    fewer = Prompts("questions", PROMPTS.conversations[2:3], 0)
+    assert tokens(generation(tmp_path / "fewer", policies, prompts=fewer)).items() <= tokens(compared).items()
+    more = generation(tmp_path / "more", policies, sampling=Sampling(samples=3, max_new_tokens=6))
+    assert tokens(compared).items() <= tokens(more).items()
+    other = generation(tmp_path / "other", policies, sampling=Sampling(samples=2, max_new_tokens=6, seed=7))
+    assert tokens(other) != tokens(compared)
+
+
+def test_the_reference_answers_with_the_chat_template_of_the_runs(base, tmp_path):
+    """Although its own folder has none."""
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare)
+    (bare / "chat_template.jinja").unlink()
+    assert not AutoTokenizer.from_pretrained(bare).chat_template
+    run = save_adapter(bare, tmp_path / "run", 1, spread=0.4)
+    AutoTokenizer.from_pretrained(base).save_pretrained(run)
+    compared = generation(tmp_path / "out", find_policies([str(run)]))
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(bare), AutoTokenizer.from_pretrained(base)
+    for row in compared.responses("reference")[:3]:
+        assert row["logp"] == pytest.approx(logp_by_hand(plain, tokenizer, row), abs=1e-3)
+
+
+def without_weights(base, folder):
+    shutil.copytree(base, folder)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    return folder
+
+
+def test_runs_from_random_weights_are_compared_without_a_reference(base, tmp_path):
+    """As the smoke configurations are, whose base model has no weights."""
+    bare = without_weights(base, tmp_path / "bare")
+    run = tmp_path / "run"
+    shutil.copytree(base, run)
+    write_manifest(MODPO, str(bare), run)
+    said = []
+    compared = generation(tmp_path / "out", find_policies([str(run)]), say=said.append)
+    assert "has no weights (reinit_weights), so there is no reference" in said[0]
+    assert [policy.kind for policy in compared.policies] == ["policy"]
+    assert all("ref_logp" not in row for row in compared.responses("run"))
+    with pytest.raises(ConfigError, match=r"--reference: .*bare has no weights"):
+        reference_policy(find_policies([str(run)]), str(bare), print)
+
+
+def test_a_base_without_weights_is_named_before_anything_is_saved(base, tmp_path):
+    run = save_run(base, tmp_path / "run", 1)
+    bare = without_weights(base, tmp_path / "bare")
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(bare)}))
+    with pytest.raises(ConfigError, match=r"adapter_config.json, `base_model_name_or_path`: .*bare has no weights"):
+        find_policies([str(run)])
+    (run / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/home/of/a/stranger"}))
+    with pytest.raises(ConfigError, match="/home/of/a/stranger is neither a folder nor a model of the hub"):
+        find_policies([str(run)])
+
+
+def test_settings_of_a_generation_that_made_nothing_are_forgotten(sweep, tmp_path):
+    policies, stumbling = find_policies([str(sweep)]), Stumbling(Models(), SAMPLING)
+    stumbling.left = 0
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generation(tmp_path, policies, engine=stumbling)
+    shorter = generation(tmp_path, policies, sampling=Sampling(max_new_tokens=3))
+    assert shorter.settings.sampling.max_new_tokens == 3
+    assert len(shorter.responses("sweep0001")) == 4
+
+
+def test_a_token_that_a_model_does_not_have_is_named(base, sweep, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(sweep / "sweep0001", run)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    size = AutoConfig.from_pretrained(base).vocab_size
+    tokenizer.add_tokens([f"<new{number}>" for number in range(size)])
+    tokenizer.chat_template = f"<new{size - 1}>{tokenizer.chat_template}"
+    tokenizer.save_pretrained(run)
+    with pytest.raises(DataError, match=r"prompt 0, asked of run: the tokenizer in .* gives the token \d+, and .* has"):
+        generation(tmp_path / "out", find_policies([str(run)]))
+
+
+@pytest.mark.parametrize("name", ["lr=0.1", "run[1]", "a=b=c", "a*b", "-x", "eine Größe"])
+def test_the_path_of_a_run_may_hold_any_character(base, tmp_path, name):
+    run = save_run(base, tmp_path / name, 1)
+    (policy,) = find_policies([str(run)])
+    assert policy.path == str(run)
+    assert AutoTokenizer.from_pretrained(policy.tokenizer)
+    (named,) = find_policies([f"mine={run}"])
+    assert (named.name, named.path) == ("mine", str(run))
+    compared = generation(tmp_path / "out", [policy, named])
+    assert [each.name for each in compared.policies][1:] == ["mine", "reference"]
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (64, 64), (100, 128), (300, 320), (512, 512)])
+def test_vllm_has_room_for_the_next_rank_that_it_takes(tmp_path, rank, room):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank}))
+    assert adapter_rank(Policy("x", str(tmp_path), base="base")) == room
+
+
+def test_a_rank_that_vllm_does_not_take_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 513}))
+    with pytest.raises(ConfigError, match="x has rank 513, and vLLM takes 512 at most"):
+        adapter_rank(Policy("x", str(tmp_path), base="base"))
+
+
+def test_vllm_is_told_what_transformers_draws_with():
+    own = GenerationConfig(do_sample=True, temperature=0.3, top_k=7, min_p=0.1, eos_token_id=5, max_length=9)
+    assert vllm_settings(own, Sampling(temperature=0.5, top_p=0.9)) == {"temperature": 0.5, "top_p": 0.9, "top_k": 0}
+    assert vllm_settings(own, Sampling(temperature=0)) == {"temperature": 0.0}
+    wanted = Sampling(generation_config="model")
+    assert vllm_settings(own, wanted) == {"temperature": 0.3, "top_k": 7, "min_p": 0.1}
+    own.no_repeat_ngram_size = 2
+    with pytest.raises(ConfigError, match="vLLM does not know no_repeat_ngram_size"):
+        vllm_settings(own, wanted)
 
 
 class Stumbling(TransformersEngine):
