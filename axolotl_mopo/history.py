@@ -1,6 +1,7 @@
 """`mopo.png`: how every objective went over a training run, for those without a tracker."""
 
 import gc
+import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from axolotl_mopo.files import Folder
 
 FILE_NAME = "mopo.png"
 LOG = get_logger("axolotl.mopo")
@@ -36,13 +39,13 @@ def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
     return {title: dict(panels[title]) for title in _PANELS if title in panels}
 
 
-def draw(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the picture of a run's log; a line for training, a dashed one for evaluation, where there is any."""
+def draw(history: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """The picture of a run's log as PNG: lines for training, dashed ones for evaluation; None where there is neither."""
     from matplotlib.figure import Figure
 
     panels = curves(history)
     if not panels:
-        return
+        return None
     figure = Figure(figsize=(7, 2.6 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (title, metrics) in zip(axes, panels.items(), strict=True):
@@ -56,7 +59,9 @@ def draw(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1].set_xlabel("step (dashed: evaluation)")
-    figure.savefig(path, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
 
 
 class HistoryCallback(TrainerCallback):
@@ -74,8 +79,8 @@ class HistoryCallback(TrainerCallback):
     def _draw(state: TrainerState, folder: Path) -> None:
         if state.is_world_process_zero:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                draw(state.log_history, folder / FILE_NAME)
+                if picture := draw(state.log_history):
+                    Folder(folder).write(FILE_NAME, picture)
             except Exception as error:  # a picture is not worth a run
                 LOG.warning("%s could not be drawn: %r", folder / FILE_NAME, error)
             gc.collect()  # a figure is a web of cycles that keeps its pixels

@@ -9,8 +9,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from axolotl_mopo.config import DimensionsBlock, MethodConfig
 from axolotl_mopo.data.directives import inference_directive, user_template
+from axolotl_mopo.files import Folder
+from axolotl_mopo.records import MANIFEST
 
-FILE_NAME = "mopo.json"
 _PACKAGES = ("axolotl-mopo", "axolotl", "torch", "transformers", "trl", "peft")
 
 
@@ -32,7 +33,7 @@ def manifest(block: MethodConfig, base_model: str) -> dict[str, Any]:
 def write_manifest(block: MethodConfig, base_model: str, folder: Path) -> None:
     """Write `mopo.json` into a folder."""
     text = json.dumps(manifest(block, base_model), indent=2, ensure_ascii=False)
-    (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+    Folder(folder).write(MANIFEST, (text + "\n").encode())
 
 
 class ManifestCallback(TrainerCallback):

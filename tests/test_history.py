@@ -1,8 +1,11 @@
 """The picture of a run: what it shows of the host's log."""
 
+import pytest
 from transformers import TrainerState, TrainingArguments
 
+from axolotl_mopo.config import AMoPOConfig
 from axolotl_mopo.history import HistoryCallback, curves, draw
+from axolotl_mopo.manifest import write_manifest
 
 AMOPO = [
     {"loss": 2.1, "rewards/margins": 0.1, "rewards/margins/helpfulness": 0.2, "weights/helpfulness": 0.5, "step": 5},
@@ -30,11 +33,22 @@ def test_every_objective_has_its_curve():
     assert curves(MODPO)["margin rewards, chosen - rejected"] == {"margins/safer": [(1, 0.3)]}
 
 
-def test_a_run_without_a_log_has_no_picture(tmp_path):
-    draw([{"train_runtime": 3.0, "step": 1}], tmp_path / "mopo.png")
-    assert not (tmp_path / "mopo.png").exists()
-    draw(AMOPO, tmp_path / "mopo.png")
-    assert (tmp_path / "mopo.png").stat().st_size > 1000
+def test_a_run_without_a_log_has_no_picture():
+    assert draw([{"train_runtime": 3.0, "step": 1}]) is None
+    assert draw(AMOPO).startswith(b"\x89PNG")
+
+
+def test_nothing_is_written_through_a_link_in_a_run_s_folder(tmp_path, host_log):
+    (tmp_path / "mine").write_text("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("mopo.png", "mopo.json"):
+        (run / name).symlink_to(tmp_path / "mine")
+    HistoryCallback().on_train_end(TrainingArguments(output_dir=str(run)), TrainerState(log_history=AMOPO), None)
+    assert "mopo.png in" in host_log.text
+    with pytest.raises(OSError, match=r"mopo.json in .* is a symbolic link"):
+        write_manifest(AMoPOConfig(dimensions=["helpfulness"]), "base", run)
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_a_picture_that_cannot_be_drawn_stops_nothing(tmp_path, host_log):
