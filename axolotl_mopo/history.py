@@ -40,7 +40,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
 
 
 def draw(history: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """The picture of a run's log as PNG: lines for training, dashed ones for evaluation; None where there is neither."""
+    """The picture of a run's log as PNG, lines for training, dashed ones for evaluation; None without either."""
     from matplotlib.figure import Figure
 
     panels = curves(history)

@@ -11,6 +11,8 @@ from test_fuzz import mutated, nested
 
 from axolotl_mopo.config import ConfigError
 from axolotl_mopo.front.page import render
+from axolotl_mopo.front.policies import find_policies
+from axolotl_mopo.front.records import Asking
 from axolotl_mopo.front.report import notes, table, to_csv, to_json
 from axolotl_mopo.front.statistics import find_front
 from axolotl_mopo.front.store import Comparison
@@ -112,3 +114,52 @@ def test_changed_responses_are_compared_or_refused(folder, data):
 @given(content=st.binary(max_size=60), name=st.sampled_from(["comparison.json", "responses/b.jsonl"]))
 def test_arbitrary_bytes_are_refused(folder, content, name):
     compared(folder, (name, content))
+
+
+MANIFESTS = [
+    {"method": "modpo", "base_model": "x", "weights": {"a": 0.5, "b": 0.5}, "beta": 0.1, "versions": {"torch": "2"}},
+    {
+        "method": "amopo",
+        "base_model": "x",
+        "dimensions": ["helpfulness", "kindness"],
+        "integrated": True,
+        "score_range": [1, 5],
+        "directives": {"dimension": "{{ dimension }} {{ score }}", "integrated": "{{ dimensions | join(', ') }}"},
+        "directive_position": "after",
+    },
+]
+ADAPTER = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": "org/model",
+    "r": 8,
+    "lora_alpha": 16,
+    "init_lora_weights": True,
+    "target_modules": ["q_proj"],
+}
+TEMPLATES = st.sampled_from(
+    ["{{ 1 / (score - 2) }}", "{{ '{:>3000000000}'.format(1) }}", "{% for", "\ud800", "{{ x }}"]
+)
+OF_MODELS = nested(st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS, TEMPLATES), TEXTS)
+
+
+@given(
+    manifest=st.one_of(mutated(MANIFESTS, OF_MODELS, TEXTS), OF_MODELS),
+    adapter=st.one_of(st.just(ADAPTER), mutated([ADAPTER], OF_MODELS, TEXTS), OF_MODELS),
+)
+def test_what_stands_beside_a_model_is_taken_as_it_is_or_refused(tmp_path_factory, manifest, adapter):
+    folder = tmp_path_factory.getbasetemp() / "a-model"
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_model.safetensors").touch()
+    (folder / "mopo.json").write_bytes(dumped(manifest))
+    (folder / "adapter_config.json").write_bytes(dumped(adapter))
+    try:
+        (policy,) = find_policies([str(folder)])
+        assert policy.base == adapter["base_model_name_or_path"]
+        assert policy.label.isprintable()
+        (turn,) = policy.asked([{"role": "user", "content": "Why?"}], Asking())
+        assert turn["content"].encode()
+    except ConfigError as error:
+        assert str(folder) in str(error) or "--dimension" in str(error)
+        assert "\x1b" not in str(error)
+    else:
+        assert policy.manifest.method == manifest["method"]

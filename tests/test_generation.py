@@ -295,7 +295,7 @@ def test_a_base_without_weights_is_named_before_anything_is_saved(base, tmp_path
     with pytest.raises(ConfigError, match=r"adapter_config.json, `base_model_name_or_path`: .*bare has no weights"):
         find_policies([str(run)])
     (run / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/home/of/a/stranger"}))
-    with pytest.raises(ConfigError, match="/home/of/a/stranger is neither a folder nor a model of the hub"):
+    with pytest.raises(ConfigError, match="'/home/of/a/stranger' is neither a folder nor a model of the hub"):
         find_policies([str(run)])
 
 
@@ -304,7 +304,8 @@ def test_settings_of_a_generation_that_made_nothing_are_forgotten(sweep, tmp_pat
     stumbling.left = 0
     with pytest.raises(RuntimeError, match="out of memory"):
         generation(tmp_path, policies, engine=stumbling)
-    shorter = generation(tmp_path, policies, sampling=Sampling(max_new_tokens=3))
+    shorter = generation(tmp_path, policies[:1], sampling=Sampling(max_new_tokens=3))
+    assert [policy.name for policy in shorter.policies] == ["sweep0001", "reference"]
     assert shorter.settings.sampling.max_new_tokens == 3
     assert len(shorter.responses("sweep0001")) == 4
 

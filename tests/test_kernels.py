@@ -1,6 +1,9 @@
 """Packed trees by every attention implementation that carries them, with stand-ins for the CUDA kernels."""
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,6 +21,13 @@ from axolotl_mopo.engine.trees import Pair, pack, pad
 
 KERNELS = [name for name in TREE_BACKENDS if name != "eager"]
 FLASH = [name for name in KERNELS if name != "sdpa"]
+
+
+def test_the_kernel_of_axolotl_for_log_probs_gives_the_same_numbers():
+    """By Triton's interpreter, which must be asked for before Triton is imported."""
+    command = [sys.executable, Path(__file__).with_name("triton_worker.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def called(calls):

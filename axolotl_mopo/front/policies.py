@@ -163,7 +163,7 @@ def require_weights(path: str, where: str) -> None:
     if folder.is_dir() and not _has_model(folder):
         raise ConfigError(f"{where}: {path} has no weights; give the folder of a whole model with *.safetensors")
     if not folder.is_dir() and (folder.exists() or not _is_hub_name(path)):
-        raise ConfigError(f"{where}: {path} is neither a folder nor a model of the hub")
+        raise ConfigError(f"{where}: {path!a} is neither a folder nor a model of the hub")
 
 
 def _is_hub_name(path: str) -> bool:
@@ -201,10 +201,7 @@ def _of_folder(folder: Path, name: str, kind: Kind) -> Policy:
         manifest = Manifest.model_validate(content)
     base = None
     if (model / ADAPTER).exists():
-        base = read_record(AdapterConfig, model / ADAPTER).base_model_name_or_path
-        if base is None:
-            raise ConfigError(f"{model / ADAPTER}, `base_model_name_or_path`: it is missing; name the base model there")
-        require_weights(base, f"{model / ADAPTER}, `base_model_name_or_path`")
+        base = _base_model(model / ADAPTER)
     tokenizer = next((place for place in (model, folder) if _has_tokenizer(place)), None)
     return Policy(
         name,
@@ -215,6 +212,20 @@ def _of_folder(folder: Path, name: str, kind: Kind) -> Policy:
         tokenizer=str(tokenizer or base or model),
         manifest=manifest,
     )
+
+
+def _base_model(path: Path) -> str:
+    """The whole model that an adapter is of, which must be there."""
+    config = read_record(AdapterConfig, path)
+    if config.peft_type != "LORA":
+        raise ConfigError(
+            f"{path}, `peft_type`: it is {config.peft_type!a}, not LORA; merge the adapter into its base model, and "
+            "give the merged one"
+        )
+    if config.base_model_name_or_path is None:
+        raise ConfigError(f"{path}, `base_model_name_or_path`: it is missing; name the base model there")
+    require_weights(config.base_model_name_or_path, f"{path}, `base_model_name_or_path`")
+    return config.base_model_name_or_path
 
 
 def _name(folder: Path) -> str:
