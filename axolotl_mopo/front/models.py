@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,12 +111,14 @@ def generate(
     width, rows = max(map(len, prompts)), [prompt for prompt in prompts for _ in range(sampling.samples)]
     ids = torch.tensor([[stops[0]] * (width - len(prompt)) + list(prompt) for prompt in rows])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in rows])
-    processors = LogitsProcessorList(_warpers(config))
+    processors = LogitsProcessorList()
     if config.do_sample:
+        processors.extend(_warpers(config))
         numbers = [_numbers(seed, sample, sampling) for seed in seeds for sample in range(sampling.samples)]
         processors.append(_Draw(torch.stack(numbers).to(model.device), width))
     config.update(
         do_sample=False,  # `_Draw` has drawn, and leaves one token
+        **dict.fromkeys(_WARPERS),
         max_new_tokens=sampling.max_new_tokens,
         max_length=None,
         num_return_sequences=1,
@@ -172,26 +174,24 @@ _NOT_FOLLOWED = (
 """Settings that search instead of drawing, depend on time, or need more than token ids."""
 
 
+_WARPERS: dict[str, tuple[Any, Callable[[float], bool]]] = {
+    "temperature": (TemperatureLogitsWarper, lambda value: value != 1),
+    "top_h": (TopHLogitsWarper, lambda value: True),
+    "top_k": (TopKLogitsWarper, lambda value: value > 0),
+    "top_p": (TopPLogitsWarper, lambda value: value < 1),
+    "min_p": (MinPLogitsWarper, lambda value: True),
+    "typical_p": (TypicalLogitsWarper, lambda value: value < 1),
+    "epsilon_cutoff": (EpsilonLogitsWarper, lambda value: value > 0),
+    "eta_cutoff": (EtaLogitsWarper, lambda value: value > 0),
+}
+"""What changes the distribution that is drawn from, in transformers' own order, and which values change anything."""
+
+
 def _warpers(config: GenerationConfig) -> Iterator[LogitsProcessor]:
-    """What changes the distribution that is drawn from, in transformers' own order."""
-    if not config.do_sample:
-        return
-    if config.temperature not in (None, 1.0):
-        yield TemperatureLogitsWarper(float(config.temperature))
-    if config.top_h is not None:
-        yield TopHLogitsWarper(config.top_h)
-    if config.top_k:
-        yield TopKLogitsWarper(config.top_k)
-    if config.top_p is not None and config.top_p < 1:
-        yield TopPLogitsWarper(config.top_p)
-    if config.min_p is not None:
-        yield MinPLogitsWarper(config.min_p)
-    if config.typical_p is not None and config.typical_p < 1:
-        yield TypicalLogitsWarper(config.typical_p)
-    if config.epsilon_cutoff:
-        yield EpsilonLogitsWarper(config.epsilon_cutoff)
-    if config.eta_cutoff:
-        yield EtaLogitsWarper(config.eta_cutoff)
+    for name, (kind, acts) in _WARPERS.items():
+        value = getattr(config, name)
+        if value is not None and acts(value):
+            yield kind(float(value) if name == "temperature" else value)
 
 
 def _numbers(seed: int, sample: int, sampling: Sampling) -> Tensor:
