@@ -307,7 +307,7 @@ def test_a_length_is_not_turned_around(received):
 
 def test_a_weighting_that_looks_like_code_stays_text(received):
     made = json.loads((received / "comparison.json").read_text())
-    weights = {"=cmd()": 0.5, "[red]$\\frac": 0.25, "\x1b[31m": 0.25}
+    weights = {"=cmd()": 0.5, "[red]$\\frac$": 0.25, "\x1b[31m": 0.25}
     made["policies"]["a"]["manifest"] = {"method": "modpo", "weights": weights}
     made["policies"]["b"]["manifest"] = {"method": "modpo", "weights": {"-1+1": 1}}
     (received / "comparison.json").write_text(json.dumps(made))
