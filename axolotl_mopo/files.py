@@ -1,12 +1,12 @@
 """Files that may come from anybody: only regular ones are read, and nothing is written or read through a link."""
 
+import fcntl
 import os
+import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-_PART = ".part"
 
 
 def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
@@ -26,7 +26,7 @@ def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
 class Folder:
     """A folder of one command, below which nothing is read or written through a symbolic link.
 
-    A file is written whole or not at all: its content goes into a file of its name and `.part`, which takes its place.
+    A file is written whole or not at all: its content goes into a new file beside it, which takes its place.
 
     Args:
         path: of the folder; it may be a link itself, since the user gives it.
@@ -34,6 +34,21 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold the lock of a file, which is made where there is none.
+
+        Raises:
+            BlockingIOError: where another process holds it.
+            OSError: where it is something else than a file.
+        """
+        with self._parent(name, create=True) as (folder, leaf):
+            self._refuse_others(folder, leaf)
+            opened = os.open(leaf, _flags(os.O_RDWR | os.O_CREAT, False), 0o666, dir_fd=folder)
+        with os.fdopen(opened, "rb"):
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
 
     def read(self, name: str, limit: int) -> bytes | None:
         """The content of a file, or None where there is no such file.
@@ -46,22 +61,42 @@ class Folder:
             OSError: where it is a link, or not a regular file, or too large.
         """
         try:
-            with self._parent(name, create=False) as (folder, leaf):
-                self._refuse_link(folder, leaf)
-                opened = os.open(leaf, _flags(os.O_RDONLY, False), dir_fd=folder)
-                return _read(opened, self.path / name, limit)
+            return _read(self._open(name), self.path / name, limit)
         except FileNotFoundError:
             return None
+
+    def lines(self, name: str, limit: int) -> Iterator[bytes]:
+        """The whole lines of a file without their ends, none where there is no such file.
+
+        Args:
+            name: relative to the folder, with `/`.
+            limit: bytes that a line may have.
+
+        Raises:
+            OSError: where it is a link, or not a regular file, or a line is too long.
+        """
+        try:
+            opened = self._open(name)
+        except FileNotFoundError:
+            return
+        with os.fdopen(opened, "rb") as file:
+            number = 0
+            while line := file.readline(limit + 1):
+                number += 1
+                if line.endswith(b"\n"):
+                    yield line[:-1]
+                elif len(line) > limit:
+                    raise OSError(f"{self.path / name}, line {number}, has more than {limit:,} bytes")
 
     def size(self, name: str) -> int:
         """The bytes of a file, 0 where there is no such file.
 
         Raises:
-            OSError: where it is a link.
+            OSError: where it is a link or something else than a file.
         """
         try:
             with self._parent(name, create=False) as (folder, leaf):
-                self._refuse_link(folder, leaf)
+                self._refuse_others(folder, leaf)
                 return os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_size
         except FileNotFoundError:
             return 0
@@ -73,16 +108,18 @@ class Folder:
             OSError: where a link or something else than a file has its name.
         """
         with self._parent(name, create=True) as (folder, leaf):
-            self._refuse_link(folder, leaf)
-            part = leaf + _PART
-            with suppress(FileNotFoundError):  # of a process that was killed
-                os.unlink(part, dir_fd=folder)
+            self._refuse_others(folder, leaf)
+            part = f".{secrets.token_hex(8)}.part"
             opened = os.open(part, _flags(os.O_WRONLY | os.O_CREAT | os.O_EXCL, False), 0o666, dir_fd=folder)
-            with os.fdopen(opened, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, leaf, src_dir_fd=folder, dst_dir_fd=folder)
+            try:
+                with os.fdopen(opened, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, leaf, src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                os.unlink(part, dir_fd=folder)
+                raise
 
     def append(self, name: str, lines: bytes) -> None:
         """Add whole lines to a file; the end of one that a killed process left is cut off first.
@@ -91,7 +128,7 @@ class Folder:
             OSError: where a link, hard or symbolic, or something else than a file has its name.
         """
         with self._parent(name, create=True) as (folder, leaf):
-            self._refuse_link(folder, leaf)
+            self._refuse_others(folder, leaf)
             opened = os.open(leaf, _flags(os.O_RDWR | os.O_CREAT, False), 0o666, dir_fd=folder)
             with os.fdopen(opened, "r+b") as file:
                 if os.fstat(file.fileno()).st_nlink > 1:
@@ -112,6 +149,11 @@ class Folder:
             with suppress(OSError), self._parent(str(around), create=False) as (folder, leaf):
                 os.rmdir(leaf, dir_fd=folder)
 
+    def _open(self, name: str) -> int:
+        with self._parent(name, create=False) as (folder, leaf):
+            self._refuse_others(folder, leaf)
+            return os.open(leaf, _flags(os.O_RDONLY, False), dir_fd=folder)
+
     @contextmanager
     def _parent(self, name: str, create: bool) -> Iterator[tuple[int, str]]:
         """The folder of a file, opened one step after the other, and the file's own name in it."""
@@ -120,14 +162,13 @@ class Folder:
             raise OSError(f"{name} is not a path below {self.path}")
         if create:
             self.path.mkdir(parents=True, exist_ok=True)
-        folder, walked = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY), self.path
+        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             for step in steps:
-                walked /= step
                 if create:
                     with suppress(FileExistsError):
                         os.mkdir(step, dir_fd=folder)
-                self._refuse_link(folder, step)
+                self._refuse_others(folder, step, stat.S_ISDIR)
                 inner = os.open(step, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
                 os.close(folder)
                 folder = inner
@@ -135,10 +176,14 @@ class Folder:
         finally:
             os.close(folder)
 
-    def _refuse_link(self, folder: int, name: str) -> None:
+    def _refuse_others(self, folder: int, name: str, wanted: Callable[[int], bool] = stat.S_ISREG) -> None:
+        """Refuse what has the name of a file (or of a folder) and is something else."""
         with suppress(FileNotFoundError):
-            if stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-                raise OSError(f"{name} in {self.path} is a symbolic link; put a file or a folder in its place")
+            mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+            if not wanted(mode):
+                kind = "a file" if wanted is stat.S_ISREG else "a folder"
+                found = "a symbolic link" if stat.S_ISLNK(mode) else f"not {kind}"
+                raise OSError(f"{name} in {self.path} is {found}; remove it, or put {kind} in its place")
 
 
 def _flags(flags: int, follow_links: bool) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError
 
 from axolotl_mopo.config import BLOCKS, ConfigError, DimensionsBlock
 from axolotl_mopo.files import read_file
@@ -51,17 +51,31 @@ class Manifest(Record):
         if block is None or not issubclass(block, DimensionsBlock):
             return None
         names = DimensionsBlock.model_fields
-        return DimensionsBlock.model_validate({key: self.settings[key] for key in names if key in self.settings})
+        try:
+            return DimensionsBlock.model_validate({key: self.settings[key] for key in names if key in self.settings})
+        except ValidationError as error:
+            raise ValueError(explain(error).lstrip(",: ")) from None
 
 
 class AdapterConfig(Record):
-    """`adapter_config.json`, as PEFT writes it."""
+    """`adapter_config.json`, as PEFT writes it: what PEFT relies on without looking."""
 
     peft_type: str = "LORA"
     base_model_name_or_path: str | None = None
-    r: int | None = None
+    r: PositiveInt | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    bias: str | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, float] | None = None
     init_lora_weights: bool | str | None = None
-    layer_replication: list[Any] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    megatron_config: None = None
 
 
 class ModelConfig(Record):
@@ -110,8 +124,8 @@ def explain(error: ValidationError) -> str:
         return f": it is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
     message = first["msg"][0].lower() + first["msg"][1:]
     found = "" if first["type"] == "missing" else f", not {_shown(first['input'])}"
-    key = ".".join(map(str, first["loc"]))
-    return (f", `{key[:_SHOWN]}`" if key else "") + f": {message}{found}{more}"
+    key = ".".join(map(str, first["loc"]))[:_SHOWN]
+    return (f", `{key if key.isprintable() else ascii(key)}`" if key else "") + f": {message}{found}{more}"
 
 
 def _shown(value: Any) -> str:

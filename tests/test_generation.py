@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def sweep(base):
 SAMPLING = Sampling(samples=2, max_new_tokens=6)
 
 
-def generation(folder, policies, prompts=PROMPTS, sampling=SAMPLING, **overrides):
+def generation(folder, policies, reference="known", prompts=PROMPTS, sampling=SAMPLING, **overrides):
     models = Models()
     settings = {
         "folder": folder,
@@ -88,7 +89,9 @@ def generation(folder, policies, prompts=PROMPTS, sampling=SAMPLING, **overrides
         "say": lambda text: None,
         **overrides,
     }
-    Generation(**settings).run(policies, reference_policy(policies, None, settings["say"]))
+    if reference == "known":
+        reference = reference_policy(policies, None, settings["say"])
+    Generation(**settings).run(policies, reference)
     return Comparison(folder)
 
 
@@ -219,10 +222,157 @@ def test_the_own_generation_settings_of_a_model_are_followed_where_that_is_wante
         assert min(token for responses in changed for tokens in responses for token in tokens) >= 40
 
 
-@pytest.mark.parametrize("name", ["num_beams", "max_time", "stop_strings"])
-def test_own_generation_settings_that_cannot_be_followed_are_refused(base, name):
-    with pytest.raises(ConfigError, match=f"--generation-config model: the model's own settings have {name}"):
-        draw_with(base, Sampling(generation_config="model"), **{name: LEAKING[name]})
+def with_settings(base, folder, content):
+    """A base model with these generation settings, as they stand in its file."""
+    shutil.copytree(base, folder)
+    (folder / "generation_config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_beams": 3}, "own settings have num_beams, which cannot be followed"),
+        ({"max_time": 1}, "own settings have max_time, which cannot be followed"),
+        ({"stop_strings": ["x"]}, "own settings have stop_strings, which cannot be followed"),
+        ({"token_healing": True}, "own settings have token_healing, which cannot be followed"),
+        ({"do_sample": True, "temperature": 0.0}, "own settings are wrong: .*temperature"),
+        ({"do_sample": True, "min_p": 2.0}, "own settings are wrong: .*min_p"),
+    ],
+)
+def test_own_generation_settings_that_cannot_be_followed_are_refused(base, tmp_path, settings, words):
+    policies = find_policies([str(with_settings(base, tmp_path / "model", settings))])
+    sampling = Sampling(max_new_tokens=3, generation_config="model")
+    with pytest.raises(ConfigError, match=f"--generation-config model: the model's {words}"):
+        generation(tmp_path / "out", policies, None, sampling=sampling)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("not JSON", r"generation_config.json: it is not JSON"),
+        ("[]", r"generation_config.json: input should be"),
+        ({"eos_token_id": "x"}, r"generation_config.json, `eos_token_id"),
+        ({"eos_token_id": -1}, r"generation_config.json, `eos_token_id"),
+        ({"eos_token_id": 10**6}, r"has the stop token 1000000, and .* has 1,024"),
+    ],
+)
+def test_broken_generation_settings_are_named_before_anything_is_saved(base, tmp_path, content, words):
+    policies = find_policies([str(with_settings(base, tmp_path / "model", content))])
+    with pytest.raises(ConfigError, match=words):
+        generation(tmp_path / "out", policies, None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_return_more_than_tokens_do_no_harm(base, tmp_path):
+    settings = {"do_sample": True, "return_dict_in_generate": True, "output_scores": True, "eos_token_id": 2}
+    policies = find_policies([str(with_settings(base, tmp_path / "model", settings))])
+    sampling = Sampling(max_new_tokens=3, generation_config="model")
+    assert len(generation(tmp_path / "out", policies, None, sampling=sampling).responses("model")) == 4
+
+
+def test_a_model_without_a_stop_token_is_named(base, tmp_path):
+    folder = with_settings(base, tmp_path / "model", {})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}.{% endfor %}")
+    with pytest.raises(ConfigError, match="has no end-of-text token, and its chat template ends a turn with none"):
+        generation(tmp_path / "out", find_policies([str(folder)]), None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_logits_that_are_not_finite_are_not_drawn_from(base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="a logit is not finite; load the model in another precision"):
+        generate(model, [[5, 6]], Sampling(max_new_tokens=2), [2], [0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"prompt_id": 7},
+            "to prompt 7, sample 0, in .* is to no prompt and sample that is asked for; remove its line",
+        ),
+        ({"sample": 5}, "to prompt 0, sample 5, in .* is to no prompt and sample that is asked for"),
+        ({"prompt": user("Another?")}, "to prompt 0, sample 0, in .* is to no prompt and sample that is asked for"),
+        ({"token_ids": [10**6]}, "to prompt 0, sample 0, in .* has the token 1000000, and .* has 1,024"),
+    ],
+)
+def test_responses_that_nobody_asked_for_are_named(compared, sweep, tmp_path, change, words):
+    folder = tmp_path / "received"
+    shutil.copytree(compared.folder, folder)
+    path = folder / "responses" / "sweep0001.jsonl"
+    first, *rest = path.read_text().splitlines()
+    rows = sorted([first, *rest], key=lambda line: (json.loads(line)["prompt_id"], json.loads(line)["sample"]))
+    rows[0] = json.dumps({**json.loads(rows[0]), **change})
+    path.write_text("\n".join(rows) + "\n")
+    with pytest.raises(ConfigError, match=f"the response of sweep0001 {words}"):
+        generation(folder, find_policies([str(sweep)]))
+
+
+def test_responses_of_a_policy_that_the_settings_do_not_know_are_not_taken_over(compared, sweep, tmp_path):
+    shutil.copytree(compared.folder / "responses", tmp_path / "responses")
+    with pytest.raises(ConfigError, match=r"sweep0001.jsonl is there, but comparison.json does not know sweep0001"):
+        generation(tmp_path, find_policies([str(sweep)]), sampling=Sampling(samples=2, max_new_tokens=6, seed=7))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_alpha", "x"),
+        ("target_modules", 5),
+        ("layers_to_transform", "x"),
+        ("modules_to_save", 3),
+        ("lora_dropout", "x"),
+        ("layer_replication", [1]),
+        ("rank_pattern", 3),
+        ("bias", 3),
+        ("megatron_config", {"a": 1}),
+        ("r", 0),
+        ("r", "8"),
+        ("peft_type", "PROMPT_TUNING"),
+        ("base_model_name_or_path", None),
+        ("base_model_name_or_path", 3),
+    ],
+)
+def test_a_broken_adapter_is_named_by_file_and_key(base, tmp_path, key, value):
+    run = save_run(base, tmp_path / "run", 1)
+    path = run / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ConfigError) as caught:
+        find_policies([str(run)])
+    assert f"{path}, `{key}" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "not JSON", '{"method": 3}', '{"method": "modpo", "weights": [1]}'])
+def test_a_broken_manifest_is_named_by_file(base, tmp_path, content):
+    run = save_run(base, tmp_path / "run", 1)
+    (run / "mopo.json").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        find_policies([str(run)])
+    assert str(run / "mopo.json") in str(caught.value)
+
+
+def test_a_manifest_that_is_a_pipe_does_not_block(base, tmp_path):
+    run = save_run(base, tmp_path / "run", 1)
+    (run / "mopo.json").unlink()
+    os.mkfifo(run / "mopo.json")
+    with pytest.raises(OSError, match=r"mopo.json is not a regular file"):
+        find_policies([str(run)])
+
+
+def test_a_manifest_without_dimensions_is_named(base, tmp_path):
+    run = save_run(base, tmp_path / "run", 1)
+    (run / "mopo.json").write_text('{"method": "amopo", "base_model": "x"}')
+    with pytest.raises(ConfigError, match=r"mopo.json: `dimensions`: field required"):
+        generation(tmp_path / "out", find_policies([str(run)]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_likeliest_response_is_asked_for_once(base, sweep, tmp_path):

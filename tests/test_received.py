@@ -18,8 +18,8 @@ from test_security import Seen
 from axolotl_mopo.cli import mopo
 from axolotl_mopo.config import ConfigError
 from axolotl_mopo.files import Folder
-from axolotl_mopo.front.scoring import parse_scorer
-from axolotl_mopo.front.store import Comparison
+from axolotl_mopo.front.scoring import _content, digest, parse_scorer
+from axolotl_mopo.front.store import Comparison, _partial_file
 
 FOLDERS = yaml.safe_load((Path(__file__).parent / "broken" / "folders.yaml").read_text(encoding="utf-8"))
 REWARDS = {
@@ -87,15 +87,14 @@ def broken(folder, case, judge):
     """Make a folder what a case says."""
     name = case.get("file", "comparison.json")
     if "SOURCE" in name:
-        from axolotl_mopo.front.scoring import _content, digest
-
         _, margin = parse_scorer(judge)
-        name = name.replace("SOURCE", digest([margin.model_dump(mode="json"), _content(margin)]))
+        source = digest([margin.model_dump(mode="json"), _content(margin)])
+        name = _partial_file("a", "long", source, Comparison(folder).responses("a"))
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
     if "link" in case or "pipe" in case or "folder" in case:
-        if path.is_dir():
-            shutil.rmtree(path)
         path.unlink(missing_ok=True)
     if "link" in case:
         path.symlink_to(folder.parent / case["link"])
@@ -133,10 +132,7 @@ def test_a_broken_folder_is_refused_and_left_as_it_is(name, received, judge):
     for text in case["expect"]:
         assert text in " ".join(output.split())
     changed = {path for path, what in tree(received.parent).items() if before.get(path) != what}
-    allowed = {"received/.lock", "received/front.csv.part", "__pycache__"}
-    if command == "score":  # it says what it scores before it does
-        allowed |= {"received/comparison.json"}
-    assert {path for path in changed if path.partition("/")[0] != "__pycache__"} <= allowed
+    assert {path for path in changed if path.partition("/")[0] != "__pycache__"} <= {"received/.lock"}
     assert not set(before) - set(tree(received.parent))
 
 
@@ -173,9 +169,84 @@ def test_commands_touch_nothing_but_the_folder_that_they_are_given(received, jud
     assert (received / "responses" / ".partial" / "a" / "mine").is_dir()
 
 
-def test_what_was_kept_of_a_score_is_removed_when_it_is_there(received, judge):
+def test_what_was_kept_of_a_score_is_removed_when_it_is_there(received, judge, monkeypatch):
+    kept = []
+    append = Folder.append
+
+    def noted(self, name, lines):
+        append(self, name, lines)
+        kept.extend(path for path in received.rglob(".partial/**/*") if path.is_file())
+
+    monkeypatch.setattr(Folder, "append", noted)
     assert run("score", received, "--scorer", judge)[1] == 0
+    assert len(set(kept)) == 3
     assert not (received / "responses" / ".partial").exists()
+
+
+def test_a_lock_with_a_second_name_keeps_its_content(received):
+    (received / ".lock").unlink(missing_ok=True)
+    os.link(received.parent / "victim.json", received / ".lock")
+    assert run("front", received)[1] == 0
+    assert (received.parent / "victim.json").read_text() == '{"mine": true}'
+
+
+def test_numbers_that_a_stranger_put_into_the_lines_are_no_scores(received, judge):
+    path = received / "responses" / "a.jsonl"
+    rows = [{**json.loads(line), "long": 999} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("score", received, "--scorer", judge)[1] == 0
+    assert [row["long"] for row in Comparison(received).responses("a")] == [len(row["response"]) for row in rows]
+
+
+def test_a_scorer_that_fails_leaves_the_scores_that_were_there(received, judge, tmp_path):
+    assert run("score", received, "--scorer", judge)[1] == 0
+    before = tree(received)
+    (tmp_path / "a_broken_judge.py").write_text("def f(prompts, responses):\n    raise ValueError('no')\n")
+    output, code = run("score", received, "--scorer", "long=callable:a_broken_judge:f", "--replace")
+    assert code == 1
+    assert "a_broken_judge:f, called with 4 responses" in " ".join(output.split())
+    assert tree(received) == before
+
+
+def test_numbers_that_were_kept_of_other_responses_are_not_used(received, judge):
+    """As where a run was killed, and its responses were drawn again."""
+    rows = Comparison(received).responses("a")
+    with Comparison.opened(received) as opened:
+        opened.compute("a", "long", "source", 2, lambda part: [7.0] * len(part), "title")
+        opened.replace("a", [{**row, "token_ids": [5]} for row in rows])
+        assert opened.compute("a", "long", "source", 2, lambda part: [8.0] * len(part), "title") == [8.0] * 4
+
+
+def test_more_objectives_than_can_be_compared_are_named(tmp_path):
+    many = {f"goal{number}": HELPFUL for number in range(33)}
+    folder = comparison(tmp_path / "many", {"a": [[[1.0] * 33]], "b": [[[2.0] * 33]]}, many, samples=1).folder
+    output, code = run("front", folder)
+    assert code == 1
+    assert "there are 33 objectives; compare by 31 of them at most" in " ".join(output.split())
+
+
+def test_a_volume_too_large_for_a_number_is_named(tmp_path):
+    many = {f"goal{number}": HELPFUL for number in range(11)}
+    folder = comparison(tmp_path / "many", {"a": [[[1e30] * 11]], "b": [[[-1e30] * 11]]}, many, samples=1).folder
+    output, code = run("front", folder)
+    assert code == 1
+    assert "the hypervolume of 11 objectives is too large for a number" in " ".join(output.split())
+
+
+def test_a_user_s_own_files_beside_the_outputs_stay(received):
+    for name in ("front.csv.part", "front.html~", ".part"):
+        (received / name).write_text("mine")
+    assert run("front", received)[1] == 0
+    assert {(received / name).read_text() for name in ("front.csv.part", "front.html~", ".part")} == {"mine"}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e-40", "-1"])
+def test_options_that_are_no_numbers_to_draw_with_are_refused(tmp_path, value):
+    arguments = ("generate", tmp_path, "--prompts", "x", "--out", tmp_path / "out", "--temperature", value)
+    output, code = run(*arguments)
+    assert code == 2
+    assert "emperature" in output
+    assert "pydantic" not in output
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "a/.."])
@@ -214,16 +285,15 @@ def test_two_commands_do_not_work_in_one_folder(received):
 
 def test_settings_are_read_when_the_folder_is_locked(received, judge, monkeypatch):
     """Whatever another command has added between the start of this one and its lock is kept."""
-    from axolotl_mopo.front import store
+    locked = Folder.locked
 
-    class Slow(store.FileLock):
-        def acquire(self, *arguments, **options):
-            made = json.loads((received / "comparison.json").read_text())
-            made["objectives"]["speed"] = HELPFUL
-            (received / "comparison.json").write_text(json.dumps(made))
-            return super().acquire(*arguments, **options)
+    def slow(self, name):
+        made = json.loads((received / "comparison.json").read_text())
+        made["objectives"]["speed"] = HELPFUL
+        (received / "comparison.json").write_text(json.dumps(made))
+        return locked(self, name)
 
-    monkeypatch.setattr(store, "FileLock", Slow)
+    monkeypatch.setattr(Folder, "locked", slow)
     run("score", received, "--scorer", judge)
     assert set(Comparison(received).objectives) == {"helpful", "cost", "speed", "long"}
 
@@ -281,8 +351,10 @@ def test_an_objective_is_not_named_before_its_intervals(received, judge):
 def test_a_scorer_whose_number_is_too_large_is_told_with_the_response(received, tmp_path, monkeypatch):
     (tmp_path / "a_huge_judge.py").write_text("def f(prompts, responses):\n    return [1e200] * len(responses)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    before = tree(received)
     output, code = run("score", received, "--scorer", "huge=callable:a_huge_judge:f")
     assert code == 1
+    assert tree(received) == {**before, ".lock": tree(received)[".lock"]}
     assert "a, huge: the number of prompt 0, sample 1: it is 1e+200" in " ".join(output.split())
 
 
@@ -299,9 +371,10 @@ def test_a_direction_is_agreed_once(received, judge):
 
 
 def test_a_length_is_not_turned_around(received):
-    output, code = run("score", received, "--scorer", "cost2=length:words", "--lower-is-better", "cost2")
-    assert code == 1
-    assert "its scorer gives minus the length" in " ".join(output.split())
+    for arguments in (("cost2=length:words", "--lower-is-better", "cost2"), ("cost=length:words", "--replace")):
+        output, code = run("score", received, "--scorer", *arguments)
+        assert code == 1
+        assert "its scorer gives minus the length" in " ".join(output.split())
     assert "cost2" not in Comparison(received).objectives
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import tempfile
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -117,8 +118,8 @@ class Seen:
             self.called.append(args)
         elif event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             self.written.add(args[0])
-        elif event in ("os.mkdir", "os.rename"):
-            self.written.add(str(args[event == "os.rename"]))
+        elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            self.written.update(changed_paths(event, args))
 
     def __enter__(self):
         self.written.clear()
@@ -128,6 +129,14 @@ class Seen:
 
     def __exit__(self, *_):
         self.on = False
+
+
+def changed_paths(event, args):
+    """What a call changes, also where it is told a folder and a name in it."""
+    places = {"os.mkdir": [(0, 2)], "os.rename": [(0, 2), (1, 3)]}.get(event, [(0, 1)])
+    for name, folder in places:
+        inside = "" if args[folder] in (-1, None) else f"{Path(f'/proc/self/fd/{args[folder]}').readlink()}/"
+        yield f"{inside}{args[name]}"
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,16 @@
 """`axolotl mopo generate`, `score` and `front`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import click
 from click.core import ParameterSource
+from pydantic import ValidationError
 
 FAULTS = (OSError, ValueError, TimeoutError)
 """What can be wrong with files, data and settings, our own errors among them; anything else shows its traceback."""
+
+T = TypeVar("T")
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -76,7 +79,15 @@ def generate(
 
     _refuse_with(generation_config == "model", "--generation-config model", "temperature", "top_p")
     try:
-        sampling = Sampling(samples, max_new_tokens, temperature, top_p, seed, generation_config)
+        sampling = _options(
+            Sampling,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            generation_config=generation_config,
+        )
         policies = [*find_policies(runs), *find_policies(baselines, "baseline")]
         compared = None if reference == "none" else reference_policy(policies, reference, click.echo)
         prompts = read_prompts(source, field=field, limit=limit, **table)
@@ -85,7 +96,7 @@ def generate(
             folder=out,
             prompts=prompts,
             sampling=sampling,
-            asking=Asking(dimension, score),
+            asking=_options(Asking, dimension=dimension, score=score),
             engine=choose_engine(engine, models, sampling),
             models=models,
             batch_size=batch_size,
@@ -173,13 +184,26 @@ def front(folder: Path, objectives: str | None, reference_point: str | None, sho
                 "front.html": render(found, comparison, shown_prompts).encode(),
                 **{f"front.{kind}": draw(found, kind) for kind in ("png", "svg")},
             }
-            for name, content in outputs.items():
-                comparison.write_output(name, content)
+            comparison.write_outputs(outputs)
     except FAULTS as error:
         raise click.ClickException(str(error)) from None
     Console().print(table(found))
     click.echo("\n".join(notes(found)))
     click.echo(f"{folder}: front.html, front.png, front.svg, front.csv and front.json are written.")
+
+
+def _options(kind: type[T], **options: Any) -> T:
+    """Options as a record.
+
+    Raises:
+        click.UsageError: naming the first that is wrong.
+    """
+    from axolotl_mopo.records import explain
+
+    try:
+        return kind(**options)
+    except ValidationError as error:
+        raise click.UsageError(f"the options{explain(error)}") from None
 
 
 def _objectives(text: str | None) -> list[str] | None:

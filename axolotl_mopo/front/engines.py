@@ -1,19 +1,21 @@
 """What draws responses: vLLM where it is installed, transformers otherwise."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import NonNegativeInt
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from axolotl_mopo.config import ConfigError
 from axolotl_mopo.front.models import Models, generate, generation_config, stop_tokens
 from axolotl_mopo.front.policies import Policy
 from axolotl_mopo.front.records import Sampling
-from axolotl_mopo.records import ADAPTER, AdapterConfig, read_record
+from axolotl_mopo.records import ADAPTER, AdapterConfig, Record, read_record
 
 Draw = Callable[[Sequence[Sequence[int]], Sequence[int]], list[list[tuple[list[int], bool]]]]
 """Prompts' token ids and a seed for each -> its responses: token ids, and whether they ended by themselves."""
@@ -27,8 +29,8 @@ _VLLM_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repeti
 class Engine(Protocol):
     """What draws responses."""
 
-    def check(self, policy: Policy) -> None:
-        """Refuse a policy that cannot be drawn from, before anything is loaded.
+    def check(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The tokens that end a policy's responses; refuses one that cannot be drawn from before weights are loaded.
 
         Raises:
             ConfigError: saying why.
@@ -62,9 +64,11 @@ class TransformersEngine:
     models: Models
     sampling: Sampling
 
-    def check(self, policy: Policy) -> None:
+    def check(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """See `Engine`."""
-        generation_config(_generation_config(policy.whole), self.sampling)
+        own = _generation_config(policy)
+        generation_config(own, self.sampling)
+        return stop_tokens(own, tokenizer)
 
     @contextmanager
     def running(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Iterator[Draw]:
@@ -96,11 +100,13 @@ class VLLMEngine:
         self._loaded: tuple[str, int] | None = None
         self._adapters = 0
 
-    def check(self, policy: Policy) -> None:
+    def check(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """See `Engine`."""
-        vllm_settings(_generation_config(policy.whole), self.sampling)
+        own = _generation_config(policy)
+        vllm_settings(own, self.sampling)
         if policy.base:
             adapter_rank(policy)
+        return stop_tokens(own, tokenizer)
 
     @contextmanager
     def running(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Iterator[Draw]:
@@ -109,7 +115,7 @@ class VLLMEngine:
         from vllm.lora.request import LoRARequest
 
         model = self._load(policy.whole, adapter_rank(policy) if policy.base else 0)
-        own = _generation_config(policy.whole)
+        own = _generation_config(policy)
         settings, stops = vllm_settings(own, self.sampling), stop_tokens(own, tokenizer)
         adapter = None
         if policy.base:
@@ -189,8 +195,26 @@ def vllm_settings(own: GenerationConfig, sampling: Sampling) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in _VLLM_SETTINGS[1:]}
 
 
-def _generation_config(path: str) -> Any:
+class _GenerationSettings(Record):
+    """What is relied on of a model's `generation_config.json`."""
+
+    eos_token_id: NonNegativeInt | list[NonNegativeInt] | None = None
+
+
+def _generation_config(policy: Policy) -> GenerationConfig:
+    """The generation settings of a policy's whole model, or those that its configuration implies.
+
+    Raises:
+        ConfigError: where they cannot be read.
+    """
+    folder = Path(policy.whole)
+    path = folder / GENERATION_CONFIG_NAME
+    if path.exists():
+        read_record(_GenerationSettings, path)
     try:
-        return GenerationConfig.from_pretrained(path)
-    except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
+        if not folder.is_dir() or path.exists():
+            with suppress(OSError):  # on the hub, without such a file
+                return GenerationConfig.from_pretrained(policy.whole)
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(policy.whole))
+    except Exception as error:
+        raise ConfigError(f"the generation settings of {policy.whole} cannot be read: {error!r}") from None

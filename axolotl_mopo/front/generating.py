@@ -63,7 +63,7 @@ class Generation:
         check_distinct(policies)
         for policy in policies:
             require_weights(policy.whole, policy.name)
-            self.engine.check(policy)
+            self._check_stops(policy, self.engine.check(policy, _tokenizer(policy.tokenizer)))
         policies = [replace(policy, digest=model_digest(policy.path)) for policy in policies]
         asked = {policy.name: self._asked(policy) for policy in policies}
         with Comparison.opened(self.folder) as comparison:
@@ -126,6 +126,7 @@ class Generation:
     def _draw(self, comparison: Comparison, policy: Policy, asked: list[list[int]]) -> None:
         """Generate the responses to prompts that have not all of them; a response is the same whenever it is drawn."""
         rows = comparison.responses(policy.name)
+        self._check(rows, policy)
         samples = Counter(row["prompt_id"] for row in rows)
         done = {prompt for prompt, count in samples.items() if count == self.sampling.samples}
         if len(done) < len(samples):
@@ -140,6 +141,30 @@ class Generation:
                 batch = missing[start : start + self.batch_size]
                 drawn = draw([asked[number] for number in batch], [self._seed(number) for number in batch])
                 comparison.append(policy.name, self._rows(batch, drawn, tokenizer))
+
+    def _check_stops(self, policy: Policy, stops: Sequence[int]) -> None:
+        if stops[-1] >= (vocabulary := self._vocabulary(policy)):
+            raise ConfigError(
+                f"{policy.name} has the stop token {stops[-1]}, and {policy.whole} has {vocabulary:,}; fix its "
+                "generation_config.json or its tokenizer"
+            )
+
+    def _check(self, rows: Sequence[Response], policy: Policy) -> None:
+        """Refuse responses that are not what was asked for."""
+        conversations, vocabulary = self.prompts.conversations, self._vocabulary(policy)
+        for row in rows:
+            prompt, sample = row["prompt_id"], row["sample"]
+            asked = prompt < len(conversations) and sample < self.sampling.samples
+            if not asked or row["prompt"] != conversations[prompt]:
+                fault = "is to no prompt and sample that is asked for"
+            elif max(row["token_ids"]) >= vocabulary:
+                fault = f"has the token {max(row['token_ids'])}, and {policy.whole} has {vocabulary:,}"
+            else:
+                continue
+            raise ConfigError(
+                f"the response of {policy.name} to prompt {prompt}, sample {sample}, in {self.folder} {fault}; remove "
+                "its line, or choose another --out"
+            )
 
     def _seed(self, prompt: int) -> int:
         return fingerprint([self.sampling.seed, self.prompts.conversations[prompt]])

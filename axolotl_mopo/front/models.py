@@ -80,13 +80,23 @@ class Models:
 
 
 def stop_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: the model's own, and the one that the chat template ends a turn with."""
+    """The tokens that end a response: the model's own, and the one that the chat template ends a turn with.
+
+    Raises:
+        ConfigError: where there is none.
+    """
     ends = config.eos_token_id
     stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
     (turn,) = tokenize(tokenizer, [ChatRenderer(tokenizer).completion(user("Why?"), "Because.")])
     if turn[-1] in tokenizer.added_tokens_decoder:
         stops.add(turn[-1])
-    return sorted(stop for stop in stops if stop is not None)
+    found = sorted(stop for stop in stops if stop is not None)
+    if not found:
+        raise ConfigError(
+            f"the tokenizer in {tokenizer.name_or_path} has no end-of-text token, and its chat template ends a turn "
+            "with none, so no response would end; set `eos_token` in its tokenizer_config.json"
+        )
+    return found
 
 
 @torch.no_grad()
@@ -122,6 +132,7 @@ def generate(
         max_new_tokens=sampling.max_new_tokens,
         max_length=None,
         num_return_sequences=1,
+        return_dict_in_generate=False,
         eos_token_id=list(stops),
         pad_token_id=stops[0],
     )
@@ -152,13 +163,16 @@ def generation_config(own: GenerationConfig, sampling: Sampling) -> GenerationCo
     if sampling.generation_config == "neutral":
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         return GenerationConfig(**(drawn if sampling.temperature else {"do_sample": False}))
-    content = own.to_dict()
-    if kept := [name for name in _NOT_FOLLOWED if content.get(name) not in (None, 1, False)]:
+    config = GenerationConfig(**own.to_dict())
+    if other := [name for name, neutral in _NOT_FOLLOWED.items() if getattr(config, name, None) not in (None, neutral)]:
         raise ConfigError(
-            f"--generation-config model: the model's own settings have {', '.join(kept)}, which cannot be followed; "
+            f"--generation-config model: the model's own settings have {', '.join(other)}, which cannot be followed; "
             "leave the option out"
         )
-    config = GenerationConfig(**content)
+    try:
+        list(_warpers(config))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--generation-config model: the model's own settings are wrong: {error}") from None
     if sampling.samples > 1 and not config.do_sample:
         raise ConfigError(
             "--generation-config model: the model's own settings take the likeliest token, so every response to a "
@@ -167,12 +181,13 @@ def generation_config(own: GenerationConfig, sampling: Sampling) -> GenerationCo
     return config
 
 
-_NOT_FOLLOWED = (
-    *("num_beams", "num_beam_groups", "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "max_time"),
-    *("stop_strings", "watermarking_config", "guidance_scale", "forced_eos_token_id", "assistant_model", "use_mtp"),
-)
-"""Settings that search instead of drawing, depend on time, or need more than token ids."""
-
+_NOT_FOLLOWED = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale"), 1),
+    **dict.fromkeys(("token_healing", "use_mtp", "dola_layers", "prompt_lookup_num_tokens", "penalty_alpha"), False),
+    **dict.fromkeys(("max_time", "stop_strings", "watermarking_config", "constraints", "force_words_ids"), None),
+    **dict.fromkeys(("forced_eos_token_id", "assistant_model"), None),
+}
+"""Settings that search instead of drawing, depend on time, or need more than token ids, and what leaves them out."""
 
 _WARPERS: dict[str, tuple[Any, Callable[[float], bool]]] = {
     "temperature": (TemperatureLogitsWarper, lambda value: value != 1),
@@ -214,6 +229,8 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [rows, vocabulary] -> minus infinity but for one token a row."""
         totals = scores.double().softmax(-1).cumsum(-1)
+        if not totals[:, -1].isfinite().all():
+            raise ValueError("a logit is not finite; load the model in another precision, with --dtype")
         wanted = self.numbers[:, input_ids.shape[1] - self.width].unsqueeze(-1) * totals[:, -1:]
         drawn = torch.searchsorted(totals, wanted, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)

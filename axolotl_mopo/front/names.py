@@ -9,7 +9,7 @@ from pydantic import AfterValidator
 
 from axolotl_mopo.data.formats.rated import RESPONSE_COLUMNS
 
-_LONGEST = 100
+_LONGEST = 200
 _FIXED_COLUMNS = ("policy", "kind", "weights", "tokens", "finished", "on_front", "dominated_by")
 _DIVERGENCE = "kl"
 _PARTS = ("", "_low", "_high", "_win_rate")
@@ -22,10 +22,10 @@ def check_name(name: str) -> str:
     Raises:
         ValueError: saying which characters it may have.
     """
-    if not re.fullmatch(r"\w[\w.-]*", name) or len(name) > _LONGEST or not name.isprintable():
+    if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > _LONGEST or not name.isprintable():
         raise ValueError(
-            f"the name {name!a} may have letters, digits, `_`, `-` and `.`, {_LONGEST} at most, and begins with a "
-            "letter, a digit or `_`"
+            f"the name {name!a} may have letters, digits, `_`, `-` and `.`, {_LONGEST} bytes at most, and begins with "
+            "a letter, a digit or `_`"
         )
     return name
 

@@ -8,7 +8,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveInt,
     model_validator,
     with_config,
@@ -20,6 +19,7 @@ from axolotl_mopo.data.rows import Message
 from axolotl_mopo.front.names import Name, check_objectives, check_policies
 from axolotl_mopo.records import Manifest, Record
 
+_LEAST_TEMPERATURE = 1e-3
 LARGEST = 1e30
 """The largest magnitude of a number: means, intervals and the volume of several objectives must stay finite."""
 
@@ -35,7 +35,22 @@ def check_number(value: float) -> float:
     return value
 
 
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it has characters that cannot be printed")
+    return text
+
+
+def _check_temperature(temperature: float) -> float:
+    if 0 < temperature < _LEAST_TEMPERATURE:
+        raise ValueError(f"it must be 0, for the likeliest tokens, or at least {_LEAST_TEMPERATURE:g}")
+    return temperature
+
+
 Number = Annotated[float, AfterValidator(check_number)]
+Text = Annotated[str, AfterValidator(_check_printable)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Index = Annotated[int, Field(ge=0, lt=2**31)]
 
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -47,7 +62,7 @@ class Sampling:
     samples: PositiveInt = 1
     """Responses to each prompt."""
     max_new_tokens: PositiveInt = 256
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0), AfterValidator(_check_temperature)] = 1.0
     """0 takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int = 42
@@ -64,7 +79,7 @@ class Sampling:
 class Asking:
     """Which of AMoPO's prompts to use: the integrated one, or one dimension's at a score, by default the best."""
 
-    dimension: str | None = None
+    dimension: Text | None = None
     score: float | None = None
 
 
@@ -78,12 +93,12 @@ class PromptsRecord(Record):
 class PolicyRecord(Record):
     """A policy, without its name. See `axolotl_mopo.front.policies.Policy`."""
 
-    path: str
+    path: Text
     kind: Literal["policy", "baseline", "reference"]
-    base: str | None = None
-    reference: str | None = None
-    tokenizer: str = ""
-    digest: str = ""
+    base: Text | None = None
+    reference: Text | None = None
+    tokenizer: Text = ""
+    digest: Text = ""
     manifest: Annotated[Manifest | None, BeforeValidator(lambda value: value or None)] = None
 
 
@@ -105,8 +120,8 @@ class Settings(Record):
     prompts: PromptsRecord | None = None
     sampling: Sampling | None = None
     asking: Asking | None = None
-    reference: str | None = None
-    source: str | None = None
+    reference: Text | None = None
+    source: Text | None = None
     """Where the prompts came from, for people."""
 
     @model_validator(mode="after")
@@ -130,11 +145,11 @@ def _turns(value: list[Message]) -> list[Message]:
 class Response(TypedDict):
     """A line of a policy's file; every further key is an objective's score."""
 
-    prompt_id: NonNegativeInt
-    sample: NonNegativeInt
+    prompt_id: Index
+    sample: Index
     prompt: Annotated[list[Message], Field(min_length=1), AfterValidator(_turns)]
     response: str
-    token_ids: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    token_ids: Annotated[list[TokenId], Field(min_length=1)]
     finished: bool
     logp: NotRequired[Number]
     ref_logp: NotRequired[Number]
@@ -144,6 +159,6 @@ class Response(TypedDict):
 class Partial(TypedDict):
     """A line of what is computed for a column, before all of it is there."""
 
-    prompt_id: NonNegativeInt
-    sample: NonNegativeInt
+    prompt_id: Index
+    sample: Index
     value: Number

@@ -118,22 +118,28 @@ class Scoring:
             name: self._agreed(name, margin, lower_is_better.get(name), replace) for name, margin in scorers.items()
         }
         for name, margin in scorers.items():
-            self._settle(name, agreed[name])
-            unscored = [policy for policy in self.comparison.policies if not self._has(policy, name)]
-            if not unscored:
-                self.say(f"{name}: all responses are scored.")
-                continue
-            with self._numbers(name, margin) as numbers:
-                for policy in unscored:
-                    self.comparison.add_column(policy.name, name, numbers(policy), self._sources(name, margin))
+            self._score(name, margin, agreed[name])
+
+    def _score(self, name: str, margin: Any, objective: Objective) -> None:
+        """Compute what is missing of a column; only when all of it is there, an older one is replaced."""
+        known = self.comparison.objectives.get(name)
+        current = known is not None and known.digest == objective.digest
+        unscored = [policy for policy in self.comparison.policies if not current or not self._has(policy, name)]
+        if unscored:
+            with self._numbers(name, margin, objective.digest) as numbers:
+                found = {policy.name: numbers(policy) for policy in unscored}
+            if not current:
+                self.comparison.drop_objective(name)  # a process that is killed now leaves columns of no objective
+                self.comparison.save_settings()
+            for policy, values in found.items():
+                self.comparison.add_column(policy, name, values, _sources(objective.digest, margin))
+        else:
+            self.say(f"{name}: all responses are scored.")
+        self.comparison.add_objective(name, objective)
+        self.comparison.save_settings()
 
     def _agreed(self, name: str, margin: Any, lower: bool | None, replace: bool) -> Objective:
         """What is to be known of an objective."""
-        if lower and isinstance(margin, LengthMargin):
-            raise ConfigError(
-                f"--lower-is-better {name}: its scorer gives minus the length, so more of it is a shorter response "
-                "already; leave the option out"
-            )
         source = digest([margin.model_dump(mode="json"), _content(margin)])
         known = self.comparison.objectives.get(name)
         if known and known.digest != source and not replace:
@@ -149,33 +155,19 @@ class Scoring:
             )
         if lower is None:
             lower = known is not None and known.lower_is_better
+        if lower and isinstance(margin, LengthMargin):
+            raise ConfigError(
+                f"--lower-is-better {name}: its scorer gives minus the length, so more of it is a shorter response "
+                f"already; leave the option out, or turn the objective around with --higher-is-better {name}"
+            )
         scorer = margin.model_dump(mode="json", exclude_defaults=True)
         return Objective(scorer=scorer, digest=source, lower_is_better=lower)
-
-    def _settle(self, name: str, objective: Objective) -> None:
-        known = self.comparison.objectives.get(name)
-        if known and known.digest != objective.digest:
-            self.comparison.drop_column(name)
-        self.comparison.add_objective(name, objective)
-        self.comparison.save_settings()
 
     def _has(self, policy: Policy, name: str) -> bool:
         return all(name in row for row in self._rows(policy))
 
-    def _sources(self, name: str, margin: Any) -> list[str]:
-        """What `Comparison.compute` keeps numbers under."""
-        source = self.comparison.objectives[name].digest
-        match margin:
-            case LengthMargin():
-                return []
-            case AdapterMargin():
-                return [f"{source}-{number}" for number in range(2)]
-            case _:
-                return [source]
-
     @contextmanager
-    def _numbers(self, name: str, margin: Any) -> Iterator[Numbers]:
-        source = self.comparison.objectives[name].digest
+    def _numbers(self, name: str, margin: Any, source: str) -> Iterator[Numbers]:
         match margin:
             case LengthMargin():
                 yield lambda policy: [
@@ -229,6 +221,17 @@ class Scoring:
         return self.comparison.responses(policy.name)
 
 
+def _sources(source: str, margin: Any) -> list[str]:
+    """What numbers are kept under until all are there; see `Comparison.compute`."""
+    match margin:
+        case LengthMargin():
+            return []
+        case AdapterMargin():
+            return [f"{source}-{number}" for number in range(2)]
+        case _:
+            return [source]
+
+
 def _asked(rows: list[Response], policy: Policy, model: Policy) -> list[tuple[list[int], list[int]]]:
     """Prompt and completion of every response as token ids of the model that scores them.
 
@@ -259,7 +262,13 @@ def _same_vocabulary(policy: str, model: str, tokenizer: PreTrainedTokenizerBase
     """Whether a policy's tokenizer is known to have the tokens of a model's; one on the hub is not fetched for it."""
     if policy == model:
         return True
-    return Path(policy).is_dir() and AutoTokenizer.from_pretrained(policy).get_vocab() == tokenizer.get_vocab()
+    if not policy or not Path(policy).is_dir():
+        return False
+    try:
+        other = AutoTokenizer.from_pretrained(policy)
+    except Exception:  # a received folder may name any folder
+        return False
+    return bool(other.get_vocab() == tokenizer.get_vocab())
 
 
 def _key(row: Response) -> tuple[int, int]:

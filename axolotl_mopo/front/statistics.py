@@ -18,6 +18,8 @@ from axolotl_mopo.front.store import Comparison
 
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
+_MOST_OBJECTIVES = 31
+"""moocore takes no more."""
 
 Values = NDArray[np.float64]
 
@@ -92,6 +94,10 @@ def find_front(
     names = list(objectives or comparison.objectives)
     if doubled := [name for name, count in Counter(names).items() if count > 1]:
         raise ConfigError(f"the objective {doubled[0]} is named twice; name every objective once")
+    if len(names) > _MOST_OBJECTIVES:
+        raise ConfigError(
+            f"there are {len(names)} objectives; compare by {_MOST_OBJECTIVES} of them at most, with --objectives"
+        )
     if unknown := [name for name in names if name not in comparison.objectives]:
         raise ConfigError(
             f"{', '.join(unknown)} was not scored; scored are {', '.join(comparison.objectives) or 'no objectives'}; "
@@ -127,6 +133,11 @@ def find_front(
         which: float(moocore.hypervolume(part, ref=list(begin.values()), maximise=[*(signs > 0)]))
         for which, part in volumes.items()
     }
+    if not all(map(math.isfinite, hypervolume.values())):
+        raise ConfigError(
+            f"the hypervolume of {len(names)} objectives is too large for a number; compare by fewer of them, with "
+            "--objectives, or on smaller scales"
+        )
     sampling, prompts = comparison.settings.sampling, comparison.settings.prompts
     assert sampling and prompts  # noqa: S101 (or else the responses are not complete)
     return Front(names, lower, standings, begin, hypervolume, prompts.count, sampling.samples, sampling.exact)

@@ -8,14 +8,15 @@ Every write appears whole or not at all, and what is half done is kept in `respo
 folder may come from anybody, so everything in it is checked when it is read, and no link below it is followed.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from accelerate.utils import tqdm
-from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from axolotl_mopo.config import ConfigError
@@ -27,8 +28,8 @@ from axolotl_mopo.records import explain, parse_record
 
 _SETTINGS = "comparison.json"
 _SETTINGS_LIMIT = 1 << 26
-_RESPONSES_LIMIT = 1 << 36
-_LOCK_SECONDS = 0.1
+_LINE_LIMIT = 1 << 26
+_LOCK = ".lock"
 
 _settings = TypeAdapter(Settings)
 _response = TypeAdapter(Response)
@@ -60,16 +61,12 @@ class Comparison:
         Raises:
             ConfigError: where another command is in it.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=_LOCK_SECONDS)
-        except Timeout:
-            raise ConfigError(f"another axolotl mopo command works in {folder}; wait until it has ended") from None
-        try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(Folder(folder).locked(_LOCK))
+            except BlockingIOError:
+                raise ConfigError(f"another axolotl mopo command works in {folder}; wait until it has ended") from None
             yield cls(folder)  # read when it is locked, so that no change of another command is lost
-        finally:
-            lock.release()
 
     @classmethod
     @contextmanager
@@ -115,7 +112,7 @@ class Comparison:
                 known, wanted = getattr(self.settings, name), getattr(agreed, name)
                 if known != wanted:
                     raise ConfigError(
-                        f"{self.folder} has responses made with {name} {known}, not {wanted}; choose another --out"
+                        f"{self.folder} has responses made with {name} {known!r}, not {wanted!r}; choose another --out"
                     )
         self.settings = agreed
 
@@ -139,7 +136,18 @@ class Comparison:
                 f"{self.folder} has responses of {known.path} under the name {policy.name}, and {policy.path} is "
                 "another run or was trained anew; give it another name, as NAME=PATH, or choose another --out"
             )
+        if known is None and self._files.size(_file(policy.name)):
+            raise ConfigError(
+                f"{self.folder / _file(policy.name)} is there, but {_SETTINGS} does not know {policy.name}; remove the "
+                "file, or choose another --out"
+            )
         self.settings = added
+
+    def drop_objective(self, name: str) -> None:
+        """Forget an objective, if it is known; its columns stay."""
+        content = self._content()
+        content["objectives"].pop(name, None)
+        self.settings = _checked(content, self.folder)
 
     def add_objective(self, name: str, objective: Objective) -> None:
         """Add an objective, or replace one.
@@ -156,9 +164,16 @@ class Comparison:
         text = json.dumps(self._content(), indent=2, ensure_ascii=False) + "\n"
         self._files.write(_SETTINGS, text.encode())
 
-    def write_output(self, name: str, content: bytes) -> None:
-        """Write a file that is made of the comparison."""
-        self._files.write(name, content)
+    def write_outputs(self, contents: Mapping[str, bytes]) -> None:
+        """Write files that are made of the comparison.
+
+        Raises:
+            OSError: where something else than a file has one of their names; none is written then.
+        """
+        for name in contents:
+            self._files.size(name)
+        for name, content in contents.items():
+            self._files.write(name, content)
 
     def responses(self, policy: str) -> list[Response]:
         """The responses of a policy, by prompt and sample; what a killed process wrote of a line is left out.
@@ -167,7 +182,8 @@ class Comparison:
             ConfigError: naming file and line of one that is not as this package writes it, or is there twice.
         """
         where = self.folder / _file(policy)
-        rows = [_read_response(line, f"{where}, line {number}") for number, line in enumerate(self._lines(policy), 1)]
+        lines = self._files.lines(_file(policy), _LINE_LIMIT)
+        rows = [_read_response(line, f"{where}, line {number}") for number, line in enumerate(lines, 1)]
         seen: set[tuple[int, int]] = set()
         for number, row in enumerate(rows, 1):
             if _key(row) in seen:
@@ -189,12 +205,12 @@ class Comparison:
             raise _no_responses(self.folder)
         rows = self.responses(policy)
         expected = prompts.count * sampling.samples
-        wanted = [(prompt, sample) for prompt in range(prompts.count) for sample in range(sampling.samples)]
         if len(rows) < expected:
             raise ConfigError(
                 f"{policy} has {len(rows):,} of {expected:,} responses; run axolotl mopo generate again, and it goes "
                 "on where it was"
             )
+        wanted = [(prompt, sample) for prompt in range(prompts.count) for sample in range(sampling.samples)]
         if [_key(row) for row in rows] != wanted:
             raise ConfigError(
                 f"{self.folder / _file(policy)} has other responses than {sampling.samples} to each of {prompts.count} "
@@ -238,7 +254,7 @@ class Comparison:
             ConfigError: naming the response whose number cannot be compared.
         """
         rows = self.responses(policy)
-        partial = _partial_file(policy, column, source)
+        partial = _partial_file(policy, column, source, rows)
         values = {(entry["prompt_id"], entry["sample"]): entry["value"] for entry in self._partial_lines(partial)}
         missing = [row for row in rows if _key(row) not in values]
         missing.sort(key=lambda row: -len(row["token_ids"]))
@@ -270,23 +286,14 @@ class Comparison:
         added: list[Any] = [{**row, column: value} for row, value in zip(rows, values, strict=True)]
         self.replace(policy, added)
         for source in sources:
-            self._files.remove(_partial_file(policy, column, source))
-
-    def drop_column(self, column: str) -> None:
-        """Take a number away from all responses."""
-        for policy in self.settings.policies:
-            kept: list[Any] = [{k: v for k, v in row.items() if k != column} for row in self.responses(policy)]
-            self.replace(policy, kept)
+            self._files.remove(_partial_file(policy, column, source, rows))
 
     def _content(self) -> dict[str, Any]:
         content: dict[str, Any] = self.settings.model_dump(mode="json")
         return content
 
-    def _lines(self, policy: str) -> list[bytes]:
-        return _whole_lines(self._files.read(_file(policy), _RESPONSES_LIMIT))
-
     def _partial_lines(self, name: str) -> Iterator[Partial]:
-        for number, line in enumerate(_whole_lines(self._files.read(name, _RESPONSES_LIMIT)), 1):
+        for number, line in enumerate(self._files.lines(name, _LINE_LIMIT), 1):
             yield parse_record(_partial, line, f"{self.folder / name}, line {number}")
 
 
@@ -335,13 +342,13 @@ def _file(policy: str) -> str:
     return f"responses/{policy}.jsonl"
 
 
-def _partial_file(policy: str, column: str, source: str) -> str:
-    return f"responses/.partial/{policy}/{column}/{source}.jsonl"
+def _partial_file(policy: str, column: str, source: str, rows: Iterable[Response]) -> str:
+    """Where numbers of some responses, made by some source, are kept until all are there."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for row in sorted(rows, key=_key):
+        hasher.update(array("q", [row["prompt_id"], row["sample"], len(row["token_ids"]), *row["token_ids"]]).tobytes())
+    return f"responses/.partial/{policy}/{column}/{source}-{hasher.hexdigest()}.jsonl"
 
 
 def _text(rows: Iterable[Any]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
-
-
-def _whole_lines(content: bytes | None) -> list[bytes]:
-    return content[: content.rfind(b"\n") + 1].split(b"\n")[:-1] if content else []
