@@ -165,7 +165,10 @@ def test_the_two_bases_are_accepted():
             changed(AMOPO, amopo__directives={"integrated": "Score {{ score }}."}),
             ["`amopo.directives.integrated`", "unknown variable score", "known are dimensions, high, low"],
         ),
-        (changed(AMOPO, amopo__directives={"integrated": "{% if %}"}), ["it is not a valid Jinja template", "in line 1"]),
+        (
+            changed(AMOPO, amopo__directives={"integrated": "{% if %}"}),
+            ["it is not a valid Jinja template", "in line 1"],
+        ),
         (changed(AMOPO, amopo__directives={"integrated": "  "}), ["`amopo.directives.integrated`", "says nothing"]),
         (
             changed(AMOPO, amopo__directives={"integratd": "x"}),

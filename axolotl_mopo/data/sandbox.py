@@ -112,7 +112,7 @@ def _bounded(context: Context, value: Any) -> Any:
 
 @pass_context
 def _joined(context: Context, parts: list[Any]) -> str:
-    _refuse_more(sum(map(_size, parts)), 2 * _LONGEST_VALUE, "characters of one value")
+    _refuse_more(sum(map(_size, parts)), _LONGEST_VALUE, "characters of one value")
     return str(_bounded(context, "".join(map(str, parts))))
 
 
@@ -132,14 +132,16 @@ def _elements(value: Any) -> Sequence[Any]:
 
 def _join(value: Any, between: str = "") -> str:
     parts = [str(part) for part in _elements(value)]
-    _refuse_more(sum(map(len, parts)) + len(between) * len(parts), 2 * _LONGEST_VALUE, "characters of one value")
+    _refuse_more(
+        sum(map(len, parts)) + len(between) * max(len(parts) - 1, 0), _LONGEST_VALUE, "characters of one value"
+    )
     return between.join(parts)
 
 
 def _replace(value: Any, old: str, new: str, count: int = -1) -> str:
     text = str(value)
     found = text.count(old) if count < 0 else min(count, text.count(old))
-    _refuse_more(len(text) + found * len(new), 2 * _LONGEST_VALUE, "characters of one value")
+    _refuse_more(len(text) + found * len(new), _LONGEST_VALUE, "characters of one value")
     return text.replace(old, new, count)
 
 
@@ -241,7 +243,8 @@ def _reject(context: Context, value: Any, *test: Any) -> list[Any]:
 
 
 def _passes(context: Context, value: Any, name: str | None = None, *args: Any) -> bool:
-    _bounded(context, list(args))
+    for given in args:
+        _bounded(context, given)
     return bool(value if name is None else context.environment.call_test(name, value, args, context=context))
 
 
