@@ -114,6 +114,33 @@ def test_a_rendering_ends_by_the_clock_where_steps_are_slow(monkeypatch):
         sandbox.render("{{ 1 }}", {})
 
 
+def test_a_rendering_ends_by_its_steps_on_a_fast_machine_too(monkeypatch):
+    monkeypatch.setattr(sandbox, "_SECONDS", 1e9)
+    loop = "{% for i in range(999) %}"
+    with pytest.raises(ValueError, match="it takes too long"):
+        sandbox.render(f"{loop}{loop}{{% endfor %}}{{% endfor %}}x", {})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *(
+            "{{ a ~ a }}",
+            "{{ a + a }}",
+            "{{ [a, a] }}",
+            "{{ {a: a} }}",
+            "{{ [a] + [a] }}",
+            "{{ a | replace('x', 'xx') }}",
+        ),
+        *("{{ 'xxx' | list | join(a) }}", "{% for b in [a, a] %}{% endfor %}x", "{{ 1 in [a, a] }}"),
+    ],
+)
+def test_no_value_is_longer_than_ten_thousand_characters(template):
+    assert sandbox.render("{{ a }}", {"a": "x" * 6000}) == "x" * 6000
+    with pytest.raises(ValueError, match=r"1[28],.* characters of one value are more than 10,000"):
+        sandbox.render(template, {"a": "x" * 6000})
+
+
 @pytest.mark.parametrize(
     ("range_", "template", "score"),
     [
