@@ -13,16 +13,25 @@ from pydantic import (
     Field,
     SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from axolotl_mopo.data import templates
+from axolotl_mopo.data.sandbox import LONGEST_TEMPLATE, check_unicode
 from axolotl_mopo.engine import TREE_BACKENDS, carries_trees
+from axolotl_mopo.files import read_file
 
 INTEGRATED = "integrated"
 """Name of AMoPO's prompt that asks for all dimensions together."""
+
+_LARGEST_SCORE = 1e6
+_NARROWEST_RANGE = 0.01
+"""Directives write scores with two decimals."""
+_LONGEST_NAME = 200
+_SHOWN = 200
 
 WeightingScheme = Literal["gaussian", "mean", "uniform"]
 
@@ -181,6 +190,13 @@ class MODPOConfig(MethodBlock):
                 f"weights has no entry for the objective {self.objective!r}; add `{self.objective}: 0.5`"
                 f"{_did_you_mean(self.objective, self.weights)}"
             )
+        for name in self.margins:
+            for side in ("chosen", "rejected"):
+                if f"{name}/{side}" in self.margins:
+                    raise ValueError(
+                        f"the log calls the {side} responses' rewards of the margin {name!r} {name}/{side}, which is "
+                        f"the name of another margin; rename one of the two"
+                    )
         if self.objective in self.margins:
             raise ValueError(
                 f"margins names the objective {self.objective!r} itself; a margin is the reward of another objective"
@@ -215,19 +231,47 @@ class MODPOConfig(MethodBlock):
         return [self.weights[name] for name in self.margins]
 
 
-def _template(value: Any) -> Any:
+def _template(value: Any, info: ValidationInfo) -> Any:
     """The template's text, from the file where the YAML names one."""
     if not isinstance(value, Mapping):
         return value
     if set(value) != {"file"} or not isinstance(value["file"], str):
-        raise ValueError(f"it is {dict(value)!r}; write the template itself, or {{file: PATH}}")
-    if not value["file"].endswith(".jinja"):
-        # A shared YAML must not be able to put any file of the machine into prompts and saved models.
-        raise ValueError(f"the file {value['file']} is no template; its name must end with .jinja")
+        raise ValueError(f"it is {_shortened(dict(value))}; write the template itself, or {{file: PATH}}")
+    if not info.context:
+        raise ValueError("it names a file, which only the YAML of a run may do; write the template itself")
     try:
-        return Path(value["file"]).read_text(encoding="utf-8").strip()
+        return _read_template(value["file"], info.context["folder"])
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the file {value['file']} cannot be read: {error}") from None
+
+
+def _read_template(name: str, folder: Path) -> str:
+    """The text of a template's file.
+
+    A shared YAML must not be able to put any file of the machine into prompts and saved models.
+
+    Args:
+        name: relative to the working directory.
+        folder: where the file must be, or in a folder of it, once links are followed.
+
+    Raises:
+        ValueError: where it is elsewhere, or is no template by its name.
+        OSError: where it cannot be read.
+    """
+    path = Path(name).resolve()
+    if not (name.endswith(".jinja") and path.name.endswith(".jinja")):
+        to = "" if path.name == Path(name).name else f", a link to {path.name},"
+        raise ValueError(f"the file {name}{to} is not a template; its name must end with .jinja")
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"the file {name} is outside {folder.resolve()}, the folder of the YAML; put it there or in a folder of it"
+        )
+    return read_file(path, 4 * LONGEST_TEMPLATE, follow_links=False).decode("utf-8").strip()
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 Template = Annotated[str, BeforeValidator(_template)]
@@ -268,6 +312,10 @@ class DimensionsBlock(MethodBlock):
             raise ValueError(f"{', '.join(repeated)} stands there more than once; name every dimension once")
         if any(not name.strip() for name in dimensions):
             raise ValueError("a dimension has an empty name; a dimension is the name of a score in the data set")
+        for name in dimensions:
+            if len(name) > _LONGEST_NAME:
+                raise ValueError(f"the name {name[:20]!r}... has {len(name):,} characters; give it {_LONGEST_NAME}")
+            check_unicode(name)
         return dimensions
 
     @field_validator("score_range")
@@ -275,6 +323,17 @@ class DimensionsBlock(MethodBlock):
     def _ascending(cls, score_range: tuple[float, float]) -> tuple[float, float]:
         if score_range[0] >= score_range[1]:
             raise ValueError(f"the lowest score {score_range[0]:g} is not below the highest {score_range[1]:g}")
+        if max(map(abs, score_range)) > _LARGEST_SCORE:
+            raise ValueError(
+                f"{score_range[0]:g} to {score_range[1]:g} goes beyond {_LARGEST_SCORE:g}; choose a range that a "
+                "prompt can name, such as [1, 5]"
+            )
+        low, high = map(templates.readable_number, score_range)
+        if high - low < _NARROWEST_RANGE / 2:
+            raise ValueError(
+                f"{score_range[0]:g} and {score_range[1]:g} are the same number once they are written with two "
+                "decimals, as directives do; choose a wider range, such as [1, 5]"
+            )
         return score_range
 
     @model_validator(mode="after")
@@ -288,12 +347,11 @@ class DimensionsBlock(MethodBlock):
 
     @model_validator(mode="after")
     def _directives_render(self) -> Self:
-        low, high = map(templates.readable_number, self.score_range)
-        own = {"low": low, "high": high, "score": high, "dimensions": self.dimensions}
         for key in ("dimension", "integrated"):
-            variables = templates.DIMENSION_VARIABLES if key == "dimension" else templates.INTEGRATED_VARIABLES
+            known = templates.DIMENSION_VARIABLES if key == "dimension" else templates.INTEGRATED_VARIABLES
+            trials = templates.tried_values(known, self.dimensions, self.score_range)
             try:
-                templates.check(getattr(self.directives, key), variables, **own)
+                templates.check(getattr(self.directives, key), known, trials)
             except ValueError as error:
                 raise ValueError(
                     f"`directives.{key}` does not go with these dimensions and this range: {error}"
@@ -478,8 +536,13 @@ def fold_dotted_keys(cfg: MutableMapping[str, Any]) -> None:
         block[key] = cfg.pop(dotted)
 
 
-def read_method(cfg: Mapping[str, Any], method: str) -> MethodConfig:
+def read_method(cfg: Mapping[str, Any], method: str, folder: Path | None = None) -> MethodConfig:
     """Check the raw YAML of a run of `rl: <method>` and return the method's block.
+
+    Args:
+        cfg: the YAML.
+        method: one of ours.
+        folder: below which the YAML may name files of templates; None where it may name none.
 
     Raises:
         ConfigError: naming every wrong key of the block, or the keys outside it that contradict it.
@@ -509,7 +572,7 @@ def read_method(cfg: Mapping[str, Any], method: str) -> MethodConfig:
             "`skip_prepare_dataset: true` would keep pairs that are longer than `sequence_len`; remove it"
         )
     _check_offloading(cfg, method)
-    block = parse_block(BLOCKS[method], cfg[method], method)
+    block = parse_block(BLOCKS[method], cfg[method], method, folder)
     check_skipping(cfg, block.on_bad_loss)
     return block
 
@@ -595,8 +658,14 @@ def no_stray_block(cfg: Mapping[str, Any]) -> None:
             )
 
 
-def parse_block(block: type[B], raw: Any, path: str) -> B:
+def parse_block(block: type[B], raw: Any, path: str, folder: Path | None = None) -> B:
     """Validate a YAML mapping as a block of ours.
+
+    Args:
+        block: what it must hold.
+        raw: the mapping.
+        path: its key, for messages.
+        folder: below which it may name files of templates; None where it may name none.
 
     Raises:
         ConfigError: one line for each wrong key: where, what, and the mend.
@@ -604,7 +673,7 @@ def parse_block(block: type[B], raw: Any, path: str) -> B:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"`{path}` must be a mapping of keys to values, not {raw!r}")
     try:
-        return block.model_validate(dict(raw))
+        return block.model_validate(dict(raw), context=folder and {"folder": folder})
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(block, raw, path, dict(details)) for details in error.errors())) from None
 

@@ -1,6 +1,8 @@
 """The plugin itself: the only room that knows Axolotl's hooks."""
 
 import os
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from axolotl.utils.logging import get_logger
 from axolotl_mopo.config import (
     BLOCKS,
     ConfigError,
+    DimensionsBlock,
     MethodConfig,
     MODPOConfig,
     attention_advice,
@@ -73,7 +76,8 @@ class MOPOPlugin(BasePlugin):
         check_hooks(MOPOPlugin, BasePlugin)
         if advice := version_advice():
             LOG.warning(advice)
-        block = read_method(cfg, method)
+        block = read_method(cfg, method, _yaml_folder(cfg))
+        _put_texts_of_files(cfg[method], block)
         if advice := attention_advice(cfg, method, block):
             LOG.warning(advice)
             cfg[method]["layout"] = "padded"
@@ -157,6 +161,24 @@ class MOPOPlugin(BasePlugin):
 def _blocks(cfg: DictDefault) -> list[MethodConfig]:
     """The block of the method in use, if it is one of ours."""
     return [block.model_validate(cfg[method].to_dict()) for method, block in BLOCKS.items() if cfg.get(method)]
+
+
+def _yaml_folder(cfg: dict[str, Any]) -> Path:
+    """The folder of the YAML, as far as Axolotl tells; the working directory where Axolotl wrote the YAML itself.
+
+    It does so, into the folder for temporary files, for the runs of a sweep.
+    """
+    path = cfg.get("axolotl_config_path")
+    if not isinstance(path, str | Path) or Path(path).resolve().parent == Path(tempfile.gettempdir()).resolve():
+        return Path.cwd()
+    return Path(path).resolve().parent
+
+
+def _put_texts_of_files(raw: dict[str, Any], block: MethodConfig) -> None:
+    """Replace files of templates by what they hold, so that no file is read when the block is validated again."""
+    for key, template in (raw.get("directives") or {}).items():
+        if isinstance(block, DimensionsBlock) and isinstance(template, Mapping):
+            raw["directives"][key] = getattr(block.directives, key)
 
 
 def _registered(cfg: dict[str, Any]) -> bool:

@@ -82,7 +82,8 @@ class ModelConfig(Record):
     """What is read of a model's `config.json` without loading the model."""
 
     architectures: list[str] | None = None
-    id2label: dict[str, str] | None = None
+    id2label: dict[str, str | int | float] | None = None
+    """Indices of its scores and their names."""
 
 
 def read_record(model: type[R], path: Path) -> R:

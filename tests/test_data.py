@@ -114,7 +114,8 @@ def test_what_a_budget_of_tokens_means_for_the_rows_is_told():
     assert "; 1 exceed it all the same" in budget_message(rows, PairCollator(0, max_tokens=22))
 
 
-def test_directives_are_templates_of_the_users(tokenizer, tmp_path):
+def test_directives_are_templates_of_the_users(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "dimension.jinja"
     file.write_text("{{ dimension | upper }}: {{ score }} of {{ low }} to {{ high }}.\n")
     (row,) = prepare(

@@ -1,6 +1,7 @@
 """Arbitrary YAML, rows and templates: taken as they are given, or refused with a message, and never anything else."""
 
 import copy
+import json
 import math
 import os
 import time
@@ -12,12 +13,14 @@ from hypothesis import strategies as st
 from test_config import AMOPO, MODPO
 from test_formats import GOOD, completion, rated
 
-from axolotl_mopo.config import BLOCKS, INTEGRATED, MARGINS, ConfigError, Directives, parse_block
+from axolotl_mopo.config import BLOCKS, INTEGRATED, MARGINS, AdapterMargin, ConfigError, Directives, parse_block
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.pairing import PairReader
 from axolotl_mopo.data.reading import Reading
 from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.margins.settling import check_margin
 from axolotl_mopo.plugin import MOPOPlugin
+from axolotl_mopo.records import ADAPTER, MANIFEST, AdapterConfig, Manifest, read_record
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("ci", max_examples=300, derandomize=True, **COMMON)
@@ -132,7 +135,7 @@ def in_force(given, parsed):
         return parsed is (given.lower() in ("true", "yes", "on", "1", "t", "y"))
     if isinstance(parsed, float) and isinstance(given, str | int):
         return parsed == float(given)
-    return given == parsed
+    return given == parsed or (given != given and parsed != parsed)  # NaN, in what is not looked at
 
 
 def settled(cfg):
@@ -267,6 +270,18 @@ PIECES = [
     *("{{", "}}", "{%", "%}", "{#", "#}", "for i in ", "range(10**9)", "range(999999999)", "endfor", "if", "endif"),
     *("dimension", "dimensions", "score", "low", "high", "'x' * 9999999999", "9 ** 9 ** 9", "set a =", "| join(', ')"),
     *("| length", "|", ".", "[0]", "__class__", "(", ")", "include 'x'", "raw", "macro m()", "x", " ", "\n", "%", "1"),
+    *("'{:>999999999}'.format(1)", ".format_map(", "| tojson(indent=999999999)", "| upper", "| replace('x', 'xxxx')"),
+    *("| list", "| map('upper')", "| sort", "| round(99)", "| default(", "~", "+", "*", ",", "range(999)", "[1]", "-"),
+    *(
+        "in range(999)",
+        "recursive",
+        "loop",
+        "loop.cycle(1)",
+        "| sum",
+        "| int",
+        "{% for i in range(999) %}",
+        "'\\ud800'",
+    ),
     *("{{ dimension }}", "{{ score }}", "{% for name in dimensions %}", "{% endfor %}", "{{ name }}", "{% if score %}"),
 ]
 TEMPLATES = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
@@ -284,28 +299,64 @@ def test_an_arbitrary_template_is_taken_as_it_is_or_refused_at_once(template, ke
     assert time.process_time() - started < 1
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for i in range(10 ** 9) %}x{% endfor %}",
-        "{% for i in range(1000000000) %}x{% endfor %}",
-        "{{ 'x' * 9999999999 }}",
-        "{{ dimensions * 9999999999 }}",
-        "{{ 9 ** 9 ** 9 }}",
-        "{{ 'x' | center(4000000000) }}",
-        "{{ 'x'.center(4000000000) }}",
-        "{{ '%4000000000d' % 1 }}",
-        "{{ '%4000000000d' | format(1) }}",
-        "{{ lipsum(n=10000000) }}",
-        "{% set a = 'xx' %}" + "{% set a = a ~ a %}" * 40 + "{{ a }}",
-        "{{ 'x'" + " | replace('x', 'xxxxxxxxxx')" * 12 + " }}",
-        "{% for i in range(99) %}{% for j in range(99) %}{% for k in range(99) %}x{% endfor %}{% endfor %}{% endfor %}",
-        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-        "{{ 1" + "0" * 5000 + " }}",
-    ],
+JSON = nested(st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS, TEMPLATES), NAMES)
+MANIFESTS = [
+    {"method": "amopo", "base_model": "who/ever", **FULL_AMOPO["amopo"], "versions": {"axolotl": "1"}},
+    {"method": "modpo", "base_model": "who/ever", **FULL_MODPO["modpo"], "versions": {"axolotl": "1"}},
+]
+ADAPTERS = [
+    {"peft_type": "LORA", "base_model_name_or_path": "who/ever", "r": 8, "init_lora_weights": True},
+    {"peft_type": "LORA", "r": 8, "init_lora_weights": "gaussian", "layer_replication": None, "lora_alpha": 16},
+    {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8, "r": None},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder for the records of an adapter."""
+    return tmp_path_factory.mktemp("records") / "adapter"
+
+
+def write_records(folder, **contents):
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+@given(content=st.one_of(mutated(MANIFESTS, JSON, NAMES), JSON))
+def test_an_arbitrary_record_of_a_model_is_taken_as_it_is_or_refused(model, content):
+    write_records(model, mopo=content)
+    try:
+        manifest = read_record(Manifest, model / MANIFEST)
+    except ConfigError as error:
+        assert str(error).startswith(str(model / MANIFEST))
+        return
+    assert in_force(content, manifest.model_dump())
+    try:
+        block = manifest.dimensions_block()
+    except ValueError:  # of pydantic, which names the key
+        return
+    known = {} if block is None else type(block).model_fields
+    given = {key: content[key] for key in known if key in content and content[key] is not None}
+    assert block is None or in_force(given, block.model_dump())
+
+
+@given(
+    adapter=st.one_of(mutated(ADAPTERS, JSON, st.one_of(st.sampled_from([*AdapterConfig.model_fields]), NAMES)), JSON),
+    manifest=st.one_of(st.just({"method": "modpo", "beta": 0.1}), mutated(MANIFESTS, JSON, NAMES), JSON),
 )
-def test_a_template_cannot_take_the_machine(template):
-    started = time.process_time()
-    with pytest.raises(ConfigError, match=r"`amopo\.directives\.integrated`"):
-        parse_block(Directives, {"integrated": template}, "amopo.directives")
-    assert time.process_time() - started < 1
+def test_an_arbitrary_adapter_gives_a_beta_or_is_refused(model, adapter, manifest):
+    write_records(model, mopo=manifest, adapter_config=adapter)
+    try:
+        config = read_record(AdapterConfig, model / ADAPTER)
+    except ConfigError as error:
+        assert str(error).startswith(str(model / ADAPTER))
+    else:
+        assert all(adapter.get(key, value) == value for key, value in config.model_dump().items())
+    try:
+        beta = check_margin(AdapterMargin(source="adapter", path=str(model)), "`modpo.margins.safer", {})
+    except ConfigError as error:
+        assert str(error).startswith("`modpo.margins.safer.")
+        assert str(model) in str(error)
+    else:
+        assert beta == manifest["beta"]

@@ -316,9 +316,12 @@ def test_the_reference_is_never_ambiguous(build):
 def test_a_stale_cache_stops_the_run(build, tmp_path):
     from safetensors.torch import save_file
 
+    from axolotl_mopo.margins.cache import _digest
+
     computed(build(name="one"))
     for path in (tmp_path / "cache").glob("*.safetensors"):
-        save_file({"values": load_file(path)["values"] - 3}, path)
+        values = load_file(path)["values"] - 3
+        save_file({"values": values}, path, {"sha256": _digest(path.stem, values)})
     with pytest.raises(RuntimeError, match=r"policy's log-probs differ from the reference's by .* a foreign file in"):
         build(name="two").train()
 

@@ -64,10 +64,17 @@ def test_a_reference_that_cannot_be_found_is_not_computed_from_a_policy_that_has
     [
         (None, "holds no modpo_start.json"),
         ("{", "is not JSON"),
-        ("[]", "must hold the strings base, initial, dtype"),
-        (json.dumps({"base": "a", "initial": "b"}), "must hold the strings"),
-        (json.dumps({"base": "a", "initial": 3, "dtype": "float32"}), "must hold the strings"),
-        (json.dumps({"base": "a", "initial": "b", "dtype": "load"}), "`dtype` in .* is 'load'; it must be one of"),
+        ("[]", "modpo_start.json: input should be"),
+        (json.dumps({"base": "a", "initial": "b"}), "modpo_start.json, `dtype`: field required"),
+        (
+            json.dumps({"base": "a", "initial": 3, "dtype": "float32"}),
+            "`initial`: input should be a valid string, not 3",
+        ),
+        (
+            json.dumps({"base": "a", "initial": "b", "dtype": "load"}),
+            "`dtype`: input should be 'float32', .*, not 'load'",
+        ),
+        (json.dumps(dict.fromkeys(("base", "initial", "more"), "a") | {"dtype": "float32"}), "`more`: extra inputs"),
     ],
 )
 def test_a_checkpoint_without_its_start_is_refused(run, tmp_path, content, message):

@@ -1,13 +1,19 @@
 """Processes of one run wait for another run's table as long as it takes, and never within one collective."""
 
+import math
 import multiprocessing
 import os
 import socket
 import time
 from datetime import timedelta
 
+import pytest
 import torch
 from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from axolotl_mopo.margins.cache import _digest
 
 CONTEXT = multiprocessing.get_context("fork")
 LIMIT = 3.0
@@ -49,3 +55,64 @@ def test_ranks_outlast_another_runs_lock_that_is_held_longer_than_a_collective_m
         process.join()
     assert [answer[:3] for answer in given] == [(rank, [[1.0, 2.0], [3.0, 4.0]], False) for rank in range(2)]
     assert min(waited for *_, waited in given) > LIMIT
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A function that asks a cache for a table, and the table's file, which is there."""
+    from accelerate import Accelerator
+
+    from axolotl_mopo.margins.cache import TableCache
+
+    cache = TableCache(tmp_path, Accelerator(cpu=True))
+
+    def asked(name="name"):
+        values, found = cache.table(name, 2, lambda: torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        assert values.tolist() == [[1, 2], [3, 4]]
+        return found
+
+    assert not asked()
+    assert asked()
+    return asked, cache.path("name")
+
+
+PLANTED = {"values": torch.full((2, 2), 7.0)}
+
+
+def test_a_planted_table_is_computed_again_with_a_warning(table, host_log):
+    asked, path = table
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(PLANTED, path, metadata)
+    assert not asked()
+    assert "is not the table that was written there; it is computed again" in host_log.text
+    assert asked()
+
+
+def test_a_table_under_another_name_is_computed_again(table, host_log):
+    asked, path = table
+    path.rename(path.with_name("other.safetensors"))
+    assert not asked("other")
+    assert "is not the table that was written there" in host_log.text
+
+
+@pytest.mark.parametrize("break_", ["no digest", "no values", "not finite", "cut", "a link", "a pipe"])
+def test_a_table_that_cannot_be_used_is_computed_again(table, break_, tmp_path):
+    asked, path = table
+    if break_ == "no digest":
+        save_file(PLANTED, path)
+    elif break_ == "no values":
+        save_file({"other": PLANTED["values"]}, path)
+    elif break_ == "not finite":
+        values = torch.tensor([[1.0, 2.0], [math.nan, 4.0]])
+        save_file({"values": values}, path, {"sha256": _digest("name", values)})
+    elif break_ == "cut":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif break_ == "a link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path.unlink()
+        os.mkfifo(path)
+    assert not asked()
+    assert asked()

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from axolotl_mopo.config import DimensionsBlock, Directives
 from axolotl_mopo.data.entries import AMoPOData
 from axolotl_mopo.data.rows import Message
-from axolotl_mopo.data.templates import readable_number, render
+from axolotl_mopo.data.sandbox import render
+from axolotl_mopo.data.templates import dimension_values, integrated_values
 
 DirectiveSettings = DimensionsBlock | AMoPOData
 """What says how directives are worded: the YAML block, or the part of it that prepared rows depend on."""
@@ -30,6 +31,9 @@ def training_directives(settings: DirectiveSettings, scores: Mapping[str, float]
     Args:
         settings: AMoPO's.
         scores: the chosen response's score of every dimension, within `score_range`.
+
+    Raises:
+        ValueError: where a template cannot be rendered with these scores.
     """
     common = (settings.dimensions, settings.score_range)
     first = [integrated_directive(settings.directives, *common)] if settings.integrated else []
@@ -43,7 +47,7 @@ def inference_directive(
     """The directive to ask a trained model with: the integrated one, or one dimension at a score, by default the best.
 
     Raises:
-        ValueError: where the model was not trained with such a prompt.
+        ValueError: where the model was not trained with such a prompt, or a template cannot be rendered.
     """
     common = (settings.dimensions, settings.score_range)
     if dimension is None:
@@ -83,9 +87,15 @@ def with_directive_in_template(chat_template: str, directive: Directive) -> str:
 
 
 def integrated_directive(directives: Directives, dimensions: Sequence[str], score_range: tuple[float, float]) -> str:
-    """Ask for all dimensions together, without a score."""
-    low, high = map(readable_number, score_range)
-    return render(directives.integrated, dimensions=_readable(dimensions), low=low, high=high)
+    """Ask for all dimensions together, without a score.
+
+    Raises:
+        ValueError: where the template cannot be rendered.
+    """
+    try:
+        return render(directives.integrated, integrated_values(dimensions, score_range))
+    except ValueError as error:
+        raise ValueError(f"the directive `integrated` cannot be rendered: {error}; change the template") from None
 
 
 def dimension_directive(
@@ -95,17 +105,19 @@ def dimension_directive(
     dimensions: Sequence[str],
     score_range: tuple[float, float],
 ) -> str:
-    """Ask for one dimension at a score within `score_range`, the worst and the best."""
-    low, high = map(readable_number, score_range)
-    (name,) = _readable([dimension])
-    return render(
-        directives.dimension,
-        dimension=name,
-        score=readable_number(score),
-        dimensions=_readable(dimensions),
-        low=low,
-        high=high,
-    )
+    """Ask for one dimension at a score within `score_range`, the worst and the best.
+
+    Raises:
+        ValueError: where the template cannot be rendered with this score.
+    """
+    values = dimension_values(dimension, score, dimensions, score_range)
+    try:
+        return render(directives.dimension, values)
+    except ValueError as error:
+        raise ValueError(
+            f"the directive `dimension` cannot be rendered for {dimension} at the score {values['score']}: {error}; "
+            "change the template"
+        ) from None
 
 
 def with_directive(messages: Sequence[Message], directive: Directive) -> list[Message]:
@@ -117,7 +129,3 @@ def with_directive(messages: Sequence[Message], directive: Directive) -> list[Me
 
 def _placed(text: str, settings: DirectiveSettings) -> Directive:
     return Directive(f"{text}\n\n", "") if settings.directive_position == "before" else Directive("", f"\n\n{text}")
-
-
-def _readable(dimensions: Sequence[str]) -> list[str]:
-    return [dimension.replace("_", " ") for dimension in dimensions]

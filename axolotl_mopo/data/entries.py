@@ -37,6 +37,7 @@ from axolotl_mopo.version import __version__
 PREFIX = "axolotl_mopo."
 
 _HOST_KEYS = ("path", "name", "split", "data_files", "revision", "ds_type", "trust_remote_code", "type")
+_LARGEST_SCORE = 1e100
 _IGNORED_HOST_KEYS = ("shards", "shards_idx", "preprocess_shards")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.parquet)(?<!\.csv)")
 
@@ -168,6 +169,8 @@ def _spec(
     _check_host_keys(entry, where, block.rl)
     format = FORMATS[strategy]
     options = parse_block(format.options, {key: value for key, value in entry.items() if key not in _HOST_KEYS}, where)
+    if isinstance(options, ScoredOptions) and options.score_scale:
+        _check_scale(options.score_scale, where)
     data = _data_settings(block)
     if isinstance(data, MODPOData) and getattr(options, "score_scale", None):
         raise ConfigError(
@@ -246,6 +249,15 @@ def _objective(block: MethodConfig, options: EntryOptions, format: Format, where
         # Only the data's columns tell whether a label orders its pairs.
         return ()
     raise ConfigError(f"`{where}.objective` is missing, and `{key}` does not say what orders the pairs: {fault}")
+
+
+def _check_scale(scale: tuple[float, float], where: str) -> None:
+    """Refuse a scale whose width cannot be computed with."""
+    if max(map(abs, scale)) > _LARGEST_SCORE:
+        raise ConfigError(
+            f"`{where}.score_scale` goes from {scale[0]:g} to {scale[1]:g}, too far to be mapped to `score_range`; "
+            f"choose numbers up to {_LARGEST_SCORE:g}"
+        )
 
 
 def _check_scores(

@@ -61,7 +61,11 @@ def preview(
     except ValueError as error:
         raise ConfigError(f"--dimension or --score: {error}") from None
     inference = _prompt(dimension or INTEGRATED, messages, directive, renderer)
-    prompts = zip(method.prompt_names, training_directives(method, scores), strict=True)
+    try:
+        texts = training_directives(method, scores)
+    except ValueError as error:
+        raise DataError(f"`amopo.directives`: {error}") from None
+    prompts = zip(method.prompt_names, texts, strict=True)
     return {
         "training": [_prompt(name, messages, text, renderer) for name, text in prompts],
         "inference": inference | {"user_template": user_template(directive)},

@@ -148,7 +148,10 @@ def _transform(
     pairs = store.between(indices[0], indices[-1])
     if not pairs:
         return {name: [] for name in names}
-    renders = [partial(_prompts, renderer=renderer, directives=_directives(pair, spec)) for _, pair in pairs]
+    renders = [
+        partial(_prompts, renderer=renderer, directives=_located(spec, number, _directives, pair, spec))
+        for number, pair in pairs
+    ]
     texts = [
         _located(spec, number, _texts, pair, render, renderer)
         for (number, pair), render in zip(pairs, renders, strict=True)
@@ -171,8 +174,18 @@ def _located(spec: DataSpec, number: int, function: Callable[..., Any], *args: A
 
 
 def _directives(pair: PreferencePair, spec: DataSpec) -> Sequence[Directive | None]:
-    """What each of the D prompts says beside the question; MODPO's one says nothing."""
-    return [None] if isinstance(spec.data, MODPOData) else training_directives(spec.data, directive_scores(pair, spec))
+    """What each of the D prompts says beside the question; MODPO's one says nothing.
+
+    Raises:
+        RowError: where a template cannot be rendered with the pair's scores.
+    """
+    if isinstance(spec.data, MODPOData):
+        return [None]
+    scores = directive_scores(pair, spec)
+    try:
+        return training_directives(spec.data, scores)
+    except ValueError as error:
+        raise RowError(str(error)) from None
 
 
 def _prompts(messages: list[Message], *, renderer: ChatRenderer, directives: Sequence[Directive | None]) -> list[str]:

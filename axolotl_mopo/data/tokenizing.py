@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from axolotl_mopo.data.chat_templates import check_chat_template
 from axolotl_mopo.data.rows import DataError, Message, RowError
 
 
@@ -73,15 +73,32 @@ class ChatRenderer:
             raise RowError(refusal, "refused by the chat template")
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise RowError(f"the chat template refuses a conversation of the roles {roles}: {error}") from None
-        assert isinstance(rendered, str)  # noqa: S101 (tokenize=False)
-        return rendered
+        return render_chat(self._tokenizer, messages, add_generation_prompt)
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> str:
+    """A conversation as the tokenizer's chat template writes it.
+
+    Raises:
+        RowError: where the template refuses it, cannot be rendered, or takes too much.
+    """
+    conversation = list(messages)
+
+    def render() -> str:
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+        assert isinstance(text, str)  # noqa: S101 (tokenize=False)
+        return text
+
+    try:
+        check_chat_template(repr(tokenizer.chat_template), render)
+        return render()
+    except Exception as error:  # templates come from anybody, and raise anything
+        roles = ", ".join(str(message.get("role")) for message in conversation)
+        raise RowError(
+            f"the chat template refuses a conversation of the roles {roles}: {str(error) or repr(error)}"
+        ) from None
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:

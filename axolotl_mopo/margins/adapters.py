@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from axolotl_mopo.config import ConfigError
 from axolotl_mopo.margins.fingerprint import PEFT_WRAPPERS, tensor_digests
+from axolotl_mopo.margins.loading import readable_weights
 
 _PREFIX = "base_model.model."
 
@@ -32,14 +33,18 @@ def with_adapter(model: nn.Module, path: str) -> Iterator[Any]:
         The base model's twin, in evaluation mode.
 
     Raises:
-        ConfigError: where the adapter does not fit the base model.
+        ConfigError: where the adapter does not fit the base model, or its weights cannot be read.
     """
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     base = bare_twin(model.get_base_model() if isinstance(model, PeftModel) else model)
-    _own_tensors(base, path)
+    with readable_weights(path):
+        _own_tensors(base, path)
     try:
         try:
-            PeftModel.from_pretrained(base, path, is_trainable=False).eval()
+            with readable_weights(path):
+                PeftModel.from_pretrained(base, path, is_trainable=False).eval()
+        except ConfigError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"the adapter {path} does not fit the base model: {error}") from error
         yield base

@@ -1,5 +1,7 @@
 """Numbers for every row, on disk under a name made of all that they depend on."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +12,16 @@ from accelerate.utils import broadcast, broadcast_object_list
 from axolotl.utils.logging import get_logger
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
+
+from axolotl_mopo.files import read_file
 
 LOG = get_logger("axolotl.mopo")
 
+_DIGEST = "sha256"
+"""Key of the digest in a file's metadata. A file without one is of an older release, and computed again."""
+_LARGEST = 1 << 32
 _ROUND = 1.0
 """Seconds that the main process tries to get a lock before it tells the others."""
 
@@ -78,21 +85,44 @@ class TableCache:
         return self.folder / f"{name}.safetensors"
 
     def _read(self, name: str, rows: int) -> Tensor | None:
-        path = self.path(name)
         for rest in self.folder.glob(f"{name}.part-*"):
             rest.unlink()  # of a run that was killed; whoever writes holds the lock
         try:
-            values = load_file(path)["values"]
-        except (FileNotFoundError, SafetensorError, KeyError):
+            # Read whole before it is checked, so that nothing can be put in its place in between.
+            values, recorded = _parse(read_file(self.path(name), _LARGEST))
+        except (OSError, ValueError, SafetensorError):
             return None
-        return values if values.shape == (rows, 2) else None
+        if values.shape != (rows, 2) or not values.isfinite().all() or recorded is None:
+            return None
+        if recorded != _digest(name, values):
+            LOG.warning("%s is not the table that was written there; it is computed again.", self.path(name))
+            return None
+        return values
 
     def _write(self, name: str, values: Tensor) -> None:
         part = self.folder / f"{name}.part-{os.getpid()}"
-        save_file({"values": values.contiguous()}, part)
+        save_file({"values": values.contiguous()}, part, {_DIGEST: _digest(name, values)})
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(self.path(name))
+
+
+def _parse(content: bytes) -> tuple[Tensor, str | None]:
+    """The values of a table's file, and the digest that was written with them."""
+    tensors = load(content)
+    if "values" not in tensors:
+        raise ValueError("there are no values")
+    size = int.from_bytes(content[:8], "little")
+    return tensors["values"], json.loads(content[8 : 8 + size]).get("__metadata__", {}).get(_DIGEST)
+
+
+def _digest(name: str, values: Tensor) -> str:
+    """Of a table's name and all that it holds."""
+    content = (
+        f"{name} {values.dtype} {list(values.shape)}\n".encode()
+        + values.contiguous().view(torch.uint8).numpy().tobytes()
+    )
+    return hashlib.sha256(content).hexdigest()
 
 
 def _is_taken(lock: FileLock) -> bool:

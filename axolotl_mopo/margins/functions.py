@@ -21,8 +21,9 @@ def import_function(name: str) -> RewardFunction:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:
-        raise ConfigError(f"the function {name} cannot be imported: {error}") from None
+    except (Exception, SystemExit) as error:
+        said = repr(error) if isinstance(error, SystemExit) else error
+        raise ConfigError(f"the function {name} cannot be imported: {said}") from None
     if not callable(function):
         raise ConfigError(f"{name} is no function, but {type(function).__name__}")
     return function

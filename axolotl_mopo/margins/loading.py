@@ -2,12 +2,40 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.integrations import deepspeed as zero
+
+from axolotl_mopo.config import ConfigError
+
+
+@contextmanager
+def readable_weights(path: str) -> Iterator[None]:
+    """Explain why the weights of a model or an adapter cannot be read.
+
+    Args:
+        path: its folder, or its name on the model hub.
+
+    Raises:
+        ConfigError: where they are a pickle of something else than tensors, or a broken file.
+    """
+    try:
+        yield
+    except UnpicklingError:
+        raise ConfigError(
+            f"the weights of {path} cannot be opened safely: they are a pickle that holds something else than tensors, "
+            "or a broken file; have them saved as safetensors by whom you trust, or choose another model"
+        ) from None
+    except SafetensorError as error:
+        raise ConfigError(
+            f"the weights of {path} cannot be read, since a safetensors file is broken: {error}; download or save them "
+            "again"
+        ) from None
 
 
 def load_whole(kind: Any, path: str, dtype: torch.dtype, **kwargs: Any) -> Any:
@@ -21,8 +49,11 @@ def load_whole(kind: Any, path: str, dtype: torch.dtype, **kwargs: Any) -> Any:
         path: a folder or a model of the hub.
         dtype: of its parameters.
         kwargs: for `from_pretrained`.
+
+    Raises:
+        ConfigError: where its weights cannot be read.
     """
-    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"), _shards_in_float32():
+    with readable_weights(path), patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"), _shards_in_float32():
         model = kind.from_pretrained(path, dtype=dtype, **kwargs)
     return _gather(model, dtype)
 

@@ -12,7 +12,8 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from axolotl_mopo.config import ConfigError, RewardModelMargin, TextMargin
-from axolotl_mopo.data.rows import DataError, Message
+from axolotl_mopo.data.rows import DataError, Message, RowError
+from axolotl_mopo.data.tokenizing import render_chat
 from axolotl_mopo.margins.functions import function_name, reward_function
 from axolotl_mopo.margins.loading import load_whole
 from axolotl_mopo.margins.settling import find_head
@@ -34,7 +35,7 @@ def function_rewards(margin: TextMargin) -> Rewards:
         where = f"{name}, called with {len(responses)} responses, of row {numbers[0]} the first,"
         try:
             values = [float(value) for value in function(prompts, responses)]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(f"{where} raised {error!r}") from error
         if len(values) != len(responses):
             raise DataError(f"{where} returned {len(values)} numbers")
@@ -52,7 +53,8 @@ def model_rewards(margin: RewardModelMargin, device: torch.device) -> Iterator[R
 
     Raises:
         ConfigError: where its head or its chat template is not clear.
-        DataError: from the result, where a text is longer than the model takes, or a reward is not finite.
+        DataError: from the result, where a conversation cannot be written, or is longer than the model takes, or a
+            reward is not finite.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(margin.path)
     model = load_whole(AutoModelForSequenceClassification, margin.path, getattr(torch, margin.dtype))
@@ -68,11 +70,17 @@ def model_rewards(margin: RewardModelMargin, device: torch.device) -> Iterator[R
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     model.to(device).eval()
 
+    def written(conversation: list[Message], number: int) -> str:
+        try:
+            return render_chat(tokenizer, conversation)
+        except RowError as error:
+            raise DataError(f"{margin.path}, row {number}: {error}") from None
+
     @torch.no_grad()
     def rewards(prompts: list[list[Message]], responses: list[str], numbers: Sequence[int]) -> list[float]:
         texts = [
-            tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
-            for prompt, response in zip(prompts, responses, strict=True)
+            written([*prompt, {"role": "assistant", "content": response}], number)
+            for prompt, response, number in zip(prompts, responses, numbers, strict=True)
         ]
         inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
         if (length := inputs["input_ids"].shape[1]) > limit:

@@ -1,9 +1,8 @@
 """What the YAML leaves open of a margin and its source says, and every check that needs no model."""
 
-import json
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from axolotl.utils.logging import get_logger
 
@@ -18,8 +17,11 @@ from axolotl_mopo.config import (
     RewardModelMargin,
     parse_block,
 )
+from axolotl_mopo.records import ADAPTER, MANIFEST, AdapterConfig, Manifest, ModelConfig, Record, read_record
 
 LOG = get_logger("axolotl.mopo")
+
+R = TypeVar("R", bound=Record)
 
 _DEFAULT_PREPARED_PATH = "last_run_prepared"
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -74,26 +76,25 @@ def _change_by_policy(cfg: Mapping[str, Any]) -> str | None:
     if not cfg.get("adapter"):
         return None
     if cfg.get("lora_model_dir"):
-        path = Path(str(cfg["lora_model_dir"])) / "adapter_config.json"
-        try:
-            change = _change_of_base(_read_mapping(path)) if path.is_file() else None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"`lora_model_dir` cannot be read: {error}") from None
+        path = Path(str(cfg["lora_model_dir"])) / ADAPTER
+        if not path.exists():
+            return None
+        config = _record(AdapterConfig, path, "`lora_model_dir`")
+        change = _change_of_base(config.init_lora_weights, config.layer_replication)
         return change and f"the {change} of the adapter in `lora_model_dir`"
     peft = cfg.get("peft")
     loftq = isinstance(peft, Mapping) and peft.get("loftq_config") is not None
     if not cfg.get("peft_init_lora_weights") and loftq:
         return "`peft.loftq_config`"
-    init, copied = cfg.get("peft_init_lora_weights"), cfg.get("peft_layer_replication")
-    change = _change_of_base({"init_lora_weights": init, "layer_replication": copied})
+    change = _change_of_base(cfg.get("peft_init_lora_weights"), cfg.get("peft_layer_replication"))
     return change and change.replace("`", "`peft_", 1)
 
 
-def _change_of_base(config: Mapping[str, Any]) -> str | None:
+def _change_of_base(init_lora_weights: Any, layer_replication: Any) -> str | None:
     """The setting of a LoRA adapter by which it changes the base model that it is put into, if there is one."""
-    if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_THE_BASE):
-        return f"`init_lora_weights: {config['init_lora_weights']}`"
-    return "`layer_replication`" if config.get("layer_replication") else None
+    if str(init_lora_weights).lower().startswith(_CHANGES_THE_BASE):
+        return f"`init_lora_weights: {init_lora_weights}`"
+    return "`layer_replication`" if layer_replication else None
 
 
 def check_margin(margin: MarginBlock, where: str, run: Mapping[str, Any] | None = None) -> float | None:
@@ -137,7 +138,7 @@ def _check_function(margin: CallableMargin, where: str) -> None:
 
 def _adapter_beta(margin: AdapterMargin, where: str, run: Mapping[str, Any]) -> float:
     folder = Path(margin.path)
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER).exists():
         _check_adapter(margin, where, run)
     elif folder.exists() and not (folder / "config.json").exists():
         raise ConfigError(f"{where}.path`: {folder} holds neither an adapter_config.json nor a config.json")
@@ -166,20 +167,20 @@ def _check_adapter(margin: AdapterMargin, where: str, run: Mapping[str, Any]) ->
             f"{where}` is an adapter, which cannot be put into a model that FSDP or DeepSpeed has split; merge it "
             "with `axolotl merge-lora` and give the merged model and its `reference`"
         )
-    config = _read_mapping(Path(margin.path) / "adapter_config.json")
-    if (kind := config.get("peft_type", "LORA")) != "LORA":
+    config = _record(AdapterConfig, Path(margin.path) / ADAPTER, f"{where}.path`")
+    if config.peft_type != "LORA":
         raise ConfigError(
-            f"{where}.path`: {margin.path} is an adapter of the type {kind}, not LORA; merge it into its base model "
-            "and give the merged model and its `reference`"
+            f"{where}.path`: {margin.path} is an adapter of the type {config.peft_type}, not LORA; merge it into its "
+            "base model and give the merged model and its `reference`"
         )
-    if change := _change_of_base(config):
+    if change := _change_of_base(config.init_lora_weights, config.layer_replication):
         raise ConfigError(
             f"{where}.path`: {margin.path} has {change}, which changes the base model that it is put into, so the base "
             "model is not its reference; save it again with PEFT's `path_initial_model_for_weight_conversion`, or "
             "merge it and give the merged model and its `reference`"
         )
-    theirs, ours = config.get("base_model_name_or_path"), run.get("base_model")
-    if theirs and ours and not _same_model(str(theirs), str(ours)):
+    theirs, ours = config.base_model_name_or_path, run.get("base_model")
+    if theirs and ours and not _same_model(theirs, str(ours)):
         LOG.warning(
             "%s.path`: %s was trained on the base model %s, and this run's is %s; its rewards mean something only if "
             "the two are the same.",
@@ -200,16 +201,15 @@ def _recorded_beta(folder: Path, where: str) -> float | None:
     Raises:
         ConfigError: where that run had no reference, which an implicit reward is measured against.
     """
-    for path in (folder / "mopo.json", folder.parent / "mopo.json"):
-        if path.is_file():
-            content = _read_mapping(path)
-            method, beta = str(content.get("method")), content.get("beta")
-            if issubclass(BLOCKS.get(method, MODPOConfig), DimensionsBlock):
+    for path in (folder / MANIFEST, folder.parent / MANIFEST):
+        if path.exists():
+            manifest = _record(Manifest, path, f"{where}.path`")
+            if issubclass(BLOCKS.get(manifest.method, MODPOConfig), DimensionsBlock):
                 raise ConfigError(
-                    f"{where}.beta`: {path} is of a run of `rl: {method}`, which has no reference, so its beta gives "
-                    "no implicit reward; train the margin's adapter by DPO or `rl: modpo`"
+                    f"{where}.beta`: {path} is of a run of `rl: {manifest.method}`, which has no reference, so its "
+                    "beta gives no implicit reward; train the margin's adapter by DPO or `rl: modpo`"
                 )
-            return float(beta) if isinstance(beta, int | float) else None
+            return manifest.beta
     return None
 
 
@@ -217,35 +217,37 @@ def _check_reward_model(margin: RewardModelMargin, where: str) -> None:
     """Hold the head against the config of a reward model that is on this machine."""
     folder = Path(margin.path)
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         if folder.exists():
             raise ConfigError(f"{where}.path`: {folder} holds no config.json; give the folder of a whole reward model")
         LOG.warning("%s.path`: %s is no folder here and is fetched from the model hub.", where, margin.path)
         return
-    config = _read_mapping(path)
-    kinds = [str(kind) for kind in config.get("architectures") or []]
+    config = _record(ModelConfig, path, f"{where}.path`")
+    kinds = config.architectures or []
     if kinds and all(kind.endswith(_WITHOUT_SCORES) for kind in kinds):
         raise ConfigError(
             f"{where}.path`: {folder} is a {kinds[0]}, which has no head of scores; give a sequence-classification "
             "model, or use `source: adapter` for an implicit reward"
         )
-    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    if not isinstance(labels, dict):
-        raise ValueError(f"the `id2label` in {path} is no mapping of indices to labels")
+    labels = config.id2label or {"0": "LABEL_0", "1": "LABEL_1"}
+    if odd := [index for index in labels if not index.isdecimal()]:
+        raise ConfigError(f"{where}.path`: {path}, `id2label`: {odd[0]!r:.60} is not an index; correct the file")
     try:
         find_head(margin, {str(name): int(index) for index, name in labels.items()})
     except ConfigError as error:
         raise ConfigError(f"{where}.head`: {error}") from None
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _record(model: type[R], path: Path, where: str) -> R:
+    """A JSON file of a source.
+
+    Raises:
+        ConfigError: where it cannot be read, or holds something else than such a file does.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no mapping, but {type(content).__name__}")
-    return content
+        return read_record(model, path)
+    except (ConfigError, OSError) as error:
+        raise ConfigError(f"{where} cannot be read: {error}") from None
 
 
 def find_head(margin: RewardModelMargin, labels: dict[str, int]) -> int:

@@ -6,33 +6,40 @@ Tables of log-probs are named after these, so a resumed run finds them, although
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import ConfigDict
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from axolotl_mopo.config import ConfigError
+from axolotl_mopo.records import Record, read_record
+
 FILE_NAME = "modpo_start.json"
-_KEYS = ("base", "initial", "dtype")
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class _Start(Record):
+    """What the file holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    base: str
+    initial: str
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
 
 
 def read_start(checkpoint: Path) -> dict[str, str] | None:
     """What the file beside a checkpoint holds, or None without one.
 
     Raises:
-        ValueError: where the file holds something else.
+        ConfigError: where the file holds something else; naming file and key.
     """
     path = checkpoint / FILE_NAME
     if not path.exists():
         return None
     try:
-        start = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(start, dict) or {name: type(start[name]) for name in start} != dict.fromkeys(_KEYS, str):
-        raise ValueError(f"{path} must hold the strings {', '.join(_KEYS)} and nothing else")
-    if start["dtype"] not in _DTYPES:
-        raise ValueError(f"`dtype` in {path} is {start['dtype']!r}; it must be one of {', '.join(_DTYPES)}")
-    return start
+        return read_record(_Start, path).model_dump()
+    except OSError as error:
+        raise ConfigError(str(error)) from None
 
 
 class StartCallback(TrainerCallback):
