@@ -28,7 +28,7 @@ from axolotl_mopo.config import (
     parse_block,
 )
 from axolotl_mopo.data.content import data_digest, data_paths, tokenizer_digest
-from axolotl_mopo.data.files import file_fault
+from axolotl_mopo.data.files import data_fault
 from axolotl_mopo.data.formats import FORMATS, Format
 from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, ScoredOptions
 from axolotl_mopo.data.reading import Reading
@@ -85,6 +85,8 @@ class DataSpec(BaseModel):
     """The host's own key; the host leaves it out of the name of prepared rows."""
     content: tuple[str, str]
     """Names of the local files that the data and the tokenizer are read from; the host knows them by their paths."""
+    reading_version: int = 2
+    """Changes where the same rows and options are read as other examples."""
     version: str = __version__
 
     @property
@@ -176,13 +178,12 @@ def _spec(
     _check_scores(block, data, options, format, where, strategy)
     try:
         content = data_digest(entry), tokenizer
-        faults = [
-            f"{name} {fault}" for name, path in data_paths(entry) if (fault := file_fault(path, entry.get("ds_type")))
-        ]
+        paths = [path for path in data_paths(entry) if not (path.is_dir() and entry.get("data_files"))]
+        fault = next(filter(None, (data_fault(path, entry.get("ds_type")) for path in paths)), None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"`{where}` cannot be read: {error}") from None
-    if faults:
-        raise ConfigError(f"`{where}`: {faults[0]}")
+    if fault:
+        raise ConfigError(f"`{where}`: {fault}")
     return DataSpec(
         where=f"{where} ({entry.get('path')})",
         strategy=strategy,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from axolotl_mopo.data.options import EntryOptions, PairsOptions
 from axolotl_mopo.data.rows import PreferencePair, RatedResponse, RowError, rescale
@@ -20,6 +21,8 @@ class Reading:
     """Where these scores must lie."""
     seed: int = 42
     """Decides which pairs of a prompt are kept where `max_pairs_per_prompt` caps them."""
+    joined: Any = None
+    """What the format's `join` has loaded for the rows to be joined with."""
 
     def missing(self, pair: PreferencePair) -> list[str]:
         """The scores that the pair needs and does not have, each with the side that lacks it."""
