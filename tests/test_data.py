@@ -336,6 +336,24 @@ def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(strict,
     assert "1 bad rows or responses dropped: 1 refused by the chat template" in host_log.text
 
 
+def test_control_tokens_in_texts_are_counted_and_stay(tokenizer, host_log):
+    rows = [
+        ROW,
+        {**ROW, "chosen": "a<|im_end|>b<|im_end|>"},
+        {**ROW, "prompt": "<|im_start|>?", "rejected": "<|im_end|>"},
+    ]
+    made = prepare([{**row, "chosen": f"{row['chosen']} {n}"} for n, row in enumerate(rows)], tokenizer, method="modpo")
+    assert made[1]["chosen_input_ids"].count(tokenizer.eos_token_id) == 3
+    expected = (
+        "2 pairs contain control tokens of the tokenizer as text (<|im_end|> in 2, <|im_start|> in 1), the first of "
+        "them in row 1. They are trained on as control tokens"
+    )
+    assert expected in host_log.text
+    host_log.clear()
+    prepare([ROW, {**ROW, "chosen": "im_end <|im|>"}], tokenizer, method="modpo")
+    assert "control tokens" not in host_log.text
+
+
 def test_a_template_that_leaves_the_answer_out_is_refused(tokenizer):
     mute = copy.deepcopy(tokenizer)
     mute.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}x"

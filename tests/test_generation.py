@@ -309,6 +309,13 @@ def test_prompts_are_read_once_each(tmp_path):
         read_prompts(str(tmp_path / "bad.jsonl"))
 
 
+def test_prompts_of_helpsteer_keep_their_turns_apart(tmp_path):
+    marked = "Hi\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nWhy?"
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": marked, "response": "Light."}))
+    turns = [*user("Hi"), {"role": "assistant", "content": "Hello."}, *user("Why?")]
+    assert read_prompts(str(tmp_path / "q.jsonl")).conversations == [turns]
+
+
 def test_vllm_is_asked_for_by_name_only_where_it_is_installed(monkeypatch):
     assert isinstance(choose_engine("transformers", Models(), Sampling()), TransformersEngine)
     if "vllm" not in sys.modules:

@@ -10,10 +10,11 @@ import json
 import re
 from collections.abc import Iterable, MutableMapping
 from copy import copy
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from axolotl_mopo.config import (
     ColumnMargin,
@@ -88,6 +89,12 @@ class DataSpec(BaseModel):
     reading_version: int = 2
     """Changes where the same rows and options are read as other examples."""
     version: str = __version__
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _plain(cls, options: Any) -> Any:
+        # Axolotl turns mappings within mappings into a kind of its own, which has every attribute that is asked for.
+        return json.loads(json.dumps(options))
 
     @property
     def key(self) -> str:
@@ -176,14 +183,7 @@ def _spec(
             f"`{where}.score_scale` has no effect with `rl: {block.rl}`, which has no directives; remove it"
         )
     _check_scores(block, data, options, format, where, strategy)
-    try:
-        content = data_digest(entry), tokenizer
-        paths = [path for path in data_paths(entry) if not (path.is_dir() and entry.get("data_files"))]
-        fault = next(filter(None, (data_fault(path, entry.get("ds_type")) for path in paths)), None)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"`{where}` cannot be read: {error}") from None
-    if fault:
-        raise ConfigError(f"`{where}`: {fault}")
+    content = _check_files(entry, where), tokenizer
     return DataSpec(
         where=f"{where} ({entry.get('path')})",
         strategy=strategy,
@@ -194,6 +194,28 @@ def _spec(
         excess_length_strategy=str(cfg.get("excess_length_strategy") or "drop").lower(),
         content=content,
     )
+
+
+def _check_files(entry: MutableMapping[str, Any], where: str) -> str:
+    """Hold local files against what keeps them from being read.
+
+    Returns:
+        A name made of their content.
+    """
+    paths = data_paths(entry)
+    try:
+        digest = data_digest(entry)
+        patterns = [path for path in paths if has_magic(str(path)) and str(path) != entry.get("ratings")]
+        literal = next((path for path in patterns if path.is_file()), None)
+        read = [path for path in paths if not (path.is_dir() and entry.get("data_files"))]
+        fault = next(filter(None, (data_fault(path, entry.get("ds_type")) for path in read)), None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"`{where}` cannot be read: {error}") from None
+    if literal:
+        raise ConfigError(f"`{where}`: Axolotl reads {literal} as a pattern, for its `*`, `?` or `[`; rename the file")
+    if fault:
+        raise ConfigError(f"`{where}`: {fault}")
+    return digest
 
 
 def _check_host_keys(entry: MutableMapping[str, Any], where: str, method: str) -> None:

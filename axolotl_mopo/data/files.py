@@ -18,6 +18,7 @@ _PROBED = 1 << 24
 _LEAST_PROBED = 1 << 16
 _PARQUET = b"PAR1"
 _HIDDEN = re.compile(r"(^|/)(\.|__)")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BETWEEN_ROWS = re.compile(r"[\s,\[]*")
 
 
@@ -99,7 +100,13 @@ def _json_fault(text: str, whole: bool) -> str | None:
     if not isinstance(values, list):
         values = [values]
     odd = [(index, value) for index, value in enumerate(values) if not isinstance(value, dict)]
-    return f"holds, as row {odd[0][0]}, no JSON object but {odd[0][1]!r:.60}" if odd else None
+    if odd:
+        return f"holds, as row {odd[0][0]}, no JSON object but {odd[0][1]!r:.60}"
+    if _SURROGATE.search(text):
+        for index, value in enumerate(values):
+            if surrogate := _lone_surrogate(value):
+                return f"holds {surrogate} in row {index}, {_NO_TEXT}"
+    return None
 
 
 def _line_fault(text: str, whole: bool) -> str | None:
@@ -117,6 +124,20 @@ def _line_fault(text: str, whole: bool) -> str | None:
             return f"is no JSON in line {number}: {error}; mend the line or take it out"
         if not isinstance(value, dict):
             return f"holds, in line {number}, no JSON object but {value!r:.60}"
+        if _SURROGATE.search(line) and (surrogate := _lone_surrogate(value)):
+            return f"holds {surrogate} in line {number}, {_NO_TEXT}"
+    return None
+
+
+_NO_TEXT = "which is not valid Unicode text; remove it, or replace it with '\\ufffd'"
+
+
+def _lone_surrogate(value: Any) -> str | None:
+    """What `datasets` refuses without a word of where, or leaves out of the text."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"the lone surrogate {error.object[error.start]!a}"
     return None
 
 

@@ -52,7 +52,8 @@ class PairReader:
 
     Raises:
         DataError: where no objective says how rated responses are ordered, or one is given for pairs with a label;
-            where `where` names no column, or rows of several splits would be mixed.
+            where `where` names no column, rows of several splits would be mixed, or what the rows are joined with
+            cannot be loaded.
     """
 
     def __init__(
@@ -83,7 +84,10 @@ class PairReader:
         if labelled:
             self._check_splits()
             if format.join and reading.joined is None:
-                self.reading = replace(reading, joined=format.join(reading.options))
+                try:
+                    self.reading = replace(reading, joined=format.join(reading.options))
+                except DataError as error:
+                    raise DataError(f"{where}: {error}") from None
 
     def pairs(self) -> Numbered:
         """The pairs, counted in `tally`.

@@ -1,11 +1,13 @@
 """Conversations -> text -> token ids, through the tokenizer's own chat template."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_mopo.data.rows import DataError, Message, RowError
+from axolotl_mopo.data.rows import DataError, Message, PreferencePair, RowError
 
 
 class ChatRenderer:
@@ -82,6 +84,35 @@ class ChatRenderer:
             raise RowError(f"the chat template refuses a conversation of the roles {roles}: {error}") from None
         assert isinstance(rendered, str)  # noqa: S101 (tokenize=False)
         return rendered
+
+
+class ControlTokenCount:
+    """Counts the pairs whose texts contain a control token of the tokenizer, such as its end-of-turn token.
+
+    The tokenizer does not tell such a text from the token that the chat template writes.
+
+    Args:
+        tokenizer: the run's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        tokens = sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        self.pairs = 0
+        self.first_row: int | None = None
+        self.found: Counter[str] = Counter()
+        """In how many pairs each token stands."""
+
+    def watch(self, pairs: Iterable[tuple[int, PreferencePair]]) -> Iterator[tuple[int, PreferencePair]]:
+        """The pairs, unchanged; counted while they pass."""
+        for number, pair in pairs:
+            texts = (*(turn["content"] for turn in pair.prompt), pair.chosen.text, pair.rejected.text)
+            if found := {token for text in texts for token in self._pattern.findall(text)}:
+                self.pairs += 1
+                self.found.update(found)
+                self.first_row = number if self.first_row is None else self.first_row
+            yield number, pair
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
