@@ -168,6 +168,11 @@ def test_rows_of_another_value_are_named_by_a_scalar():
         (AMOPO, {"type": "axolotl_mopo.pairs", "where": {"n": float("nan")}}, ["`datasets[0].where.n`"]),
         (AMOPO, {"type": "axolotl_mopo.pairs", "keep_unfinished": True}, ["keep_unfinished` is not a known key"]),
         (AMOPO, {"type": "axolotl_mopo.pairs", "ratings": "x"}, ["`datasets[0].ratings` is not a known key"]),
+        (
+            AMOPO,
+            {"type": "axolotl_mopo.helpsteer2", "ratings_split": "x"},
+            ["ratings_split has no effect without ratings"],
+        ),
         (HELPFUL, {"type": "axolotl_mopo.hh_rlhf", "min_score_ratio": 2}, ["min_score_ratio` is not a known key"]),
         (
             HELPFUL,

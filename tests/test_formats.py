@@ -214,6 +214,13 @@ def test_ratings_that_are_none_are_refused(tmp_path):
     Dataset.from_list([preference(1)]).to_parquet(tmp_path / "preferences.parquet")
     with pytest.raises(DataError, match=r"`ratings`, .*preferences.parquet, has no column response; its columns are"):
         read("helpsteer2", [preference(1)], ratings=str(tmp_path / "preferences.parquet"))
+    with pytest.raises(
+        DataError, match=r"row 0: it has no score of helpfulness .* found were no scores; name .* ratings"
+    ):
+        read("helpsteer2", [preference(1)], chosen_scores=("helpfulness",))
+    ratings = str(tmp_path / "preferences.parquet")
+    with pytest.raises(DataError, match="its rows are rated themselves, so `ratings` has no effect; remove it"):
+        read("helpsteer2", [rated("One", 3, 4, 4, 2, 2)], objective=("overall",), ratings=ratings)
     with pytest.raises(DataError, match="nowhere, split train, cannot be loaded"):
         read("helpsteer2", [preference(1)], ratings=str(tmp_path / "nowhere"))
 

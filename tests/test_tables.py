@@ -163,13 +163,15 @@ def test_the_reason_is_the_cause_that_says_something(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a?[x].jsonl"])
-def test_a_file_whose_name_holds_glob_characters_is_read_and_no_other(name, tmp_path):
+def test_a_file_whose_name_holds_glob_characters_is_read_and_no_other(name, tmp_path, monkeypatch):
     path = write(tmp_path / name, LINE)
     write(tmp_path / "a1.jsonl", LINE * 2)
     write(tmp_path / "ax.jsonl", LINE * 2)
     assert len(load_table(str(path))) == 1
     assert len(load_table(str(tmp_path), data_files=[name])) == 1
     assert len(load_table("json", data_files=[str(path)])) == 1
+    monkeypatch.chdir(tmp_path)
+    assert len(load_table("json", data_files=[name])) == 1
     assert len(load_table(str(tmp_path), data_files=["a[1x].jsonl"])) == 4
     run("pairs", path, "--type", "pairs", "-o", tmp_path / "out[1].jsonl")
     assert len(load_dataset("json", data_files=str(tmp_path / "out[[]1].jsonl"), split="train")) == 1

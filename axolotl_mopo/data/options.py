@@ -77,7 +77,15 @@ class HelpSteer2Options(ObjectiveOptions):
     ratings: str | None = Field(
         None, min_length=1, description="a file, folder or data set of the hub with HelpSteer2's rated responses"
     )
-    ratings_split: str = Field("train", min_length=1, description="the split of `ratings`, such as train+validation")
+    ratings_split: str | None = Field(
+        None, min_length=1, description="the split of `ratings`, such as train+validation; train where omitted"
+    )
+
+    @model_validator(mode="after")
+    def _split_of_something(self) -> Self:
+        if self.ratings_split and not self.ratings:
+            raise ValueError("ratings_split has no effect without ratings; add `ratings` or remove it")
+        return self
 
 
 class SHPOptions(EntryOptions):

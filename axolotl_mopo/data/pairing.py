@@ -52,8 +52,8 @@ class PairReader:
 
     Raises:
         DataError: where no objective says how rated responses are ordered, or one is given for pairs with a label;
-            where `where` names no column, rows of several splits would be mixed, or what the rows are joined with
-            cannot be loaded.
+            where `where` names no column, rows of several splits would be mixed, what the rows are joined with cannot
+            be loaded, or they are not joined with anything.
     """
 
     def __init__(
@@ -81,6 +81,8 @@ class PairReader:
                 f"{where}: `where` names the column {', '.join(absent)}, which is not there; its columns are "
                 f"{', '.join(table.column_names)}"
             )
+        if not labelled and getattr(reading.options, "ratings", None):
+            raise DataError(f"{where}: its rows are rated themselves, so `ratings` has no effect; remove it")
         if labelled:
             self._check_splits()
             if format.join and reading.joined is None:

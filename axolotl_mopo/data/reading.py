@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from axolotl_mopo.data.options import EntryOptions, PairsOptions
+from axolotl_mopo.data.options import EntryOptions, HelpSteer2Options, PairsOptions
 from axolotl_mopo.data.rows import PreferencePair, RatedResponse, RowError, rescale
 
 
@@ -52,10 +52,13 @@ class Reading:
         """
         if missing := self.missing(pair):
             found = sorted({*pair.chosen.scores, *pair.rejected.scores})
-            named = isinstance(self.options, PairsOptions)
+            hints = {
+                PairsOptions: "; name their columns with field_chosen_scores and field_rejected_scores",
+                HelpSteer2Options: "; name the file of the rated responses with ratings",
+            }
             raise RowError(
                 f"it has no score of {'; none of '.join(missing)}; found were {', '.join(found) or 'no scores'}"
-                + ("; name their columns with field_chosen_scores and field_rejected_scores" if named else ""),
+                + hints.get(type(self.options), ""),
                 "missing score",
             )
         self.check_scales(pair.chosen)

@@ -34,8 +34,9 @@ def load_table(
     saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
     if (path.is_file() or saved) and (name or data_files or revision):
         raise DataError(f"{source} is a file or a saved data set; it takes no name, data files or revision")
+    folder = path if path.is_dir() else Path()
     if not saved:
-        _check_files(path, data_files or ())
+        _check_files([folder / file for file in data_files or ()] or [path])
     try:
         if path.is_file():
             kind = next((_KINDS[suffix] for suffix in reversed(path.suffixes) if suffix in _KINDS), None)
@@ -44,7 +45,7 @@ def load_table(
             return load_dataset(kind, data_files=glob.escape(source), split=split)
         if saved:
             return _saved_split(load_from_disk(source), source, split)
-        files = [_literal(path, file) for file in data_files] if data_files else None
+        files = [_literal(folder, file) for file in data_files] if data_files else None
         return load_dataset(source, name, data_files=files, split=split, revision=revision)
     except DataError:
         raise
@@ -52,18 +53,17 @@ def load_table(
         raise DataError(f"{source}, split {split}, cannot be loaded: {_reason(error)}") from error
 
 
-def _check_files(path: Path, data_files: Sequence[str]) -> None:
+def _check_files(paths: Sequence[Path]) -> None:
     """Hold local files against what `datasets` reports without their name or not at all.
 
     Raises:
         DataError: naming the file.
     """
-    folder = path if path.is_dir() else Path()
-    for each in [folder / file for file in data_files] or [path]:
+    for path in paths:
         try:
-            fault = data_fault(each)
+            fault = data_fault(path)
         except OSError as error:
-            raise DataError(f"{each} cannot be read: {error}") from None
+            raise DataError(f"{path} cannot be read: {error}") from None
         if fault:
             raise DataError(fault)
 

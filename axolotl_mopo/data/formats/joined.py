@@ -24,7 +24,7 @@ def load_ratings(options: HelpSteer2Options) -> Ratings | None:
         return None
     from axolotl_mopo.data.tables import load_table  # here, since it imports `datasets`, which takes a second
 
-    table = load_table(options.ratings, split=options.ratings_split)
+    table = load_table(options.ratings, split=options.ratings_split or "train")
     if missing := [name for name in _COLUMNS if name not in table.column_names]:
         raise DataError(
             f"`ratings`, {options.ratings}, has no column {', '.join(missing)}; its columns are "
