@@ -336,6 +336,25 @@ def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(strict,
     assert "1 bad rows or responses dropped: 1 refused by the chat template" in host_log.text
 
 
+@pytest.mark.parametrize("method", ["modpo", "amopo"])
+def test_a_label_and_joined_ratings_are_trained_on_in_the_rows_of_one_split(tokenizer, tmp_path, method):
+    attributes = dict.fromkeys(("correctness", "coherence", "complexity", "verbosity"), 1)
+    ratings = [{"prompt": "Why?", "response": text, "helpfulness": h, **attributes} for text, h in (("A", 1), ("B", 3))]
+    Dataset.from_list(ratings).to_parquet(tmp_path / "ratings.parquet")
+    row = {"prompt": "Why?", "response_1": "A", "response_2": "B", "preference_strength": -1}
+    rows = [{**row, "split": "train"}, {**row, "split": "val", "preference_strength": 1}]
+    entry = {"ratings": str(tmp_path / "ratings.parquet"), "where": {"split": "train"}}
+    settings = {}
+    if method == "modpo":
+        settings = {"weights": {"better": 1, "helpfulness": 1}, "margins": {"helpfulness": {"source": "column"}}}
+    (made,) = prepare(rows, tokenizer, method=method, kind="helpsteer2", entry=entry, **settings)
+    assert (made["chosen"], made["rejected"]) == ("A<|im_end|>", "B<|im_end|>")
+    if method == "modpo":
+        assert (made["chosen_margins"], made["rejected_margins"]) == ([1], [3])
+    else:
+        assert "whose helpfulness rates 1." in tokenizer.decode(made["prompt_input_ids"][1])
+
+
 def test_control_tokens_in_texts_are_counted_and_stay(tokenizer, host_log):
     rows = [
         ROW,
