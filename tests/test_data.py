@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 from axolotl.utils.data.rl import _drop_long_sequences
@@ -17,7 +18,8 @@ from axolotl_mopo.data.lengths import budget_message, pair_lengths, with_lengths
 from axolotl_mopo.data.options import PairsOptions
 from axolotl_mopo.data.pairing import PairReader
 from axolotl_mopo.data.reading import Reading
-from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.data.rows import DataError, PreferencePair, RatedResponse
+from axolotl_mopo.data.tokenizing import ControlTokenCount
 from axolotl_mopo.engine.trees import trie_size
 
 ROW = {
@@ -334,6 +336,19 @@ def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(strict,
         assert len(prepare(rows, strict, entry={"on_bad_row": "drop"})) == 2
     assert "3 rows read; 2 pairs made" in host_log.text
     assert "1 bad rows or responses dropped: 1 refused by the chat template" in host_log.text
+
+
+def test_control_tokens_are_found_among_hundreds_that_begin_alike():
+    tokens = [f"<|reserved_{n}|>" for n in range(300)] + ["<s>", "</s>", "[X]", "^"]
+    counting = ControlTokenCount(SimpleNamespace(added_tokens_decoder={}, all_special_tokens=tokens))
+    texts = ["<|reserved_30|>", "<|reserved_3|", "</s> <s>", "[x] s>", "2^3", "[X"]
+    pair = [PreferencePair([], RatedResponse(text, {}), RatedResponse("<s", {})) for text in texts]
+    assert len(list(counting.watch(enumerate(pair)))) == len(texts)
+    assert (counting.pairs, counting.first_row) == (3, 0)
+    assert counting.found == {"<|reserved_30|>": 1, "</s>": 1, "<s>": 1, "^": 1}
+    plain = ControlTokenCount(SimpleNamespace(added_tokens_decoder={}, all_special_tokens=[]))
+    assert len(list(plain.watch(enumerate(pair)))) == len(texts)
+    assert plain.pairs == 0
 
 
 @pytest.mark.parametrize("method", ["modpo", "amopo"])

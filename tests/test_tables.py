@@ -151,14 +151,16 @@ def test_the_reason_is_the_cause_that_says_something(tmp_path, monkeypatch):
             raise RuntimeError("An error occurred while generating the dataset") from error
 
     monkeypatch.setattr(tables, "load_dataset", failing)
-    with pytest.raises(DataError, match=r"rows.jsonl, split train, cannot be loaded: the disk is gone$"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl, split train, cannot be loaded: the disk is gone; check the split, and that its"
+    ):
         load_table(str(path))
 
     def silent(*arguments, **settings):
         raise StopIteration
 
     monkeypatch.setattr(tables, "load_dataset", silent)
-    with pytest.raises(DataError, match=r"it holds no rows that can be read \(StopIteration\); check that its files"):
+    with pytest.raises(DataError, match=r"it holds no rows that can be read \(StopIteration\); check the split, and"):
         load_table(str(path))
 
 

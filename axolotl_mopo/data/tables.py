@@ -50,7 +50,8 @@ def load_table(
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{source}, split {split}, cannot be loaded: {_reason(error)}") from error
+        hint = "the split, and that its files are whole" if path.exists() else "the path, or the name on the hub"
+        raise DataError(f"{source}, split {split}, cannot be loaded: {_reason(error)}; check {hint}") from error
 
 
 def _check_files(paths: Sequence[Path]) -> None:
@@ -87,13 +88,13 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, CastError):
             one, other = (", ".join(names) for names in (cause.table_column_names, cause.requested_column_names))
             return (
-                f"its files do not have the same columns: one has {one}, another {other}; choose the files of one "
-                "shape with data files (--data-files)"
+                f"its files do not have the same columns: one has {one}, another {other}; read the files of one shape "
+                "alone, with data files (--data-files)"
             )
     said = (str(cause).strip() for cause in causes if str(cause).strip() not in ("", _GENERIC))
     reason = next(said, None)
     if reason is None:
-        return f"it holds no rows that can be read ({type(causes[-1]).__name__}); check that its files are not empty"
+        return f"it holds no rows that can be read ({type(causes[-1]).__name__})"
     return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."
 
 

@@ -97,8 +97,7 @@ class ControlTokenCount:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        tokens = sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        self._pattern = _any_of({*added, *tokenizer.all_special_tokens} - {""})
         self.pairs = 0
         self.first_row: int | None = None
         self.found: Counter[str] = Counter()
@@ -113,6 +112,14 @@ class ControlTokenCount:
                 self.found.update(found)
                 self.first_row = number if self.first_row is None else self.first_row
             yield number, pair
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for the longest of some texts; those that begin alike share a branch, since there may be hundreds."""
+    branches: dict[str, list[str]] = {}
+    for token in sorted(tokens, key=len, reverse=True):
+        branches.setdefault(token[:2], []).append(re.escape(token[2:]))
+    return re.compile("|".join(f"{re.escape(head)}(?:{'|'.join(rest)})" for head, rest in branches.items()) or "(?!)")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
