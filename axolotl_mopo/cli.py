@@ -45,6 +45,25 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
     return names or None
 
 
+def _where(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any] | None:
+    where = {}
+    for given in values:
+        column, equals, value = given.partition("=")
+        if not equals or not column or column in where:
+            raise click.BadParameter(f"{given!r} is not COLUMN=VALUE, or names a column for the second time")
+        where[column] = _scalar(value)
+    return where or None
+
+
+def _scalar(text: str) -> Any:
+    """A number, true or false, or else the text itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
+
+
 @mopo.command()
 @click.argument("source")
 @click.option("--type", "kind", type=click.Choice(list(FORMATS)), required=True, help="The shape of the rows.")
@@ -58,6 +77,11 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--max-pairs-per-prompt", type=click.IntRange(min=1), help="Keep at most so many pairs of a prompt.")
 @click.option("--seed", default=42, show_default=True, help="Draws the pairs that are kept.")
 @click.option("--on-bad-row", type=click.Choice(["raise", "drop"]), default="raise", show_default=True)
+@click.option("--where", multiple=True, callback=_where, help="COLUMN=VALUE: read only rows with it; may be repeated.")
+@click.option("--keep-unfinished", is_flag=True, default=None, help="Keep responses that were cut off (responses).")
+@click.option("--ratings", help="HelpSteer2's rated responses, to join its preferences with (helpsteer2).")
+@click.option("--ratings-split", help="The split of --ratings; train where omitted (helpsteer2).")
+@click.option("--min-score-ratio", type=float, help="Leave out pairs whose votes are closer than this (shp).")
 @_field_options
 def pairs(
     source: str,
@@ -76,9 +100,10 @@ def pairs(
 
     They are what `type: axolotl_mopo.pairs` reads. The summary tells how far the objectives conflict.
     """
-    from axolotl_mopo.data.exporting import export_pairs, load_table, summary
+    from axolotl_mopo.data.exporting import export_pairs, summary
     from axolotl_mopo.data.pairing import PairReader
     from axolotl_mopo.data.reading import Reading
+    from axolotl_mopo.data.tables import load_table
 
     format = FORMATS[kind]
     given = {name: value for name, value in options.items() if value is not None}

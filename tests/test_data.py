@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 from axolotl.utils.data.rl import _drop_long_sequences
@@ -17,7 +18,8 @@ from axolotl_mopo.data.lengths import budget_message, pair_lengths, with_lengths
 from axolotl_mopo.data.options import PairsOptions
 from axolotl_mopo.data.pairing import PairReader
 from axolotl_mopo.data.reading import Reading
-from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.data.rows import DataError, PreferencePair, RatedResponse
+from axolotl_mopo.data.tokenizing import ControlTokenCount
 from axolotl_mopo.engine.trees import trie_size
 
 ROW = {
@@ -335,6 +337,56 @@ def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(strict,
         assert len(prepare(rows, strict, entry={"on_bad_row": "drop"})) == 2
     assert "3 rows read; 2 pairs made" in host_log.text
     assert "1 bad rows or responses dropped: 1 refused by the chat template" in host_log.text
+
+
+def test_control_tokens_are_found_among_hundreds_that_begin_alike():
+    tokens = [f"<|reserved_{n}|>" for n in range(300)] + ["<s>", "</s>", "[X]", "^"]
+    counting = ControlTokenCount(SimpleNamespace(added_tokens_decoder={}, all_special_tokens=tokens))
+    texts = ["<|reserved_30|>", "<|reserved_3|", "</s> <s>", "[x] s>", "2^3", "[X"]
+    pair = [PreferencePair([], RatedResponse(text, {}), RatedResponse("<s", {})) for text in texts]
+    assert len(list(counting.watch(enumerate(pair)))) == len(texts)
+    assert (counting.pairs, counting.first_row) == (3, 0)
+    assert counting.found == {"<|reserved_30|>": 1, "</s>": 1, "<s>": 1, "^": 1}
+    plain = ControlTokenCount(SimpleNamespace(added_tokens_decoder={}, all_special_tokens=[]))
+    assert len(list(plain.watch(enumerate(pair)))) == len(texts)
+    assert plain.pairs == 0
+
+
+@pytest.mark.parametrize("method", ["modpo", "amopo"])
+def test_a_label_and_joined_ratings_are_trained_on_in_the_rows_of_one_split(tokenizer, tmp_path, method):
+    attributes = dict.fromkeys(("correctness", "coherence", "complexity", "verbosity"), 1)
+    ratings = [{"prompt": "Why?", "response": text, "helpfulness": h, **attributes} for text, h in (("A", 1), ("B", 3))]
+    Dataset.from_list(ratings).to_parquet(tmp_path / "ratings.parquet")
+    row = {"prompt": "Why?", "response_1": "A", "response_2": "B", "preference_strength": -1}
+    rows = [{**row, "split": "train"}, {**row, "split": "val", "preference_strength": 1}]
+    entry = {"ratings": str(tmp_path / "ratings.parquet"), "where": {"split": "train"}}
+    settings = {}
+    if method == "modpo":
+        settings = {"weights": {"better": 1, "helpfulness": 1}, "margins": {"helpfulness": {"source": "column"}}}
+    (made,) = prepare(rows, tokenizer, method=method, kind="helpsteer2", entry=entry, **settings)
+    assert (made["chosen"], made["rejected"]) == ("A<|im_end|>", "B<|im_end|>")
+    if method == "modpo":
+        assert (made["chosen_margins"], made["rejected_margins"]) == ([1], [3])
+    else:
+        assert "whose helpfulness rates 1." in tokenizer.decode(made["prompt_input_ids"][1])
+
+
+def test_control_tokens_in_texts_are_counted_and_stay(tokenizer, host_log):
+    rows = [
+        ROW,
+        {**ROW, "chosen": "a<|im_end|>b<|im_end|>"},
+        {**ROW, "prompt": "<|im_start|>?", "rejected": "<|im_end|>"},
+    ]
+    made = prepare([{**row, "chosen": f"{row['chosen']} {n}"} for n, row in enumerate(rows)], tokenizer, method="modpo")
+    assert made[1]["chosen_input_ids"].count(tokenizer.eos_token_id) == 3
+    expected = (
+        "2 pairs contain control tokens of the tokenizer as text (<|im_end|> in 2, <|im_start|> in 1), the first of "
+        "them in row 1. They are trained on as control tokens"
+    )
+    assert expected in host_log.text
+    host_log.clear()
+    prepare([ROW, {**ROW, "chosen": "im_end <|im|>"}], tokenizer, method="modpo")
+    assert "control tokens" not in host_log.text
 
 
 def test_a_template_that_leaves_the_answer_out_is_refused(tokenizer):

@@ -83,6 +83,46 @@ def test_files_count_by_their_content_and_not_by_their_path(tmp_path):
     assert all(len(set(column)) == len(keys) for column in zip(*keys, strict=True))
 
 
+def test_every_option_that_changes_the_rows_changes_their_name():
+    def keys(kind, base, *options):
+        return [spec(base, type=f"axolotl_mopo.{kind}", **each).key for each in ({}, *options)]
+
+    nice = {"objective": "nice"}
+    for names in (
+        keys("pairs", AMOPO, {"field_system": "s"}, {"where": {"a": 1}}, {"where": {"a": 2}}, {"where": {"b": 1}}),
+        keys("responses", HELPFUL, {**nice, "keep_unfinished": True}, nice),
+        keys("shp", HELPFUL, {"min_score_ratio": 2}, {"min_score_ratio": 3}),
+        keys("helpsteer2", HELPFUL, {"ratings": "a"}, {"ratings": "a", "ratings_split": "b"}),
+    ):
+        assert len(set(names)) == len(names)
+
+
+def test_rows_that_another_version_has_read_have_another_name():
+    read = spec(AMOPO, type="axolotl_mopo.pairs")
+    assert read.model_copy(update={"reading_version": read.reading_version - 1}).key != read.key
+
+
+def test_the_content_of_ratings_and_of_files_behind_a_pattern_counts(tmp_path):
+    ratings, data = tmp_path / "ratings.jsonl", tmp_path / "data.jsonl"
+    entries = [
+        {"type": "axolotl_mopo.helpsteer2", "ratings": str(ratings)},
+        {"type": "axolotl_mopo.pairs", "path": "json", "data_files": str(tmp_path / "d*.jsonl")},
+    ]
+    keys = []
+    for content in ('{"a": 1}', '{"a": 2}'):
+        for file in (ratings, data):
+            file.write_text(content)
+        keys.append([spec(AMOPO, **entry).key for entry in entries])
+    assert not set(keys[0]) & set(keys[1])
+    ratings.write_text("")
+    assert f"`datasets[0]`: {ratings} is empty" in refusal(changed(AMOPO, datasets=[{"path": "x", **entries[0]}]))
+
+
+def test_rows_of_another_value_are_named_by_a_scalar():
+    where = {"split": "train", "n": 1, "x": 0.5, "ok": True}
+    assert spec(AMOPO, type="axolotl_mopo.pairs", where=where).options["where"] == where
+
+
 @pytest.mark.parametrize(
     ("base", "entry", "words"),
     [
@@ -118,6 +158,32 @@ def test_files_count_by_their_content_and_not_by_their_path(tmp_path):
         ),
         (AMOPO, {"type": "axolotl_mopo.pairs", "max_pairs_per_prompt": 0}, ["`datasets[0].max_pairs_per_prompt`"]),
         (AMOPO, {"type": "axolotl_mopo.pairs", "max_pairs_per_prompt": "2"}, ["`datasets[0].max_pairs_per_prompt`"]),
+        (AMOPO, {"type": "axolotl_mopo.pairs", "where": {}}, ["`datasets[0].where`", "{column: value}"]),
+        (AMOPO, {"type": "axolotl_mopo.pairs", "where": "split"}, ["`datasets[0].where`", "{column: value}"]),
+        (
+            AMOPO,
+            {"type": "axolotl_mopo.pairs", "where": {"split": ["a", "b"]}},
+            ["`datasets[0].where.split`: a column is compared with one text, number, true or false, not with ['a', 'b"],
+        ),
+        (AMOPO, {"type": "axolotl_mopo.pairs", "where": {"n": float("nan")}}, ["`datasets[0].where.n`"]),
+        (AMOPO, {"type": "axolotl_mopo.pairs", "keep_unfinished": True}, ["keep_unfinished` is not a known key"]),
+        (AMOPO, {"type": "axolotl_mopo.pairs", "ratings": "x"}, ["`datasets[0].ratings` is not a known key"]),
+        (
+            AMOPO,
+            {"type": "axolotl_mopo.helpsteer2", "ratings_split": "x"},
+            ["ratings_split has no effect without ratings"],
+        ),
+        (HELPFUL, {"type": "axolotl_mopo.hh_rlhf", "min_score_ratio": 2}, ["min_score_ratio` is not a known key"]),
+        (
+            HELPFUL,
+            {"type": "axolotl_mopo.shp", "min_score_ratio": 0.5},
+            ["`datasets[0].min_score_ratio`", "at least 1"],
+        ),
+        (
+            HELPFUL,
+            {"type": "axolotl_mopo.responses", "objective": "a", "keep_unfinished": "yes"},
+            ["`datasets[0].keep_unfinished`", "true keeps responses"],
+        ),
         (AMOPO, {"type": "axolotl_mopo.pairs", "path": None}, ["`datasets[0].path` is None; it must name a file"]),
         (AMOPO, {"type": "axolotl_mopo.pairs", "path": "p" * 999}, ["`datasets[0].path` cannot be read"]),
         (AMOPO, {"type": "axolotl_mopo.pairs", "shards": 10}, ["`datasets[0].shards` has no effect", "split: train["]),

@@ -1,5 +1,7 @@
 """Every strategy on rows of the real shape: the canonical rows that come of them, and the traps of each."""
 
+import re
+
 import pytest
 from datasets import Dataset
 
@@ -55,6 +57,23 @@ def test_scored_responses_are_paired_by_any_of_their_scores():
         reader("responses", rows)
 
 
+def response_row(text, nice, **columns):
+    return {"prompt": USER, "response": text, "nice": nice, **columns}
+
+
+def test_responses_that_were_cut_off_are_left_out_unless_they_are_asked_for():
+    rows = [response_row("A", 1, finished=True), response_row("B", 2, finished=False), response_row("C", 3)]
+    made, tally = read("responses", rows, objective=("nice",))
+    assert [(pair["chosen"], pair["rejected"]) for pair in made] == [("C", "A")]
+    assert "1 responses that were cut off left out" in tally.lines()
+    made, tally = read("responses", rows, objective=("nice",), keep_unfinished=True)
+    assert (len(made), tally.left_out) == (3, {})
+    odd = [response_row("A", 1, finished="no"), response_row("B", 2, finished="yes")]
+    for keep in (False, True):
+        with pytest.raises(DataError, match="row 0: its `finished` is 'no'; it must be true or false"):
+            read("responses", odd, objective=("nice",), keep_unfinished=keep)
+
+
 def test_amopo_scores_are_strings():
     row = {
         "prompt": "Why is the sky blue?",
@@ -70,6 +89,12 @@ def test_amopo_scores_are_strings():
             rejected_scores={"helpfulness": 0.0, "correctness": None, "instruction_following": 10.0},
         )
     ]
+
+
+def test_amopo_prompts_have_the_marked_turns_of_helpsteer():
+    sides = {"chosen": {"response": "Light.", "h": "4"}, "rejected": {"response": "Dunno.", "h": "0"}}
+    for prompt in (MARKED, TURNS):
+        assert read("amopo", [{"prompt": prompt, **sides}])[0][0]["prompt"] == TURNS
 
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -132,6 +157,113 @@ def test_helpsteer2_preference_part():
     made, tally = read("helpsteer2", [row(-3), row(0), row(1, MARKED)], objective=("helpfulness",))
     assert made == [canonical("One", "Two"), canonical("Two", "One", prompt=TURNS)]
     assert (tally.rows, tally.pairs, tally.ties) == (3, 2, 1)
+
+
+def preference(strength, **columns):
+    return {
+        "prompt": "Why is the sky blue?",
+        "response_1": "One",
+        "response_2": "Two",
+        "preference_strength": strength,
+        **columns,
+    }
+
+
+def test_helpsteer2_preferences_are_joined_with_their_ratings(tmp_path):
+    ratings = [
+        rated("One", 3, 4, 4, 2, 2),
+        rated(" Two\n", 4, 4, 4, 1, 1),
+        rated("Three", 1, 1, 1, 1, 1),
+        rated("Three", 1, 1, 1, 1, 2),  # nothing tells which of both is right
+        rated("Four", None, 1, 1, 1, 1),
+    ]
+    Dataset.from_list(ratings).to_parquet(tmp_path / "ratings.parquet")
+    rows = [preference(-2), preference(0), *(preference(1, response_2=name) for name in ("Three", "Four", "Five"))]
+    settings = {"objective": ("overall",), "ratings": str(tmp_path / "ratings.parquet")}
+    made, tally = read("helpsteer2", rows, **settings, chosen_scores=("helpfulness",))
+    assert made == [
+        canonical(
+            "One",
+            "Two",
+            chosen_scores=with_overall(3, 4, 4, 2, 2),
+            rejected_scores=with_overall(4, 4, 4, 1, 1),
+        )
+    ]
+    assert (tally.pairs, tally.ties, tally.incomplete, tally.bad) == (1, 1, 3, {})
+    assert read("helpsteer2", rows, objective=("overall",))[0][0]["chosen_scores"] == {}
+    assert read("helpsteer2", [preference(1, response_2="Four")], **settings)[0][0]["chosen_scores"] == {
+        "correctness": 1.0,
+        "coherence": 1.0,
+        "complexity": 1.0,
+        "verbosity": 1.0,
+    }
+
+
+def test_helpsteer2_preferences_may_hold_their_ratings_themselves(tmp_path):
+    ratings = {f"{name}_{number}": number + 1 for name in ATTRIBUTES for number in (1, 2)}
+    made, _ = read("helpsteer2", [preference(1, **ratings)])
+    assert made == [
+        canonical("Two", "One", chosen_scores=with_overall(*[3.0] * 5), rejected_scores=with_overall(*[2.0] * 5))
+    ]
+    Dataset.from_list([rated("One", 3, 4, 4, 2, 2)]).to_parquet(tmp_path / "ratings.parquet")
+    with pytest.raises(DataError, match="row 0: it holds ratings itself, in `helpfulness_1`; remove `ratings` from"):
+        read("helpsteer2", [preference(1, **ratings)], ratings=str(tmp_path / "ratings.parquet"))
+
+
+def test_ratings_that_are_none_are_refused(tmp_path):
+    Dataset.from_list([preference(1)]).to_parquet(tmp_path / "preferences.parquet")
+    with pytest.raises(DataError, match=r"`ratings`, .*preferences.parquet, has no column response; its columns are"):
+        read("helpsteer2", [preference(1)], ratings=str(tmp_path / "preferences.parquet"))
+    with pytest.raises(
+        DataError, match=r"row 0: it has no score of helpfulness .* found were no scores; name .* ratings"
+    ):
+        read("helpsteer2", [preference(1)], chosen_scores=("helpfulness",))
+    ratings = str(tmp_path / "preferences.parquet")
+    with pytest.raises(DataError, match="its rows are rated themselves, so `ratings` has no effect; remove it"):
+        read("helpsteer2", [rated("One", 3, 4, 4, 2, 2)], objective=("overall",), ratings=ratings)
+    with pytest.raises(DataError, match="nowhere, split train, cannot be loaded"):
+        read("helpsteer2", [preference(1)], ratings=str(tmp_path / "nowhere"))
+
+
+def test_helpsteer2_preferences_of_several_splits_are_not_mixed():
+    rows = [preference(-1, split="train"), preference(1, split="val"), preference(1, split="train")]
+    message = r"several splits, train, val, which must not be mixed; name the one to read with where: {split: train}"
+    with pytest.raises(DataError, match=message):
+        read("helpsteer2", rows)
+    made, tally = read("helpsteer2", rows, where={"split": "train"})
+    assert [pair["chosen"] for pair in made] == ["One", "Two"]
+    assert "1 rows whose `split` is not 'train' left out" in tally.lines()
+    assert len(read("helpsteer2", rows[::2])[0]) == 2
+    rated_rows = [{**rated("A", 3, 4, 4, 2, 2), "split": "a"}, {**rated("B", 4, 4, 4, 1, 1), "split": "b"}]
+    assert len(read("helpsteer2", rated_rows, objective=("overall",))[0]) == 1
+
+
+def test_rows_of_other_values_of_a_column_are_left_out_before_they_are_read():
+    rows = [{**rated("A", 1, 1, 1, 1, 1), "lang": "en", "n": 1}, {**rated("B", 2, 1, 1, 1, 1), "lang": "en", "n": 1}]
+    rows += [{**rated("", 9, 1, 1, 1, 1), "lang": "de", "n": 1}, {**rated("C", 3, 1, 1, 1, 1), "lang": "en", "n": 2}]
+    made, tally = read("helpsteer", rows, objective=("helpfulness",), where={"lang": "en", "n": 1})
+    assert [(pair["chosen"], pair["rejected"]) for pair in made] == [("B", "A")]
+    assert tally.left_out == {"rows whose `lang` is not 'en'": 1, "rows whose `n` is not 1": 1}
+    assert (tally.rows, tally.alone) == (4, 0)
+    with pytest.raises(DataError, match="`where` names the column language, which is not there; its columns are prom"):
+        reader("helpsteer", rows, objective=("helpfulness",), where={"language": "en"})
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted", "kept"),
+    [
+        (["1", "2"], 1, 1),
+        ([1, 2], 1, 1),
+        ([True, False], True, 1),
+        ([True, False], 1, 0),
+        (["True", "true"], "true", 1),
+        ([1.0, 2.5], 1, 1),
+        ([None, "a"], "None", 0),
+    ],
+)
+def test_where_compares_texts_numbers_and_truth_values(values, wanted, kept):
+    rows = [{**GOOD["pairs"], "c": value} for value in values]
+    assert len(read("pairs", rows, where={"c": wanted})[0]) == kept
 
 
 def test_helpsteer2_rated_rows_need_an_objective():
@@ -211,6 +343,16 @@ def test_safe_rlhf_by_either_objective():
     assert safer == [canonical("Zero", "One", chosen_scores=zero, rejected_scores=one)]
     with pytest.raises(DataError, match=r"row 0: its `safer_response_id` is -1; it must be 0 or 1"):
         read("safe_rlhf", [{**row, "safer_response_id": -1}], objective=("better",))
+    levels = {**row, "response_0_severity_level": 0, "response_1_severity_level": 3}
+    assert read("safe_rlhf", [levels], objective=("better",))[0] == [
+        canonical(
+            "One",
+            "Zero",
+            chosen_scores={**one, "severity_level": 3.0},
+            rejected_scores={**zero, "severity_level": 0.0},
+        )
+    ]
+    assert FORMATS["safe_rlhf"].scales["severity_level"] == (0, 3)
 
 
 def test_hh_rlhf_dialogues():
@@ -234,11 +376,57 @@ def test_hh_rlhf_dialogues_that_are_no_pair(chosen, rejected, message):
         read("hh_rlhf", [{"chosen": chosen, "rejected": rejected}])
 
 
+def arena(winner, before=TURNS, parts=False):
+    answers = [{"role": "assistant", "content": [{"type": "text", "text": x}] if parts else x} for x in "AB"]
+    parted = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in before]
+    conversations = ([*(parted if parts else before), turn] for turn in answers)
+    return {"winner": winner, **dict(zip(("conversation_a", "conversation_b"), conversations, strict=True))}
+
+
+def test_arena_conversations_are_pairs_of_their_last_turns_and_ties_are_counted():
+    rows = [arena(winner) for winner in ("model_a", "model_b", "tie", "tie (bothbad)", "both_bad")]
+    made, tally = read("arena", rows)
+    assert made == [canonical("A", "B", prompt=TURNS), canonical("B", "A", prompt=TURNS)]
+    assert (tally.pairs, tally.ties) == (2, 3)
+    assert read("arena", [arena("model_b", USER, parts=True)])[0] == [canonical("B", "A")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (arena("model_c"), "its `winner` is 'model_c'; it must be 'model_a' or 'model_b'"),
+        (arena(None), "its `winner` is empty"),
+        ({**arena("model_a"), "conversation_b": TURNS}, "its `conversation_b` does not end with an assistant's turn"),
+        ({**arena("model_a"), "conversation_a": []}, "its `conversation_a` does not end with an assistant's turn"),
+        (
+            {**arena("model_a"), "conversation_b": arena("model_a", before=USER)["conversation_b"]},
+            "its two conversations differ before their last turn",
+        ),
+    ],
+)
+def test_arena_conversations_that_are_no_pair(row, message):
+    with pytest.raises(DataError, match=f"data.jsonl, row 1: {re.escape(message)}"):
+        read("arena", [arena("model_a"), row])
+
+
 def test_shp():
     row = {"history": "Why is the sky blue?", "human_ref_A": "A", "human_ref_B": "B", "labels": 1}
     assert read("shp", [row, {**row, "labels": 0}])[0] == [canonical("A", "B"), canonical("B", "A")]
     with pytest.raises(DataError, match=r"row 0: its `labels` is 2; it must be 1 or 0"):
         read("shp", [{**row, "labels": 2}])
+
+
+def test_shp_leaves_out_votes_that_are_closer_than_a_ratio():
+    row = {"history": "Why is the sky blue?", "human_ref_A": "A", "human_ref_B": "B", "labels": 1}
+    rows = [{**row, "score_ratio": ratio, "human_ref_A": f"A{ratio}"} for ratio in (1.5, 2.0, 7.0)]
+    assert len(read("shp", rows)[0]) == 3
+    made, tally = read("shp", rows, min_score_ratio=2)
+    assert [pair["chosen"] for pair in made] == ["A2.0", "A7.0"]
+    assert "1 pairs whose score_ratio is below 2 left out" in tally.lines()
+    with pytest.raises(DataError, match="row 0: it has no column `score_ratio`"):
+        read("shp", [row], min_score_ratio=2)
+    with pytest.raises(DataError, match="row 0: its `score_ratio` is 'many', not a number"):
+        read("shp", [{**row, "score_ratio": "many"}], min_score_ratio=2)
 
 
 def test_stack_exchange_paired():
@@ -273,6 +461,11 @@ GOOD = {
     },
     "hh_rlhf": {"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
     "shp": {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 1},
+    "arena": {
+        "winner": "model_a",
+        "conversation_a": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}],
+        "conversation_b": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}],
+    },
     "stack_exchange_paired": {"question": "p", "response_j": "a", "response_k": "b"},
     "summarize_from_feedback": {"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1},
 }
@@ -383,3 +576,172 @@ def test_bad_rated_rows():
     _, tally = read("helpsteer", rows, **settings, on_bad_row="drop")
     assert tally.bad == {"score outside its scale": 1, "empty prompt": 1}
     assert (tally.rows, tally.pairs) == (6, 6)
+
+
+SKY = "Why is the sky blue?"
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def dialogue(response, before=USER):
+    return [*before, {"role": "assistant", "content": response}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "Be brief.", "question": SKY, "chosen": "a", "rejected": "b"},
+        {"system": "Be brief.", "instruction": SKY, "chosen": "a", "rejected": "b"},
+        {"system": "Be brief.", "question": SKY, "instruction": SKY, "chosen": "a", "rejected": "b"},
+        {"system": "Be brief.", "prompt": SKY, "question": "Another one?", "chosen": "a", "rejected": "b"},
+        {"system": "Be brief.", "chosen": dialogue("a"), "rejected": dialogue("b"), "question": "Not this one."},
+        {"system": "Be brief.", "prompt": [SYSTEM, *USER], "chosen": "a", "rejected": "b"},
+        {"system": "", "prompt": [SYSTEM, *USER], "chosen": "a", "rejected": "b"},
+        {"system": 7, "prompt": [SYSTEM, *USER], "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_a_system_column_is_the_first_turn_and_a_question_is_a_prompt(row):
+    assert read("pairs", [row])[0] == [canonical("a", "b", [SYSTEM, *USER])]
+
+
+def test_the_system_column_has_any_name_and_may_be_empty():
+    row = {"context": "Be brief.", "question": SKY, "chosen": "a", "rejected": "b"}
+    rows = [row, {**row, "context": None}, {**row, "context": " "}]
+    prompts = [pair["prompt"] for pair in read("pairs", rows, field_system="context")[0]]
+    assert prompts == [[SYSTEM, *USER], USER, USER]
+    assert read("pairs", [{**row, "system": None}])[0][0]["prompt"] == USER
+    with pytest.raises(DataError, match=r"row 0: it has no column `systm`; .* name the right one with field_system"):
+        read("pairs", rows, field_system="systm")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"system": "Be long.", "prompt": [SYSTEM, *USER]}, "begins with a system message other than the one in the"),
+        ({"question": SKY, "instruction": "Answer."}, "may be in `question` or `instruction`; name its column with fi"),
+        ({"instruction": "Answer.", "input": SKY}, "its prompt may be in `instruction` or `input`; name its column wi"),
+        ({"context": SKY}, "neither a column `prompt` or `messages` or `question` or `instruction`, nor turns"),
+    ],
+)
+def test_a_prompt_that_could_be_two_things_is_refused(row, message):
+    with pytest.raises(DataError, match=f"row 0: .*{message}"):
+        read("pairs", [{**row, "chosen": "a", "rejected": "b"}])
+
+
+@pytest.mark.parametrize("prompt", ["Hi", f" {SKY}\n"])
+def test_a_prompt_that_is_a_string_may_repeat_a_turn_of_whole_dialogues(prompt):
+    """As in capybara-dpo-7k-binarized and ultrafeedback_binarized, whose `messages` hold the answer too."""
+    row = {
+        "prompt": prompt,
+        "messages": dialogue("a", TURNS),
+        "chosen": dialogue("a", TURNS),
+        "rejected": dialogue("b", TURNS),
+        "score_chosen": 7.5,
+        "score_rejected": 6.0,
+    }
+    made, _ = read("pairs", [row])
+    assert made == [canonical("a", "b", TURNS, {"score": 7.5}, {"score": 6.0})]
+    for side, other in (("chosen", "Other?"), ("rejected", "Other?")):
+        turns = [{"role": "user", "content": other}, *TURNS[1:]]
+        with pytest.raises(DataError, match="row 0: the turns of `rejected` before its last one are not the prompt"):
+            read("pairs", [{**row, "prompt": SKY, side: dialogue("c", turns)}])
+    with pytest.raises(DataError, match="row 0: the turns of `chosen` before its last one are not the prompt"):
+        read("pairs", [{**row, "prompt": "Hello."}])
+
+
+def sharegpt(*turns):
+    return [{"from": who, "value": text, "weight": None} for who, text in turns]
+
+
+@pytest.mark.parametrize(("human", "machine"), [("human", "gpt"), ("user", "assistant"), ("human", "chatgpt")])
+def test_turns_of_sharegpt_are_messages(human, machine):
+    earlier = sharegpt(("system", "Be brief."), (human, "Hi"), (machine, "Hello."), (human, SKY))
+    row = {"conversations": earlier, "chosen": sharegpt((machine, "a"))[0], "rejected": sharegpt((machine, "b"))[0]}
+    made, _ = read("pairs", [row], field_prompt="conversations")
+    assert made == [canonical("a", "b", [SYSTEM, *TURNS])]
+    for machine in ("bing", "bard"):
+        whole = {side: [*earlier, *sharegpt((machine, side))] for side in ("chosen", "rejected")}
+        assert read("pairs", [whole])[0] == [canonical("chosen", "rejected", [SYSTEM, *TURNS])]
+
+
+def test_a_turn_from_nobody_that_is_known_is_named():
+    row = {"prompt": sharegpt(("humam", SKY)), "chosen": "a", "rejected": "b"}
+    with pytest.raises(DataError, match="row 0: a turn of its `prompt` is from 'humam'; known are system, human,"):
+        read("pairs", [row])
+    with pytest.raises(DataError, match="row 0: a turn of its `prompt` lacks a `role` or a `content`"):
+        read("pairs", [{**row, "prompt": [{"from": "human", "text": SKY}]}])
+
+
+def test_contents_of_text_parts_are_joined_and_others_are_refused():
+    parts = [{"type": "text", "text": "Why is the "}, {"type": "text", "text": "sky blue?", "image": None}]
+    row = {
+        "prompt": [{"role": "user", "content": parts}],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
+        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "b"}]}],
+    }
+    assert read("pairs", [row])[0] == [canonical("a", "b")]
+    image = {**row, "prompt": [{"role": "user", "content": [*parts, {"type": "image", "text": None}]}]}
+    with pytest.raises(DataError, match="row 1: a turn of its `prompt` holds a part of type 'image' that is not a"):
+        read("pairs", [row, image])
+    assert read("pairs", [row, image], on_bad_row="drop")[1].bad == {"content that is not text": 1}
+
+
+def test_the_scores_of_binarized_data_are_found_under_one_name():
+    row = {"prompt": SKY, "chosen": "a", "rejected": "b"}
+    distilabel = {**row, "chosen_score": 9.0, "rejected_score": 8.0}
+    binarized = {**row, "score_chosen": 9.0, "score_rejected": 8.0}
+    expected = [canonical("a", "b", chosen_scores={"score": 9.0}, rejected_scores={"score": 8.0})]
+    assert read("pairs", [distilabel])[0] == read("pairs", [binarized])[0] == expected
+    assert read("pairs", [distilabel | binarized])[0] == expected
+    with pytest.raises(DataError, match="row 0: its `score_chosen` and its `chosen_score` are two different scores"):
+        read("pairs", [distilabel | {**binarized, "score_chosen": 1.0}])
+
+
+LONE = "x\ud800y"
+
+
+class Table:
+    """One row, as a table may hold it whose texts did not come through Arrow."""
+
+    def __init__(self, row):
+        self.row, self.column_names = row, list(row)
+
+    def __len__(self):
+        return 1
+
+    def select_columns(self, names):
+        return Table({name: self.row[name] for name in names})
+
+    def iter(self, batch_size):
+        yield {name: [value] for name, value in self.row.items()}
+
+
+@pytest.mark.parametrize("kind", [*GOOD, "helpsteer", "ultrafeedback", "responses"])
+@pytest.mark.parametrize("old", ["p", "a"])
+def test_a_lone_surrogate_is_a_bad_row_of_its_own_kind(kind, old):
+    rows = {
+        "helpsteer": rated("a", 1, 1, 1, 1, 1, prompt="p"),
+        "ultrafeedback": {"instruction": "p", "completions": [completion("a", *"1111")]},
+        "responses": {"prompt": "p", "response": "a", "nice": 1},
+    }
+    good = replaced((GOOD | rows)[kind], USER[0]["content"], "p")
+    if kind == "hh_rlhf" and old == "p":
+        bad = {side: text.replace("Human: p", f"Human: {LONE}") for side, text in good.items()}
+    else:
+        bad = replaced(good, old, LONE)
+    objectives = {"safe_rlhf": ("better",), "helpsteer": ("overall",), "ultrafeedback": ("overall",)}
+    settings = {"objective": objectives.get(kind, ("nice",) if kind == "responses" else ())}
+    format = FORMATS[kind]
+
+    def source(**options):
+        reading = Reading(format.options.model_validate(options), **settings)
+        return PairReader(Table(bad), format, reading, "data.jsonl")
+
+    name = r"its `\w+` holds the lone surrogate '\\ud800', which is not valid Unicode text; remove it, or replace it"
+    with pytest.raises(DataError, match=f"^data.jsonl, row 0: {name}") as caught:
+        list(source().pairs())
+    column = str(caught.value).split("`")[1]
+    assert column in str(bad)
+    str(caught.value).encode()
+    dropping = source(on_bad_row="drop")
+    assert list(dropping.pairs()) == []
+    assert dropping.tally.bad == {"invalid text": 1}

@@ -533,7 +533,8 @@ def test_a_generation_that_stopped_goes_on_where_it_was(compared, sweep, tmp_pat
     partial = tmp_path / "responses" / "sweep0002.jsonl"
     assert len(partial.read_text().splitlines()) == 4
     with partial.open("a") as file:  # of a batch that a killed process wrote in part
-        file.write(partial.read_text().splitlines()[0].replace('"prompt_id": 3', '"prompt_id": 2') + "\n{")
+        row = json.loads(partial.read_text().splitlines()[0])
+        file.write(json.dumps({**row, "prompt_id": 2, "prompt": PROMPTS.conversations[2]}) + "\n{")
     again = generation(tmp_path, policies)
     for policy in compared.policies:
         assert again.responses(policy.name) == compared.responses(policy.name)
@@ -642,6 +643,13 @@ def test_prompts_are_read_once_each(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": " "}')
     with pytest.raises(DataError, match=r"bad.jsonl, row 1: its prompt is empty"):
         read_prompts(str(tmp_path / "bad.jsonl"))
+
+
+def test_prompts_of_helpsteer_keep_their_turns_apart(tmp_path):
+    marked = "Hi\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nWhy?"
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": marked, "response": "Light."}))
+    turns = [*user("Hi"), {"role": "assistant", "content": "Hello."}, *user("Why?")]
+    assert read_prompts(str(tmp_path / "q.jsonl")).conversations == [turns]
 
 
 def test_vllm_is_asked_for_by_name_only_where_it_is_installed(monkeypatch):

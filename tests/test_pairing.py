@@ -12,6 +12,7 @@ from conftest import prepare
 from datasets import Dataset
 from test_formats import ATTRIBUTES, completion, rated, read, reader
 
+from axolotl_mopo.data.rows import DataError
 from axolotl_mopo.data.store import PairStore
 
 
@@ -63,6 +64,76 @@ def test_prepared_rows_are_the_same_for_every_number_of_processes(rows, tokenize
     prepared = [json.dumps(prepare(rows, tokenizer, kind="helpsteer", num_proc=processes)) for processes in (1, 2, 4)]
     assert prepared[0] == prepared[1] == prepared[2]
     assert len(json.loads(prepared[0])) == len(plain_pairs(rows, "helpfulness"))
+
+
+def ultrafeedback_rows(*ratings):
+    """One instruction with a completion for every (helpfulness, overall)."""
+    completions = [completion(f"r{n}", "1", "1", "1", str(h), overall=o) for n, (h, o) in enumerate(ratings)]
+    return [{"instruction": "p", "completions": completions}]
+
+
+def chosen_of(made):
+    return [(pair["chosen"], pair["rejected"]) for pair in made]
+
+
+def test_scores_of_unlike_scales_count_alike_in_a_mean():
+    # Of 1..5 and of 1..10: (5, 1) is 1 and 0, (2, 6) is 0.25 and 0.56, (1, 10) is 0 and 1.
+    rows = ultrafeedback_rows((5, 1.0), (2, 6.0), (1, 10.0))
+    made, tally = read("ultrafeedback", rows, objective=("helpfulness", "overall"))
+    assert chosen_of(made) == [("r0", "r1"), ("r2", "r1")]
+    assert tally.ties == 1  # by their bare mean, r1 would be better than r0, and r2 than both
+    same = read("ultrafeedback", rows, objective=("helpfulness", "overall"), score_scale=(1, 10))[0]
+    assert chosen_of(same) == [("r1", "r0"), ("r2", "r0"), ("r2", "r1")]
+
+
+def test_scores_of_one_scale_are_averaged_as_they_are():
+    rows = [rated(text, *scores) for text, *scores in [("A", 4, 0, 0, 0, 0), ("B", 1, 2, 0, 0, 0)]]
+    assert chosen_of(read("helpsteer", rows, objective=("helpfulness", "correctness"))[0]) == [("A", "B")]
+
+
+def scored(*scores):
+    return [{"prompt": "p", "response": f"r{n}", **dict(zip("xy", each, strict=True))} for n, each in enumerate(scores)]
+
+
+def test_scores_of_unknown_scales_are_standardised_before_they_are_averaged():
+    scores = [(0.0, 300.0), (1.0, 100.0), (0.8, 250.0), (None, 9.0), (0.2, None)]
+    made, tally = read("responses", scored(*scores), objective=("x", "y"))
+    x, y = np.array([0.0, 1.0, 0.8, 0.2]), np.array([300.0, 100.0, 250.0, 9.0])
+    order = [(a - x.mean()) / x.std() + (b - y.mean()) / y.std() for a, b in scores[:3]]
+    expected = [
+        (f"r{i}", f"r{j}") if order[i] > order[j] else (f"r{j}", f"r{i}")
+        for i, j in itertools.combinations(range(3), 2)
+    ]
+    assert chosen_of(made) == expected
+    assert expected[0] == ("r1", "r0")  # and not as the bare sums, which y alone decides
+    assert (tally.rows, tally.unscored) == (5, 2)
+    capped, _ = read("responses", scored(*scores), objective=("x", "y"), max_pairs_per_prompt=2)
+    assert len(capped) == 2
+    assert all(pair in made for pair in capped)
+
+
+def test_responses_that_are_left_out_do_not_count_in_the_units():
+    rows = [{**row, "finished": True} for row in scored((0.0, 3.0), (1.0, 1.0), (2.0, 2.0))]
+    expected, _ = read("responses", rows, objective=("x", "y"))
+    far = {**scored((1e6, -50.0))[0], "finished": False}
+    assert read("responses", [*rows, far], objective=("x", "y"))[0] == expected
+    bad = {**far, "finished": None, "response": " "}
+    made, tally = read("responses", [*rows, bad], objective=("x", "y"), on_bad_row="drop")
+    assert made == expected
+    assert tally.bad == {"empty response": 1}
+
+
+@pytest.mark.parametrize("scores", [[(1.0, 3.0), (1.0, 2.0)], [(1e308, 3.0), (-1e308, 2.0)]])
+def test_a_score_that_has_no_unit_is_refused_in_a_mean_and_not_alone(scores):
+    with pytest.raises(DataError, match=r"data.jsonl: the score x lies between .* for all responses, so it cannot be"):
+        read("responses", scored(*scores), objective=("x", "y"))
+    assert len(read("responses", scored(*scores), objective=("y",))[0]) == 1
+
+
+def test_sums_that_differ_by_rounding_alone_are_a_tie():
+    rows = scored((0.1, 0.3), (0.2, 0.2), (0.3, 0.1))
+    _, tally = read("responses", rows, objective=("x", "y"))
+    assert tally.ties == 3
 
 
 def test_a_store_gives_every_batch_of_rows_its_pairs(rows, tmp_path):

@@ -103,9 +103,54 @@ def test_the_options_of_pairs(tmp_path, rows):
     assert json.loads((tmp_path / "d.jsonl").read_text()) == canonical("a", "b", [{"role": "user", "content": "p"}])
 
 
+def pairs_of(kind, rows, tmp_path, *arguments):
+    """The pairs that the command writes, and what it says."""
+    Dataset.from_list(rows).to_json(tmp_path / "raw.jsonl")
+    output = run("pairs", tmp_path / "raw.jsonl", "--type", kind, "-o", tmp_path / "out.jsonl", *arguments)
+    return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()], output
+
+
+def test_rows_are_chosen_by_the_values_of_their_columns(tmp_path):
+    row = {"prompt": "p", "rejected": "b"}
+    rows = [{**row, "chosen": f"c{n}", "split": split, "n": n} for n, split in enumerate(["val", "train", "val"])]
+    made, output = pairs_of("pairs", rows, tmp_path, "--where", "split=val", "--where", "n=2")
+    assert [pair["chosen"] for pair in made] == ["c2"]
+    assert "1 rows whose `n` is not 2 left out\n1 rows whose `split` is not 'val' left out" in output
+    for wrong in ("split", "=val"):
+        assert "is not COLUMN=VALUE" in run("pairs", "x", "--type", "pairs", "-o", "y", "--where", wrong, fails=True)
+    arguments = ("--type", "pairs", "-o", tmp_path / "out.jsonl", "--where", "spilt=val")
+    output = run("pairs", tmp_path / "raw.jsonl", *arguments, fails=True)
+    assert "`where` names the column spilt, which is not there" in output
+
+
+def test_responses_that_were_cut_off_are_kept_where_one_asks(tmp_path):
+    common = {"prompt": "p", "finished": False}
+    rows = [{**common, "response": f"r{n}", "nice": float(n)} for n in range(3)] + [
+        {**common, "response": f"r{n}", "nice": float(n), "finished": True} for n in (3, 4)
+    ]
+    assert len(pairs_of("responses", rows, tmp_path, "--objective", "nice")[0]) == 1
+    assert len(pairs_of("responses", rows, tmp_path, "--objective", "nice", "--keep-unfinished")[0]) == 10
+
+
+def test_ratings_and_a_ratio_of_votes_are_options_too(tmp_path):
+    Dataset.from_list([rated("A", 1, 2, 3, 4, 0), rated("B", 4, 4, 4, 4, 4)]).to_parquet(tmp_path / "ratings.parquet")
+    row = {"prompt": "Why is the sky blue?", "response_1": "A", "response_2": "B", "preference_strength": -1}
+    made, _ = pairs_of("helpsteer2", [row], tmp_path, "--ratings", str(tmp_path / "ratings.parquet"))
+    assert made[0]["chosen_scores"]["overall"] == 2
+    row = {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}
+    rows = [{**row, "score_ratio": ratio} for ratio in (1.5, 3.0)]
+    made, output = pairs_of("shp", rows, tmp_path, "--min-score-ratio", "2")
+    assert len(made) == 1
+    assert "1 pairs whose score_ratio is below 2 left out" in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ([*HELPFULNESS, "--keep-unfinished"], ["--keep-unfinished has no effect with --type helpsteer"]),
+        ([*HELPFULNESS, "--ratings", "x"], ["--ratings has no effect with --type helpsteer"]),
+        ([*HELPFULNESS, "--min-score-ratio", "2"], ["--min-score-ratio has no effect with --type helpsteer"]),
+        (["--type", "shp", "--min-score-ratio", "0.5"], ["min_score_ratio", "a number of at least 1"]),
         (["--type", "helpsteer"], ["--objective: name what orders the responses", "helpfulness"]),
         (["--type", "helpsteer", "--objective", "beauty"], ["--objective: beauty cannot order the pairs"]),
         (

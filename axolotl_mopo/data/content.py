@@ -1,5 +1,6 @@
 """Names made of the content of local files, which may change while their path stays."""
 
+import glob
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,18 +16,19 @@ def data_digest(entry: Mapping[str, Any]) -> str:
     Raises:
         OSError: where a file cannot be read.
     """
-    return files_digest(file for _, path in data_paths(entry) for file in _files(path))
+    return files_digest(file for path in data_paths(entry) for file in files_at(path))
 
 
-def data_paths(entry: Mapping[str, Any]) -> list[tuple[str, Path]]:
-    """Whatever a data-set entry says that may be a local file or folder, and where it would be.
+def data_paths(entry: Mapping[str, Any]) -> list[Path]:
+    """Whatever a data-set entry says that may be a local file, a folder or a pattern of files.
 
-    The host looks for `data_files` within `path`, where that is a folder.
+    Axolotl looks for `data_files` within `path`, where that is a folder. Ratings that rows are joined with count too.
     """
     given = entry.get("data_files") or []
     folder = Path(entry["path"]) if Path(entry["path"]).is_dir() else Path()
     names = [given] if isinstance(given, str) else given
-    return [(entry["path"], Path(entry["path"])), *((name, folder / name) for name in names)]
+    ratings = [entry["ratings"]] if isinstance(entry.get("ratings"), str) else []
+    return [Path(entry["path"]), *(folder / name for name in names), *map(Path, ratings)]
 
 
 def tokenizer_digest(cfg: Mapping[str, Any]) -> str:
@@ -57,5 +59,10 @@ def files_digest(paths: Iterable[Path]) -> str:
     return hasher.hexdigest()[:32]
 
 
-def _files(path: Path) -> Iterable[Path]:
-    return path.rglob("*") if path.is_dir() else [path]
+def files_at(path: Path) -> list[Path]:
+    """A file, those of a folder and the folders below it, or those that a pattern with `*`, `?` or `[` matches."""
+    if path.is_dir():
+        return sorted(path.rglob("*"))
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))

@@ -10,10 +10,11 @@ import json
 import re
 from collections.abc import Iterable, MutableMapping
 from copy import copy
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from axolotl_mopo.config import (
     ColumnMargin,
@@ -28,7 +29,7 @@ from axolotl_mopo.config import (
     parse_block,
 )
 from axolotl_mopo.data.content import data_digest, data_paths, tokenizer_digest
-from axolotl_mopo.data.files import file_fault
+from axolotl_mopo.data.files import data_fault
 from axolotl_mopo.data.formats import FORMATS, Format
 from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, ScoredOptions
 from axolotl_mopo.data.reading import Reading
@@ -86,7 +87,15 @@ class DataSpec(BaseModel):
     """The host's own key; the host leaves it out of the name of prepared rows."""
     content: tuple[str, str]
     """Names of the local files that the data and the tokenizer are read from; the host knows them by their paths."""
+    reading_version: int = 2
+    """Changes where the same rows and options are read as other examples."""
     version: str = __version__
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _plain(cls, options: Any) -> Any:
+        # Axolotl turns mappings within mappings into a kind of its own, which has every attribute that is asked for.
+        return json.loads(json.dumps(options))
 
     @property
     def key(self) -> str:
@@ -177,15 +186,7 @@ def _spec(
             f"`{where}.score_scale` has no effect with `rl: {block.rl}`, which has no directives; remove it"
         )
     _check_scores(block, data, options, format, where, strategy)
-    try:
-        content = data_digest(entry), tokenizer
-        faults = [
-            f"{name} {fault}" for name, path in data_paths(entry) if (fault := file_fault(path, entry.get("ds_type")))
-        ]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"`{where}` cannot be read: {error}") from None
-    if faults:
-        raise ConfigError(f"`{where}`: {faults[0]}")
+    content = _check_files(entry, where), tokenizer
     return DataSpec(
         where=f"{where} ({entry.get('path')})",
         strategy=strategy,
@@ -196,6 +197,28 @@ def _spec(
         excess_length_strategy=str(cfg.get("excess_length_strategy") or "drop").lower(),
         content=content,
     )
+
+
+def _check_files(entry: MutableMapping[str, Any], where: str) -> str:
+    """Hold local files against what keeps them from being read.
+
+    Returns:
+        A name made of their content.
+    """
+    paths = data_paths(entry)
+    try:
+        digest = data_digest(entry)
+        patterns = [path for path in paths if has_magic(str(path)) and str(path) != entry.get("ratings")]
+        literal = next((path for path in patterns if path.is_file()), None)
+        read = [path for path in paths if not (path.is_dir() and entry.get("data_files"))]
+        fault = next(filter(None, (data_fault(path, entry.get("ds_type")) for path in read)), None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"`{where}` cannot be read: {error}") from None
+    if literal:
+        raise ConfigError(f"`{where}`: Axolotl reads {literal} as a pattern, for its `*`, `?` or `[`; rename the file")
+    if fault:
+        raise ConfigError(f"`{where}`: {fault}")
+    return digest
 
 
 def _check_host_keys(entry: MutableMapping[str, Any], where: str, method: str) -> None:

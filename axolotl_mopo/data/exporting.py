@@ -1,4 +1,4 @@
-"""A raw data set on disk or on the hub -> a file of canonical pairs, and a summary of what became of it."""
+"""A data set -> a file of canonical pairs, and a summary of what became of it."""
 
 import json
 import tempfile
@@ -10,54 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from axolotl_mopo.data.pairing import PairReader
 from axolotl_mopo.data.rows import DataError, PreferencePair, RatedResponse
 from axolotl_mopo.data.tally import Tally
 
-_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 _BATCH = 1000
-
-
-def load_table(
-    source: str,
-    *,
-    split: str = "train",
-    name: str | None = None,
-    data_files: Sequence[str] | None = None,
-    revision: str | None = None,
-) -> Dataset:
-    """Load a local file, a folder (of files, or as `save_to_disk` leaves it) or a data set of the hub.
-
-    Raises:
-        DataError: where it cannot be loaded, saying why.
-    """
-    path = Path(source)
-    saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-    if (path.is_file() or saved) and (name or data_files or revision):
-        raise DataError(f"{source} is a file or a saved data set; it takes no name, data files or revision")
-    try:
-        if path.is_file():
-            kind = next((_KINDS[suffix] for suffix in reversed(path.suffixes) if suffix in _KINDS), None)
-            if kind is None:
-                raise DataError(f"{source}: unknown kind of file; known are {', '.join(_KINDS)}, compressed or not")
-            return load_dataset(kind, data_files=source, split=split)
-        if saved:
-            return _saved_split(load_from_disk(source), source, split)
-        files = list(data_files) if data_files else None
-        return load_dataset(source, name, data_files=files, split=split, revision=revision)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"{source}, split {split}, cannot be loaded: {error}") from error
-
-
-def _saved_split(saved: Dataset | DatasetDict, source: str, split: str) -> Dataset:
-    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
-    if split not in splits:
-        raise DataError(f"{source} has no split {split}; as save_to_disk left it, it has {', '.join(splits)}, whole")
-    return splits[split]
 
 
 def export_pairs(reader: PairReader, output: Path, attributes: Sequence[str] | None) -> None:

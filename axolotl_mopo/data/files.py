@@ -1,36 +1,81 @@
 """Faults of local data files, which the host's loader would report without the file's name or not at all."""
 
 import codecs
+import io
 import json
+import re
+import stat
 from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.utils import infer_compression
+
+from axolotl_mopo.data.content import files_at
 
 _KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _PROBED = 1 << 24
+_LEAST_PROBED = 1 << 16
 _PARQUET = b"PAR1"
+_HIDDEN = re.compile(r"(^|/)(\.|__)")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_BETWEEN_ROWS = re.compile(r"[\s,\[]*")
 
 
-def file_fault(path: Path, kind: str | None = None) -> str | None:
-    """What keeps a file from being read as rows, as far as its first 16 MiB and its end tell; None where nothing does.
+class _RepeatedKeyError(ValueError):
+    """A JSON object that has a key twice."""
+
+
+def data_fault(path: Path, kind: str | None = None) -> str | None:
+    """What keeps a file, a folder's files or those that match a pattern from being read, with the file's name.
+
+    All files together are probed no further than 16 MiB or 64 KiB each, whichever is more.
+
+    Raises:
+        OSError: where one cannot be read at all.
+    """
+    files = files_at(path)
+    if path.is_dir():  # the hidden files in it are not read
+        files = [file for file in files if not _HIDDEN.search(file.relative_to(path).as_posix())]
+    limit = max(_PROBED // max(len(files), 1), _LEAST_PROBED)
+    faults = ((file, file_fault(file, kind, limit)) for file in files)
+    return next((f"{file} {fault}" for file, fault in faults if fault), None)
+
+
+def file_fault(path: Path, kind: str | None = None, limit: int = _PROBED) -> str | None:
+    """What keeps a file from being read as rows, as far as its beginning and its end tell; None where nothing does.
 
     Args:
-        path: of the file; nothing is known of one that does not exist.
-        kind: the host's `ds_type`; what the file's name says where it is None.
+        path: of the file, compressed or not; nothing is known of one that does not exist.
+        kind: Axolotl's `ds_type`; what the file's name says where it is None.
+        limit: how many bytes of its content are read.
 
     Raises:
         OSError: where it cannot be read at all.
     """
-    named = _KINDS.get(path.suffix.lower())
-    if named is None or (kind or named) != named or not path.is_file():
+    if not path.exists() or path.is_dir():
+        return None
+    if not stat.S_ISREG(path.stat().st_mode):
+        return "is a pipe or a device, and not a file; write its content to a file first"
+    compression = infer_compression(path.name)
+    named = _KINDS.get((path.with_suffix("") if compression else path).suffix.lower())
+    if named is None or (kind or named) != named:
         return None
     with path.open("rb") as file:
-        head = file.read(_PROBED)
-        whole = not file.read(1)
-        file.seek(-min(len(head), len(_PARQUET)), 2)
+        try:
+            content = fsspec.compression.compr[compression](file, mode="rb") if compression else file
+            head, whole = content.read(limit), not content.read(1)
+        except Exception as error:  # every kind of compression has errors of its own
+            if compression is None:
+                raise
+            return f"is not a {path.suffix} file, or only a part of one ({error}); copy or download it again"
+        file.seek(-min(file.seek(0, io.SEEK_END), len(_PARQUET)), io.SEEK_END)
         end = file.read()
     if not head.strip():
         return "is empty"
     if named == "parquet":
-        return None if head[:4] == end == _PARQUET else "is no Parquet file, or only a part of one; fetch it again"
+        whole_parquet = compression or head[:4] == end == _PARQUET
+        return None if whole_parquet else "is no Parquet file, or only a part of one; fetch it again"
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head, final=whole)
     except UnicodeDecodeError as error:
@@ -43,7 +88,9 @@ def file_fault(path: Path, kind: str | None = None) -> str | None:
 
 def _json_fault(text: str, whole: bool) -> str | None:
     try:
-        values = json.loads(text, strict=False)  # the host takes line breaks within the strings of an array
+        values = _loads(text, strict=False)  # the host takes line breaks within the strings of an array
+    except _RepeatedKeyError as error:
+        return f"has {error} in line {_line_of_repeated_key(text)}; rename or remove one of them"
     except ValueError as error:
         if text.lstrip().startswith("["):
             return f"is no JSON: {error}; it may have been cut off" if whole else None
@@ -53,7 +100,13 @@ def _json_fault(text: str, whole: bool) -> str | None:
     if not isinstance(values, list):
         values = [values]
     odd = [(index, value) for index, value in enumerate(values) if not isinstance(value, dict)]
-    return f"holds, as row {odd[0][0]}, no JSON object but {odd[0][1]!r:.60}" if odd else None
+    if odd:
+        return f"holds, as row {odd[0][0]}, no JSON object but {odd[0][1]!r:.60}"
+    if _SURROGATE.search(text):
+        for index, value in enumerate(values):
+            if surrogate := _lone_surrogate(value):
+                return f"holds {surrogate} in row {index}, {_NO_TEXT}"
+    return None
 
 
 def _line_fault(text: str, whole: bool) -> str | None:
@@ -62,11 +115,53 @@ def _line_fault(text: str, whole: bool) -> str | None:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = _loads(line)
+        except _RepeatedKeyError as error:
+            return f"has {error} in line {number}; rename or remove one of them"
         except ValueError as error:
             if number == 1 and not whole:
                 return None  # a single value of many lines, perhaps
             return f"is no JSON in line {number}: {error}; mend the line or take it out"
         if not isinstance(value, dict):
             return f"holds, in line {number}, no JSON object but {value!r:.60}"
+        if _SURROGATE.search(line) and (surrogate := _lone_surrogate(value)):
+            return f"holds {surrogate} in line {number}, {_NO_TEXT}"
     return None
+
+
+_NO_TEXT = "which is not valid Unicode text; remove it, or replace it with '\\ufffd'"
+
+
+def _lone_surrogate(value: Any) -> str | None:
+    """What `datasets` refuses without a word of where, or leaves out of the text."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"the lone surrogate {error.object[error.start]!a}"
+    return None
+
+
+def _loads(text: str, strict: bool = True) -> Any:
+    return json.loads(text, strict=strict, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise _RepeatedKeyError(f"the key {repeated!r:.60} twice in one JSON object")
+    return unique
+
+
+def _line_of_repeated_key(text: str) -> int:
+    """The line where the first row with a repeated key begins, in a list of rows or in a single one."""
+    decoder = json.JSONDecoder(strict=False, object_pairs_hook=_unique)
+    start = end = 0
+    try:
+        while between := _BETWEEN_ROWS.match(text, end):
+            start = between.end()
+            _, end = decoder.raw_decode(text, start)
+    except _RepeatedKeyError:
+        pass
+    return text.count("\n", 0, start) + 1

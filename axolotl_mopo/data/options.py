@@ -1,10 +1,20 @@
 """What an entry of `datasets:` may say besides where its data is."""
 
-from typing import Literal, Self
+import math
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from axolotl_mopo.config import Block, Number
+
+
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"a column is compared with one text, number, true or false, not with {value!r:.60}")
+    return value
+
+
+Scalar = Annotated[Any, BeforeValidator(_scalar)]
 
 
 class EntryOptions(Block):
@@ -12,6 +22,9 @@ class EntryOptions(Block):
 
     on_bad_row: Literal["raise", "drop"] = Field("raise", description="raise or drop")
     max_pairs_per_prompt: int | None = Field(None, ge=1, strict=True, description="a whole number of at least 1")
+    where: dict[str, Scalar] | None = Field(
+        None, min_length=1, description="{column: value}; rows whose column has another value are left out"
+    )
 
 
 class ScoredOptions(EntryOptions):
@@ -30,6 +43,7 @@ class PairsOptions(ScoredOptions):
     """The keys of `type: axolotl_mopo.pairs`."""
 
     field_prompt: str | None = Field(None, description="the column of the prompt or its messages")
+    field_system: str | None = Field(None, description="the column of the system message")
     field_chosen: str = Field("chosen", description="the column of the preferred response")
     field_rejected: str = Field("rejected", description="the column of the other response")
     field_chosen_scores: str | None = Field(None, description="a column, or a pattern such as chosen_{}")
@@ -47,3 +61,34 @@ class ObjectiveOptions(ScoredOptions):
         if objective == []:
             raise ValueError("the list is empty; name at least one")
         return objective
+
+
+class ResponsesOptions(ObjectiveOptions):
+    """The keys of `type: axolotl_mopo.responses`."""
+
+    keep_unfinished: bool = Field(
+        False, strict=True, description="true keeps responses that were cut off at the token limit"
+    )
+
+
+class HelpSteer2Options(ObjectiveOptions):
+    """The keys of `type: axolotl_mopo.helpsteer2`."""
+
+    ratings: str | None = Field(
+        None, min_length=1, description="a file, folder or data set of the hub with HelpSteer2's rated responses"
+    )
+    ratings_split: str | None = Field(
+        None, min_length=1, description="the split of `ratings`, such as train+validation; train where omitted"
+    )
+
+    @model_validator(mode="after")
+    def _split_of_something(self) -> Self:
+        if self.ratings_split and not self.ratings:
+            raise ValueError("ratings_split has no effect without ratings; add `ratings` or remove it")
+        return self
+
+
+class SHPOptions(EntryOptions):
+    """The keys of `type: axolotl_mopo.shp`."""
+
+    min_score_ratio: Number | None = Field(None, ge=1, description="a number of at least 1")

@@ -1,12 +1,17 @@
 """The rows of a data set -> preference pairs, in one pass and one order, whatever the number of processes."""
 
+import copy
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from itertools import combinations
+from dataclasses import replace
+from functools import cached_property
+from itertools import combinations, product
 from typing import Any, TypeVar
 
+import numpy as np
 from datasets import Dataset
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from axolotl_mopo.data.formats import Format, PairFunction, ResponsesFunction
@@ -46,7 +51,9 @@ class PairReader:
         check: refuses prompts, by a RowError, for reasons of the run.
 
     Raises:
-        DataError: where no objective says how rated responses are ordered, or one is given for pairs with a label.
+        DataError: where no objective says how rated responses are ordered, or one is given for pairs with a label;
+            where `where` names no column, rows of several splits would be mixed, what the rows are joined with cannot
+            be loaded, or they are not joined with anything.
     """
 
     def __init__(
@@ -67,7 +74,22 @@ class PairReader:
                 f"{where}: its responses are rated and not ordered; name what orders them with objective: one or "
                 f"several of {'its scores' if format.objectives is None else ', '.join(format.objectives)}"
             )
-        self._read = self._labelled if labelled else self._rated
+        self._is_labelled = labelled
+        self._where = (reading.options.where or {}).items()
+        if absent := [name for name, _ in self._where if name not in table.column_names]:
+            raise DataError(
+                f"{where}: `where` names the column {', '.join(absent)}, which is not there; its columns are "
+                f"{', '.join(table.column_names)}"
+            )
+        if not labelled and getattr(reading.options, "ratings", None):
+            raise DataError(f"{where}: its rows are rated themselves, so `ratings` has no effect; remove it")
+        if labelled:
+            self._check_splits()
+            if format.join and reading.joined is None:
+                try:
+                    self.reading = replace(reading, joined=format.join(reading.options))
+                except DataError as error:
+                    raise DataError(f"{where}: {error}") from None
 
     def pairs(self) -> Numbered:
         """The pairs, counted in `tally`.
@@ -81,6 +103,39 @@ class PairReader:
             self.tally.add(pair)
             yield row, pair
 
+    def _read(self) -> Numbered:
+        return self._labelled() if self._is_labelled else self._rated()
+
+    def _twin(self) -> "PairReader":
+        """A reader of the same rows for a pass before this one, with counts of its own."""
+        twin = copy.copy(self)
+        twin.tally = Tally()
+        return twin
+
+    def _check_splits(self) -> None:
+        column = self.format.split_column
+        if column not in self.table.column_names or column in dict(self._where):
+            return
+        batches = self._batches(self.table.select_columns([column]))
+        found = sorted({str(value) for batch in batches for value in batch[column]})
+        if len(found) > 1:
+            raise DataError(
+                f"{self.where}: its rows belong to several splits, {', '.join(found[:9])}, which must not be mixed; "
+                f"name the one to read with where: {{{column}: {found[0]}}} (--where {column}={found[0]})"
+            )
+
+    def _is_left_out(self, row: Row) -> bool:
+        """Whether the entry's own settings leave a row out; counted where they do."""
+        what = next(
+            (f"rows whose `{name}` is not {wanted!r}" for name, wanted in self._where if not _is(row[name], wanted)),
+            None,
+        )
+        if what is None and self.format.left_out:
+            what = self.format.left_out(row, self.reading.options)
+        if what is not None:
+            self.tally.left_out[what] += 1
+        return what is not None
+
     def _labelled(self) -> Numbered:
         assert self.format.read_pair  # noqa: S101 (a format has one of both)
         for number, row in self._rows("Reading pairs"):
@@ -89,24 +144,27 @@ class PairReader:
                 yield number, pair
 
     def _read_labelled(self, read_pair: PairFunction, row: Row) -> PreferencePair | None:
+        if self._is_left_out(row):
+            return None
         pair = read_pair(row, self.reading)
         if pair is None:
             self.tally.ties += 1
             return None
         check_pair(pair)
+        unrated = not (pair.chosen.scores and pair.rejected.scores)
+        if self.reading.joined is not None and (unrated or self.reading.missing(pair)):
+            self.tally.incomplete += 1
+            return None
         self.reading.check_scores(pair)
         if self.check:
             self.check(pair.prompt)
         return pair
 
     def _rated(self) -> Numbered:
-        assert self.format.read_responses  # noqa: S101
         group_column = self.format.group_column
         sizes = self._group_sizes(group_column) if group_column else None
         waiting: dict[int, list[tuple[list[Message], list[RatedResponse]]]] = defaultdict(list)
-        for number, row in self._rows("Reading responses"):
-            prompt, responses = self._guard(number, self._read_rated, self.format.read_responses, row) or ([], [])
-            responses = [response for response in responses if self._guard(number, self._accept, response)]
+        for number, row, prompt, responses in self._responses():
             key = fingerprint(row.get(group_column)) if group_column else number
             waiting[key].append((prompt, responses))
             if sizes is None or len(waiting[key]) == sizes[key]:
@@ -114,7 +172,16 @@ class PairReader:
                 if group:
                     yield from self._compare(number, group[0][0], [r for _, responses in group for r in responses])
 
-    def _read_rated(self, read: ResponsesFunction, row: Row) -> tuple[list[Message], list[RatedResponse]]:
+    def _responses(self) -> Iterator[tuple[int, Row, list[Message], list[RatedResponse]]]:
+        """Every row with its prompt and those of its responses that are neither bad nor left out."""
+        assert self.format.read_responses  # noqa: S101 (a format has one of both)
+        for number, row in self._rows("Reading responses"):
+            prompt, responses = self._guard(number, self._read_rated, self.format.read_responses, row) or ([], [])
+            yield number, row, prompt, [each for each in responses if self._guard(number, self._accept, each)]
+
+    def _read_rated(self, read: ResponsesFunction, row: Row) -> tuple[list[Message], list[RatedResponse]] | None:
+        if self._is_left_out(row):
+            return None
         prompt, responses = read(row)
         check_prompt(prompt)
         if self.check:
@@ -127,10 +194,60 @@ class PairReader:
         self.reading.check_scales(response)
         return True
 
+    @cached_property
+    def _units(self) -> dict[str, tuple[float, float]]:
+        """Where each score of an objective of several has its zero, and how long its unit is, so that they compare.
+
+        Scores of one scale are averaged as they are. Scores of several scales are mapped to 0..1 of their own; where a
+        scale is not known, they are standardised over the responses that are read.
+
+        Raises:
+            DataError: where a score of unknown scale has one value only.
+        """
+        names = self.reading.objective
+        own = getattr(self.reading.options, "score_scale", None)
+        scales = dict.fromkeys(names, own) if own else self.format.scales
+        if any(name not in scales for name in names):
+            return self._standard_units()
+        if len({scales[name] for name in names}) == 1:
+            return dict.fromkeys(names, (0.0, 1.0))
+        return {name: (scales[name][0], scales[name][1] - scales[name][0]) for name in names}
+
+    def _standard_units(self) -> dict[str, tuple[float, float]]:
+        values: dict[str, list[float]] = {name: [] for name in self.reading.objective}
+        for _, _, _, responses in self._twin()._responses():
+            for name, response in product(values, responses):
+                if (value := response.scores.get(name)) is not None:
+                    values[name].append(value)
+        return {name: self._standard_unit(name, np.array(found)) for name, found in values.items() if found}
+
+    def _standard_unit(self, name: str, values: NDArray[np.float64]) -> tuple[float, float]:
+        with np.errstate(over="ignore", invalid="ignore"):
+            zero, unit = float(values.mean()), float(values.std())
+        if values.min() == values.max() or not 0 < unit < np.inf:
+            raise DataError(
+                f"{self.where}: the score {name} lies between {values.min():g} and {values.max():g} for all responses, "
+                "so it cannot be averaged with others in units of its standard deviation; remove it from the objective"
+            )
+        return zero, unit
+
+    def _order(self, response: RatedResponse) -> float | None:
+        """What orders a response: its score, or the mean of several in comparable units."""
+        if len(self.reading.objective) == 1:
+            return response.scores.get(self.reading.objective[0])
+        units = {
+            name: (value - zero) / unit
+            for name, (zero, unit) in self._units.items()
+            if (value := response.scores.get(name)) is not None
+        }
+        value = mean(units, self.reading.objective)
+        # So that two sums that differ by rounding alone remain a tie.
+        return None if value is None else round(value, 9)
+
     def _compare(self, number: int, prompt: list[Message], responses: list[RatedResponse]) -> Numbered:
         """Every two responses to a prompt as a pair, the one with the higher mean score chosen."""
         self.tally.alone += len(responses) == 1
-        rated = [(mean(response.scores, self.reading.objective), response) for response in responses]
+        rated = [(self._order(response), response) for response in responses]
         self.tally.unscored += sum(value is None for value, _ in rated)
         scored = [(value, response) for value, response in rated if value is not None]
         for first, second in combinations(scored, 2):
@@ -149,8 +266,7 @@ class PairReader:
 
     def _capped(self, pairs: Numbered, cap: int) -> Numbered:
         """At most `cap` pairs of each prompt, drawn by the seed and the prompt; a second pass counts them first."""
-        counter = PairReader(self.table, self.format, self.reading, self.where, self.check)
-        sizes = Counter(pair.prompt_key for _, pair in counter._read())
+        sizes = Counter(pair.prompt_key for _, pair in self._twin()._read())
         waiting: dict[int, list[PreferencePair]] = defaultdict(list)
         for number, pair in pairs:
             key = pair.prompt_key
@@ -186,7 +302,7 @@ class PairReader:
                     yield self.tally.rows - 1, dict(zip(batch, values, strict=True))
                 progress.update(self.tally.rows - progress.n)
 
-    def _guard(self, number: int, function: Callable[..., T], *args: Any) -> T | None:
+    def _guard(self, number: int, function: Callable[..., T | None], *args: Any) -> T | None:
         """Call `function`; a bad row is told with data set and number, or counted and left out."""
         try:
             return function(*args)
@@ -197,3 +313,10 @@ class PairReader:
                 ) from None
             self.tally.bad[error.kind] += 1
             return None
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    """Whether a column holds what `where` asks for; a column of texts may hold a number's text, and 1 is not true."""
+    if isinstance(value, str):
+        return value == str(wanted)
+    return isinstance(value, bool) == isinstance(wanted, bool) and value == wanted

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from axolotl_mopo.data.options import EntryOptions, PairsOptions
+from axolotl_mopo.data.options import EntryOptions, HelpSteer2Options, PairsOptions
 from axolotl_mopo.data.rows import PreferencePair, RatedResponse, RowError, rescale
 
 
@@ -20,6 +21,8 @@ class Reading:
     """Where these scores must lie."""
     seed: int = 42
     """Decides which pairs of a prompt are kept where `max_pairs_per_prompt` caps them."""
+    joined: Any = None
+    """What the format's `join` has loaded for the rows to be joined with."""
 
     def missing(self, pair: PreferencePair) -> list[str]:
         """The scores that the pair needs and does not have, each with the side that lacks it."""
@@ -49,10 +52,13 @@ class Reading:
         """
         if missing := self.missing(pair):
             found = sorted({*pair.chosen.scores, *pair.rejected.scores})
-            named = isinstance(self.options, PairsOptions)
+            hints = {
+                PairsOptions: "; name their columns with field_chosen_scores and field_rejected_scores",
+                HelpSteer2Options: "; name the file of the rated responses with ratings",
+            }
             raise RowError(
                 f"it has no score of {'; none of '.join(missing)}; found were {', '.join(found) or 'no scores'}"
-                + ("; name their columns with field_chosen_scores and field_rejected_scores" if named else ""),
+                + hints.get(type(self.options), ""),
                 "missing score",
             )
         self.check_scales(pair.chosen)

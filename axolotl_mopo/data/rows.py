@@ -103,22 +103,42 @@ def check_prompt(prompt: list[Message]) -> None:
     """Refuse a prompt that asks nothing.
 
     Raises:
-        RowError: where it is empty, or its last turn is not the user's.
+        RowError: where it is empty, its last turn is not the user's, or a turn is not valid Unicode text.
     """
     if not prompt or not prompt[-1]["content"].strip():
         raise RowError("its prompt is empty", "empty prompt")
     if prompt[-1]["role"] != "user":
         raise RowError(f"the prompt ends with a turn of role {prompt[-1]['role']!r}; it must end with the user's")
+    for turn in prompt:
+        valid_text(turn["content"], "prompt")
 
 
 def check_response(response: RatedResponse, name: str) -> None:
-    """Refuse a response without a text.
+    """Refuse a response without a text, or with one that is not valid Unicode.
 
     Raises:
         RowError: naming it.
     """
     if not response.text.strip():
         raise RowError(f"its `{name}` is an empty response", "empty response")
+    valid_text(response.text, name)
+
+
+def valid_text(content: str, name: str) -> str:
+    """A text of the column `name`, unchanged. A lone surrogate, as "\\ud800" in JSON gives one, breaks the tokenizer.
+
+    Raises:
+        RowError: where there is one.
+    """
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"its `{name}` holds the lone surrogate {content[error.start]!a}, which is not valid Unicode text; remove "
+            "it, or replace it with '\\ufffd'",
+            "invalid text",
+        ) from None
+    return content
 
 
 def column(row: Row, name: str, hint: str = "") -> Any:
@@ -134,16 +154,16 @@ def column(row: Row, name: str, hint: str = "") -> Any:
     return row[name]
 
 
-def text(row: Row, name: str) -> str:
-    """The string in a column.
+def text(row: Row, name: str, hint: str = "") -> str:
+    """The string in a column; `hint` says how to fix a column that is missing.
 
     Raises:
-        RowError: where there is none.
+        RowError: where there is none, or it is not valid Unicode text.
     """
-    value = column(row, name)
+    value = column(row, name, hint)
     if not isinstance(value, str):
         raise RowError(f"its `{name}` is no string, but {type(value).__name__}")
-    return value
+    return valid_text(value, name)
 
 
 def user(content: str) -> list[Message]:
@@ -154,21 +174,61 @@ def user(content: str) -> list[Message]:
 def messages(value: Any, name: str) -> list[Message]:
     """The turns in a column that holds a string or messages.
 
+    A turn has `role` and `content`, or ShareGPT's `from` and `value`. A content is a string or a list of text parts.
+
     Raises:
-        RowError: where it holds neither.
+        RowError: where it holds neither, or a text is not valid Unicode.
     """
     if isinstance(value, str):
-        return user(value)
+        return user(valid_text(value, name))
     if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
         raise RowError(f"its `{name}` is neither a string nor messages, but {type(value).__name__}")
-    turns = []
-    for turn in value:
-        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-            raise RowError(f"a turn of its `{name}` lacks a `role` or a `content` that is a string: {dict(turn)!r:.99}")
-        # A table stores every key of any row's turns in all of them, as None where a turn has none; and what was text
-        # in a file may have become a date.
-        turns.append(json.loads(json.dumps({k: v for k, v in turn.items() if v is not None}, default=str)))
-    return turns
+    return [_turn(turn, name) for turn in value]
+
+
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user"} | dict.fromkeys(
+    ("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"
+)
+
+
+def _turn(raw: Mapping[str, Any], name: str) -> Message:
+    # A table stores every key of any row's turns in all of them, as None where a turn has none.
+    turn = {key: value for key, value in raw.items() if value is not None}
+    if "role" not in turn and "from" in turn:
+        turn = _from_sharegpt(turn, name)
+    if isinstance(turn.get("content"), list):
+        turn["content"] = _joined_parts(turn["content"], name)
+    if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+        raise RowError(f"a turn of its `{name}` lacks a `role` or a `content` that is a string: {dict(raw)!r:.99}")
+    # What was text in a file may have become a date.
+    written = json.dumps(turn, default=str, ensure_ascii=False)
+    return json.loads(valid_text(written, name))
+
+
+def _from_sharegpt(turn: Message, name: str) -> Message:
+    role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+    if role is None:
+        raise RowError(
+            f"a turn of its `{name}` is from {turn['from']!r:.40}; known are {', '.join(_SHAREGPT_ROLES)}",
+            "unknown role",
+        )
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return rest | {"role": role} | ({"content": turn["value"]} if "value" in turn else {})
+
+
+def _joined_parts(parts: Sequence[Any], name: str) -> str:
+    """The text of a content that is a list of parts."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RowError(
+                f"a turn of its `{name}` holds a part of type {kind!r:.40} that is not a text; only texts are trained "
+                "on",
+                "content that is not text",
+            )
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def score(value: Any) -> float | None:

@@ -20,7 +20,7 @@ from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.pairing import PairReader
 from axolotl_mopo.data.rows import DataError, Message, PreferencePair, RowError, rescale
 from axolotl_mopo.data.store import PairStore
-from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
+from axolotl_mopo.data.tokenizing import ChatRenderer, ControlTokenCount, tokenize
 from axolotl_mopo.margins.rows import row_margins
 
 LOG = get_logger("axolotl.mopo")
@@ -91,18 +91,29 @@ def _columns(data: AMoPOData | MODPOData) -> dict[str, Any]:
 
 
 def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
+    tokenizer = load_tokenizer(cfg)
     try:
-        check = ChatRenderer(load_tokenizer(cfg)).check_roles
+        check = ChatRenderer(tokenizer).check_roles
     except DataError as error:
         raise DataError(f"{spec.where}: {error}") from None
     reader = PairReader(raw_table(cfg, spec), spec.format, spec.reading, spec.where, check)
     folder = Path(cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH)
-    store = PairStore.write(reader.pairs(), folder)
+    control_tokens = ControlTokenCount(tokenizer)
+    store = PairStore.write(control_tokens.watch(reader.pairs()), folder)
     tally = reader.tally
     LOG.info("%s: %s.", spec.where, "; ".join(tally.lines()))
     if not tally.pairs:
         mend = ", or order them by another `objective`" if "objective" in spec.options else ""
         raise DataError(f"{spec.where}: no pair could be made of it: {'; '.join(tally.lines())}; mend the rows{mend}")
+    if control_tokens.pairs:
+        LOG.warning(
+            "%s: %s pairs contain control tokens of the tokenizer as text (%s), the first of them in row %d. They are "
+            "trained on as control tokens; replace them in the data unless you mean that.",
+            spec.where,
+            f"{control_tokens.pairs:,}",
+            ", ".join(f"{token} in {count:,}" for token, count in control_tokens.found.most_common(9)),
+            control_tokens.first_row,
+        )
     below = {name: tally.below(name) for name in tally.names}
     LOG.info(
         "%s: the chosen response scores lower than the rejected one on %s.",

@@ -30,6 +30,8 @@ class Tally:
     empty: int = 0
     """Rows of rated data without a response."""
     capped: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Rows that the entry's own settings leave out, by what they are."""
     bad: Counter[str] = field(default_factory=Counter)
     """Rows (of rated data: responses) that were dropped, by what was wrong with them."""
     _keys: array = field(default_factory=lambda: array("q"))
@@ -92,6 +94,7 @@ class Tally:
         counts = [
             (True, f"{self.rows:,} rows read"),
             (True, f"{self.pairs:,} pairs made"),
+            *((count, f"{count:,} {what} left out") for what, count in self.left_out.most_common()),
             (self.ties, f"{self.ties:,} ties left out"),
             (self.unscored, f"{self.unscored:,} responses without a score that orders them left out"),
             (self.incomplete, f"{self.incomplete:,} pairs without a score that is needed left out"),

@@ -1,11 +1,13 @@
 """Conversations -> text -> token ids, through the tokenizer's own chat template."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from axolotl_mopo.data.chat_templates import check_chat_template
-from axolotl_mopo.data.rows import DataError, Message, RowError
+from axolotl_mopo.data.rows import DataError, Message, PreferencePair, RowError
 
 
 class ChatRenderer:
@@ -99,6 +101,42 @@ def render_chat(
         raise RowError(
             f"the chat template refuses a conversation of the roles {roles}: {str(error) or repr(error)}"
         ) from None
+
+
+class ControlTokenCount:
+    """Counts the pairs whose texts contain a control token of the tokenizer, such as its end-of-turn token.
+
+    The tokenizer does not tell such a text from the token that the chat template writes.
+
+    Args:
+        tokenizer: the run's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._pattern = _any_of({*added, *tokenizer.all_special_tokens} - {""})
+        self.pairs = 0
+        self.first_row: int | None = None
+        self.found: Counter[str] = Counter()
+        """In how many pairs each token stands."""
+
+    def watch(self, pairs: Iterable[tuple[int, PreferencePair]]) -> Iterator[tuple[int, PreferencePair]]:
+        """The pairs, unchanged; counted while they pass."""
+        for number, pair in pairs:
+            texts = (*(turn["content"] for turn in pair.prompt), pair.chosen.text, pair.rejected.text)
+            if found := {token for text in texts for token in self._pattern.findall(text)}:
+                self.pairs += 1
+                self.found.update(found)
+                self.first_row = number if self.first_row is None else self.first_row
+            yield number, pair
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for the longest of some texts; those that begin alike share a branch, since there may be hundreds."""
+    branches: dict[str, list[str]] = {}
+    for token in sorted(tokens, key=len, reverse=True):
+        branches.setdefault(token[:2], []).append(re.escape(token[2:]))
+    return re.compile("|".join(f"{re.escape(head)}(?:{'|'.join(rest)})" for head, rest in branches.items()) or "(?!)")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:

@@ -35,6 +35,7 @@ from axolotl_mopo.engine.scoring import Scorer
 from axolotl_mopo.engine.trees import Pair
 from axolotl_mopo.front.records import Sampling
 from axolotl_mopo.margins.adapters import with_adapter
+from axolotl_mopo.margins.loading import readable_weights
 
 _LOGITS_BUDGET = 1.5 * 2**30
 
@@ -56,7 +57,8 @@ class Models:
         """The model of a folder or of the hub; another one is freed."""
         if path != self._path:
             self.free()
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
+            with readable_weights(path):
+                model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
             self._model = model.to(self.device).eval()
             self._path = path
         return self._model

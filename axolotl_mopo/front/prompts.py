@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from axolotl_mopo.data.exporting import load_table
-from axolotl_mopo.data.rows import DataError, Message, RowError, check_prompt, column, fingerprint, messages
+from axolotl_mopo.data.rows import DataError, Message, RowError, check_prompt, column, fingerprint, messages, valid_text
+from axolotl_mopo.data.tables import load_table
+from axolotl_mopo.data.turns import marked_turns
 
 _FIELDS = ("prompt", "messages", "question", "instruction")
 
@@ -55,7 +57,7 @@ def read_prompts(
     seen, conversations, repeated = set(), [], 0
     for number, value in enumerate(table[chosen]):
         try:
-            conversation = messages(column({chosen: value}, chosen), chosen)
+            conversation = _conversation(column({chosen: value}, chosen), chosen)
             check_prompt(conversation)
         except RowError as error:
             raise DataError(f"{source}, row {number}: {error}") from None
@@ -70,3 +72,8 @@ def read_prompts(
     if not conversations:
         raise DataError(f"{source} has no prompts")
     return Prompts(source, conversations, repeated)
+
+
+def _conversation(value: Any, name: str) -> list[Message]:
+    """The turns of a prompt; HelpSteer's are marked inside a string."""
+    return marked_turns(valid_text(value, name)) if isinstance(value, str) else messages(value, name)

@@ -2,9 +2,18 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from axolotl_mopo.data.formats import general, labelled, rated
-from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, PairsOptions, ScoredOptions
+from axolotl_mopo.data.formats import general, joined, labelled, rated
+from axolotl_mopo.data.options import (
+    EntryOptions,
+    HelpSteer2Options,
+    ObjectiveOptions,
+    PairsOptions,
+    ResponsesOptions,
+    ScoredOptions,
+    SHPOptions,
+)
 from axolotl_mopo.data.reading import Reading
 from axolotl_mopo.data.rows import Message, PreferencePair, RatedResponse, Row
 
@@ -13,6 +22,9 @@ PairFunction = Callable[[Row, Reading], PreferencePair | None]
 
 ResponsesFunction = Callable[[Row], tuple[list[Message], list[RatedResponse]]]
 """Reads a prompt and its rated responses."""
+
+FilterFunction = Callable[[Row, Any], str | None]
+"""Says of a row, by the entry's options, what it is counted as where it is left out; None where it is kept."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,12 @@ class Format:
     """The prompt's column where the rated responses of a prompt stand in several rows."""
     scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """The lowest and the highest value of every score that the data is known to hold; empty where any is possible."""
+    left_out: FilterFunction | None = None
+    """Leaves rows out before they are read."""
+    split_column: str | None = None
+    """The column of labelled rows that says which split a row belongs to; rows of several splits are not mixed."""
+    join: Callable[[Any], Any] | None = None
+    """Loads, by the entry's options, what labelled rows are joined with; None where there is nothing to join."""
     objectives: tuple[str, ...] | None = ()
     """What may order the pairs; empty where the data's own label does, None where any score may."""
 
@@ -67,11 +85,13 @@ FORMATS: dict[str, Format] = {
         objectives=tuple(_HELPSTEER),
     ),
     "helpsteer2": Format(
-        ObjectiveOptions,
+        HelpSteer2Options,
         labelled.read_helpsteer2_preference,
         rated.read_helpsteer,
         label_column="preference_strength",
         group_column="prompt",
+        split_column="split",
+        join=joined.load_ratings,
         scales=_HELPSTEER,
         objectives=tuple(_HELPSTEER),
     ),
@@ -82,17 +102,24 @@ FORMATS: dict[str, Format] = {
         scales=_ULTRAFEEDBACK,
         objectives=tuple(_ULTRAFEEDBACK),
     ),
-    "responses": Format(ObjectiveOptions, read_responses=rated.read_responses, group_column="prompt", objectives=None),
+    "responses": Format(
+        ResponsesOptions,
+        read_responses=rated.read_responses,
+        group_column="prompt",
+        left_out=rated.unfinished,
+        objectives=None,
+    ),
     "safe_rlhf": Format(
         ObjectiveOptions,
         labelled.read_safe_rlhf,
-        scales=dict.fromkeys(labelled.SAFE_RLHF_SCORES, (0.0, 1.0)),
+        scales=labelled.SAFE_RLHF_SCALES,
         objectives=("better", "safer"),
     ),
     "hh_rlhf": Format(EntryOptions, labelled.read_hh_rlhf),
-    "shp": Format(EntryOptions, labelled.read_shp),
+    "shp": Format(SHPOptions, labelled.read_shp, left_out=labelled.below_score_ratio),
+    "arena": Format(EntryOptions, labelled.read_arena),
     "stack_exchange_paired": Format(EntryOptions, labelled.read_stack_exchange),
     "summarize_from_feedback": Format(EntryOptions, labelled.read_summaries),
 }
 
-__all__ = ["FORMATS", "Format", "PairFunction", "ResponsesFunction"]
+__all__ = ["FORMATS", "FilterFunction", "Format", "PairFunction", "ResponsesFunction"]

@@ -5,13 +5,30 @@ from typing import Any, cast
 
 from axolotl_mopo.data.options import PairsOptions
 from axolotl_mopo.data.reading import Reading
-from axolotl_mopo.data.rows import Message, PreferencePair, RatedResponse, Row, RowError, column, messages, score
+from axolotl_mopo.data.rows import (
+    Message,
+    PreferencePair,
+    RatedResponse,
+    Row,
+    RowError,
+    column,
+    messages,
+    score,
+    text,
+    valid_text,
+)
+
+_PROMPTS = ("prompt", "messages")
+"""The columns that hold a prompt, the first one before the second."""
+_QUESTIONS = ("question", "instruction")
+"""The columns that hold it where neither of those is there."""
 
 
 def read_pair(row: Row, reading: Reading) -> PreferencePair:
     """A prompt or messages, a chosen and a rejected response, and scores, flat or nested.
 
-    A response is a string, a message, or messages that end with it and may begin with the prompt.
+    A response is a string, a message, or messages that end with it and may begin with the prompt. A system message may
+    stand in a column of its own.
 
     Raises:
         RowError: where a field is missing or has no usable value.
@@ -19,40 +36,80 @@ def read_pair(row: Row, reading: Reading) -> PreferencePair:
     options = cast(PairsOptions, reading.options)
     before_chosen, chosen = _response(row, options.field_chosen, "field_chosen")
     before_rejected, rejected = _response(row, options.field_rejected, "field_rejected")
-    prompt = _prompt(row, options)
+    name = options.field_prompt or _prompt_column(row, with_questions=not (before_chosen or before_rejected))
+    prompt = None if name is None else column(row, name, "; name the right one with field_prompt")
+    turns = None if name is None else messages(prompt, name)
     for side, before in ((options.field_chosen, before_chosen), (options.field_rejected, before_rejected)):
-        if before and prompt is None:
-            prompt = before
-        if before and before != prompt:
+        if before and (turns is None or (isinstance(prompt, str) and _is_asked_in(prompt, before))):
+            turns, prompt = before, None
+        if before and before != turns:
             raise RowError(
                 f"the turns of `{side}` before its last one are not the prompt; both must be the same",
                 "two different prompts",
             )
-    if prompt is None:
+    if turns is None:
         raise RowError(
-            f"it has no prompt: neither a column `prompt` or `messages`, nor turns before the responses; its columns "
-            f"are {', '.join(row)}; name the prompt's with field_prompt",
+            f"it has no prompt: neither a column {' or '.join(f'`{known}`' for known in _PROMPTS + _QUESTIONS)}, nor "
+            f"turns before the responses; its columns are {', '.join(row)}; name the prompt's with field_prompt",
             "missing column",
         )
     return PreferencePair(
-        prompt,
+        _with_system(turns, _system(row, options)),
         RatedResponse(chosen, _scores(row, options.field_chosen_scores, options.field_chosen)),
         RatedResponse(rejected, _scores(row, options.field_rejected_scores, options.field_rejected)),
     )
 
 
-def _prompt(row: Row, options: PairsOptions) -> list[Message] | None:
-    name = options.field_prompt or next((name for name in ("prompt", "messages") if row.get(name) is not None), None)
-    if name is None:
-        return None
-    return messages(column(row, name, "; name the right one with field_prompt"), name)
+def _prompt_column(row: Row, with_questions: bool) -> str | None:
+    for name in _PROMPTS:
+        if row.get(name) is not None:
+            return name
+    found = [name for name in _QUESTIONS if row.get(name) is not None] if with_questions else []
+    # An `input` beside an `instruction` is a part of the prompt that would be lost.
+    others = [*found[1:], *(["input"] if found and row.get("input") else [])]
+    if any(row[name] != row[found[0]] for name in others):
+        raise RowError(
+            f"its prompt may be in {' or '.join(f'`{name}`' for name in [found[0], *others])}; name its column with "
+            "field_prompt",
+            "more than one prompt",
+        )
+    return found[0] if found else None
+
+
+def _is_asked_in(question: str, turns: list[Message]) -> bool:
+    """Whether a prompt that is a string is the first or the last of the user's turns."""
+    asked = [turn["content"].strip() for turn in turns if turn["role"] == "user"]
+    return question.strip() in (asked[:1] + asked[-1:])
+
+
+def _system(row: Row, options: PairsOptions) -> str:
+    """The system message in a column of its own; empty where there is none."""
+    if options.field_system is None:
+        value = row.get("system")
+        return valid_text(value, "system") if isinstance(value, str) else ""
+    if options.field_system in row and row[options.field_system] is None:
+        return ""
+    return text(row, options.field_system, "; name the right one with field_system")
+
+
+def _with_system(prompt: list[Message], system: str) -> list[Message]:
+    if not system.strip():
+        return prompt
+    if prompt and prompt[0]["role"] == "system":
+        if prompt[0]["content"].strip() != system.strip():
+            raise RowError(
+                "its prompt begins with a system message other than the one in the system column; keep one of them",
+                "two system messages",
+            )
+        return prompt
+    return [{"role": "system", "content": system}, *prompt]
 
 
 def _response(row: Row, name: str, option: str) -> tuple[list[Message], str]:
     """The turns before the response, if the column holds them, and the response's text."""
     value = column(row, name, f"; name the right one with {option}")
     if isinstance(value, str):
-        return [], value
+        return [], valid_text(value, name)
     *before, last = messages([value] if isinstance(value, Mapping) else value, name) or [{}]
     if last.get("role") != "assistant":
         raise RowError(f"its `{name}` must end with a turn of role 'assistant', not {last.get('role')!r}")
@@ -63,7 +120,10 @@ def _scores(row: Row, field: str | None, side: str) -> dict[str, float | None]:
     nested_by_default = f"{side}_scores"
     if field is None and nested_by_default not in row:
         # Among chosen_helpfulness and the like there may be a chosen_model: only numbers are scores here.
-        return {name: value for name, value in _flat_scores(row, f"{side}_", "").items() if value is not None}
+        flat: dict[str, float | None] = {
+            name: value for name, value in _flat_scores(row, f"{side}_", "").items() if value is not None
+        }
+        return _with_overall(flat, row, side)
     pattern = field or nested_by_default
     if "{}" in pattern:
         scores = _flat_scores(row, *pattern.split("{}", 1))
@@ -74,6 +134,20 @@ def _scores(row: Row, field: str | None, side: str) -> dict[str, float | None]:
     if nested is not None and not isinstance(nested, Mapping):
         raise RowError(f"its `{pattern}` is no mapping of names to scores, but {type(nested).__name__}")
     return {name: score(value) for name, value in (nested or {}).items()}
+
+
+def _with_overall(scores: dict[str, float | None], row: Row, side: str) -> dict[str, float | None]:
+    """The scores, and the one in a column such as `score_chosen`, whose name is `score`."""
+    value = score(row.get(f"score_{side}"))
+    if value is None:
+        return scores
+    if scores.get("score", value) != value:
+        raise RowError(
+            f"its `score_{side}` and its `{side}_score` are two different scores; name one of both with "
+            "field_chosen_scores and field_rejected_scores",
+            "two different scores",
+        )
+    return scores | {"score": value}
 
 
 def _flat_scores(row: Row, head: str, tail: str) -> dict[str, float | None]:

@@ -3,6 +3,9 @@
 import re
 from collections.abc import Mapping, Sequence
 
+from axolotl_mopo.data.formats.joined import rating_key
+from axolotl_mopo.data.formats.rated import HELPSTEER_ATTRIBUTES, helpsteer_scores
+from axolotl_mopo.data.options import SHPOptions
 from axolotl_mopo.data.reading import Reading
 from axolotl_mopo.data.rows import (
     Message,
@@ -19,12 +22,16 @@ from axolotl_mopo.data.rows import (
 )
 from axolotl_mopo.data.turns import marked_turns
 
-SAFE_RLHF_SCORES = ("better", "safer", "safe")
+SAFE_RLHF_SCALES = {"better": (0.0, 1.0), "safer": (0.0, 1.0), "safe": (0.0, 1.0), "severity_level": (0.0, 3.0)}
 
 
 def read_amopo(row: Row, reading: Reading) -> PreferencePair:
-    """The AMoPO authors' file: each side is a mapping of `response` and its scores, which are strings there."""
-    prompt = messages(column(row, "prompt"), "prompt")
+    """The AMoPO authors' file: each side is a mapping of `response` and its scores, which are strings there.
+
+    Its prompts are HelpSteer2's, so turns may be marked inside the string.
+    """
+    prompt = column(row, "prompt")
+    turns = marked_turns(text(row, "prompt")) if isinstance(prompt, str) else messages(prompt, "prompt")
     sides = []
     for name in ("chosen", "rejected"):
         side = column(row, name)
@@ -32,31 +39,59 @@ def read_amopo(row: Row, reading: Reading) -> PreferencePair:
             raise RowError(f"its `{name}` is no mapping of a `response` and scores, but {type(side).__name__}")
         scores = {key: score(value) for key, value in side.items() if key != "response"}
         sides.append(RatedResponse(text(side, "response"), scores))
-    return PreferencePair(prompt, *sides)
+    return PreferencePair(turns, *sides)
 
 
 def read_helpsteer2_preference(row: Row, reading: Reading) -> PreferencePair | None:
-    """HelpSteer2's preference part: `preference_strength` from -3 to 3, below 0 where the first is better."""
-    prompt = marked_turns(text(row, "prompt"))
-    return _by_sign(prompt, row, "response_1", "response_2", "preference_strength")
+    """HelpSteer2's preference part: `preference_strength` from -3 to 3, below 0 where the first is better.
+
+    Its ratings come from another file that it is joined with, or from columns such as `helpfulness_1`; else there are
+    no scores.
+    """
+    prompt = text(row, "prompt")
+    turns = marked_turns(prompt)
+    first_is_better = _first_is_better(row, "preference_strength")
+    if first_is_better is None:
+        return None
+    own = [name for name in row if name in _RATED_COLUMNS]
+    if own and reading.joined is not None:
+        raise RowError(f"it holds ratings itself, in `{own[0]}`; remove `ratings` from the entry")
+    responses = []
+    for number in (1, 2):
+        response = text(row, f"response_{number}")
+        scores = helpsteer_scores(row, f"_{number}") if own else {}
+        if reading.joined is not None:
+            scores = reading.joined.get(rating_key(prompt, response), {})
+        responses.append(RatedResponse(response, scores))
+    return _ordered(turns, *responses, first_is_chosen=first_is_better)
+
+
+_RATED_COLUMNS = frozenset(f"{name}_{number}" for name in HELPSTEER_ATTRIBUTES for number in (1, 2))
 
 
 def read_helpsteer3(row: Row, reading: Reading) -> PreferencePair | None:
     """HelpSteer3's preference part: `overall_preference` from -3 to 3, below 0 where the first is better."""
     prompt = messages(column(row, "context"), "context")
-    return _by_sign(prompt, row, "response1", "response2", "overall_preference")
+    first_is_better = _first_is_better(row, "overall_preference")
+    if first_is_better is None:
+        return None
+    responses = [RatedResponse(text(row, name), {}) for name in ("response1", "response2")]
+    return _ordered(prompt, *responses, first_is_chosen=first_is_better)
 
 
 def read_safe_rlhf(row: Row, reading: Reading) -> PreferencePair:
     """PKU-SafeRLHF: the objective, `better` or `safer`, picks the label.
 
-    A response's scores are 1 or 0: whether it is the `better`, the `safer` one, and whether it is `safe`.
+    A response's scores are 1 or 0: whether it is the `better`, the `safer` one, and whether it is `safe`; and its
+    `severity_level`, 0 to 3, where the columns are there: a higher one is worse.
     """
     first_is = {name: choice(row, f"{name}_response_id", 0, 1) for name in ("better", "safer")}
     responses = []
     for index in (0, 1):
         scores: dict[str, float | None] = {name: float(first == (index == 0)) for name, first in first_is.items()}
         scores["safe"] = score(row.get(f"is_response_{index}_safe"))
+        if (severity := f"response_{index}_severity_level") in row:
+            scores["severity_level"] = score(row[severity])
         responses.append(RatedResponse(text(row, f"response_{index}"), scores))
     (objective,) = reading.objective
     return _ordered(user(text(row, "prompt")), *responses, first_is_chosen=first_is[objective])
@@ -85,6 +120,40 @@ def read_shp(row: Row, reading: Reading) -> PreferencePair:
     return _ordered(user(text(row, "history")), first, second, first_is_chosen=choice(row, "labels", 1, 0))
 
 
+def below_score_ratio(row: Row, options: SHPOptions) -> str | None:
+    """Leaves out a pair whose votes are closer than the entry's `min_score_ratio` allows.
+
+    Raises:
+        RowError: where one is asked for and the row has no `score_ratio` that is a number.
+    """
+    if options.min_score_ratio is None:
+        return None
+    ratio = score(column(row, "score_ratio"))
+    if ratio is None:
+        raise RowError(f"its `score_ratio` is {row['score_ratio']!r:.60}, not a number", "unknown label")
+    least = options.min_score_ratio
+    return f"pairs whose score_ratio is below {least:g}" if ratio < least else None
+
+
+_ARENA_TIES = ("tie", "tie (bothbad)", "both_bad")
+
+
+def read_arena(row: Row, reading: Reading) -> PreferencePair | None:
+    """Chatbot Arena: two conversations, of which `winner` names the better one; their last turns are the responses."""
+    if column(row, "winner") in _ARENA_TIES:
+        return None
+    prompts, responses = [], []
+    for name in ("conversation_a", "conversation_b"):
+        *turns, last = messages(column(row, name), name) or [{}]
+        if last.get("role") != "assistant":
+            raise RowError(f"its `{name}` does not end with an assistant's turn")
+        prompts.append(turns)
+        responses.append(RatedResponse(last["content"], {}))
+    if prompts[0] != prompts[1]:
+        raise RowError("its two conversations differ before their last turn", "two different prompts")
+    return _ordered(prompts[0], *responses, first_is_chosen=choice(row, "winner", "model_a", "model_b"))
+
+
 def read_stack_exchange(row: Row, reading: Reading) -> PreferencePair:
     """Stack Exchange, paired: `response_j` is the preferred one."""
     chosen, rejected = (RatedResponse(text(row, f"response_{name}"), {}) for name in "jk")
@@ -106,14 +175,12 @@ def read_summaries(row: Row, reading: Reading) -> PreferencePair:
     return _ordered(user(post), first, second, first_is_chosen=choice(row, "choice", 0, 1))
 
 
-def _by_sign(prompt: list[Message], row: Row, first: str, second: str, label: str) -> PreferencePair | None:
+def _first_is_better(row: Row, label: str) -> bool | None:
+    """Whether the sign of a label says that the first response is the better one; None for a tie."""
     strength = score(column(row, label))
     if strength is None:
         raise RowError(f"its `{label}` is {row[label]!r}, not a number", "unknown label")
-    if strength == 0:
-        return None
-    responses = [RatedResponse(text(row, name), {}) for name in (first, second)]
-    return _ordered(prompt, *responses, first_is_chosen=strength < 0)
+    return strength < 0 if strength else None
 
 
 def _ordered(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from axolotl_mopo.data.options import ResponsesOptions
 from axolotl_mopo.data.rows import Message, RatedResponse, Row, RowError, column, messages, score, text, user
 from axolotl_mopo.data.turns import marked_turns
 
@@ -15,16 +16,32 @@ RESPONSE_COLUMNS = ("prompt_id", "sample", "prompt", "response", "token_ids", "f
 
 
 def read_helpsteer(row: Row) -> tuple[list[Message], list[RatedResponse]]:
-    """HelpSteer and HelpSteer2: a row is one response; `overall` is the mean of the five attributes."""
-    scores = {name: score(row.get(name)) for name in HELPSTEER_ATTRIBUTES}
-    response = RatedResponse(text(row, "response"), scores | {OVERALL: mean(scores, HELPSTEER_ATTRIBUTES)})
-    return marked_turns(text(row, "prompt")), [response]
+    """HelpSteer and HelpSteer2: a row is one response."""
+    return marked_turns(text(row, "prompt")), [RatedResponse(text(row, "response"), helpsteer_scores(row))]
+
+
+def helpsteer_scores(row: Row, suffix: str = "") -> dict[str, float | None]:
+    """The five attributes of a response, in columns whose names end with `suffix`, and `overall`, their mean."""
+    scores = {name: score(row.get(f"{name}{suffix}")) for name in HELPSTEER_ATTRIBUTES}
+    return scores | {OVERALL: mean(scores, HELPSTEER_ATTRIBUTES)}
 
 
 def read_responses(row: Row) -> tuple[list[Message], list[RatedResponse]]:
     """What `axolotl mopo score` leaves: a row is one response, and every column of numbers that is not ours a score."""
     scores = {name: score(value) for name, value in row.items() if name not in RESPONSE_COLUMNS}
     return messages(column(row, "prompt"), "prompt"), [RatedResponse(text(row, "response"), scores)]
+
+
+def unfinished(row: Row, options: ResponsesOptions) -> str | None:
+    """Leaves out a response that was cut off at the token limit: it would be trained on with an end-of-turn token.
+
+    Raises:
+        RowError: where `finished` is neither true nor false.
+    """
+    finished = row.get("finished")
+    if finished is not None and not isinstance(finished, bool):
+        raise RowError(f"its `finished` is {finished!r:.60}; it must be true or false", "unknown label")
+    return "responses that were cut off" if finished is False and not options.keep_unfinished else None
 
 
 def read_ultrafeedback(row: Row) -> tuple[list[Message], list[RatedResponse]]:
