@@ -12,6 +12,7 @@ from pydantic import ConfigDict
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_mopo.config import ConfigError
+from axolotl_mopo.files import Folder
 from axolotl_mopo.records import Record, read_record
 
 FILE_NAME = "modpo_start.json"
@@ -55,5 +56,5 @@ class StartCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The checkpoint is complete."""
         if state.is_world_process_zero:
-            path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE_NAME
-            path.write_text(json.dumps(self.trainer.start, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(self.trainer.start, indent=2) + "\n"
+            Folder(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}").write(FILE_NAME, text.encode())
