@@ -155,7 +155,8 @@ def test_modpo_from_prompts_and_two_reward_models_alone(tmp_path, tokenizer):
     ]
     axolotl("mopo", "score", drawn, *(part for scorer in scorers for part in ("--scorer", scorer)))
     pairs = tmp_path / "pairs.jsonl"
-    arguments = ("--type", "responses", "--objective", "helpful", "--attributes", "helpful,harmless", "--output", pairs)
+    attributes = ("--attributes", "helpful,harmless", "--keep-unfinished")  # a tiny model never ends its turn
+    arguments = ("--type", "responses", "--objective", "helpful", *attributes, "--output", pairs)
     summary = axolotl("mopo", "pairs", drawn / "responses" / "base.jsonl", *arguments)
     assert "36 rows read" in summary
     assert "How often two orders agree" in summary
