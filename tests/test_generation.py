@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, SMOKE, build_model, save_adapter, save_reward_model
 from peft import PeftModel
+from test_received import tree
+from test_security import Seen
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -373,6 +375,25 @@ def test_a_manifest_without_dimensions_is_named(base, tmp_path):
     with pytest.raises(ConfigError, match=r"mopo.json: `dimensions`: field required"):
         generation(tmp_path / "out", find_policies([str(run)]))
     assert not (tmp_path / "out").exists()
+
+
+def test_generating_touches_nothing_but_its_folder(base, sweep, tmp_path):
+    runs = base.parent
+
+    def state():
+        return tree(runs), {path: path.lstat().st_mtime_ns for path in runs.rglob("*")}
+
+    before, seen = state(), Seen()
+    with seen:
+        generation(tmp_path / "out", find_policies([str(sweep)]))
+    assert state() == before
+    assert seen.called == []
+    absolute = {path for path in seen.written if path.startswith("/")}
+    assert {path for path in absolute if not path.startswith((str(tmp_path / "out"), "/dev/"))} == set()
+    assert not any(path.startswith("-") for path in seen.written)  # every kept number is of a model that has a name
+    made = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    names = ("sweep0001", "sweep0002", "reference")
+    assert made == {".lock", "comparison.json", *(f"responses/{name}.jsonl" for name in names)}
 
 
 def test_a_likeliest_response_is_asked_for_once(base, sweep, tmp_path):

@@ -65,6 +65,7 @@ class Generation:
             require_weights(policy.whole, policy.name)
             self._check_stops(policy, self.engine.check(policy, _tokenizer(policy.tokenizer)))
         policies = [replace(policy, digest=model_digest(policy.path)) for policy in policies]
+        reference = policies[-1] if reference else None
         asked = {policy.name: self._asked(policy) for policy in policies}
         with Comparison.opened(self.folder) as comparison:
             self._agree(comparison, policies, reference)
