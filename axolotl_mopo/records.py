@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
 from axolotl_mopo.config import BLOCKS, ConfigError, DimensionsBlock
 from axolotl_mopo.files import read_file
@@ -74,7 +74,7 @@ class AdapterConfig(Record):
     rank_pattern: dict[str, PositiveInt] | None = None
     alpha_pattern: dict[str, float] | None = None
     init_lora_weights: bool | str | None = None
-    layer_replication: list[tuple[int, int]] | None = None
+    layer_replication: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = None
     megatron_config: None = None
 
 

@@ -84,16 +84,17 @@ def test_a_chat_template_is_tried_once_and_leaves_no_process(tokenizer, monkeypa
     forks, fork = [], os.fork
 
     def counted():
-        forks.append(1)
-        return fork()
+        forks.append(fork())
+        return forks[-1]
 
     monkeypatch.setattr(os, "fork", counted)
     own = with_template(tokenizer, tokenizer.chat_template + "{# another #}")
     for _ in range(3):
         assert ChatRenderer(own).prompt(QUESTION) == ChatRenderer(tokenizer).prompt(QUESTION)
     assert len(forks) <= 2
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    for child in forks:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(child, os.WNOHANG)
 
 
 def test_a_chat_template_is_rendered_where_no_process_can_be_made(tokenizer, monkeypatch):
@@ -199,7 +200,7 @@ def test_a_function_that_ends_the_program_is_an_error(module):
         import_function("ends_at_import:f")
     module("ends_when_called", "import sys\ndef f(prompts, responses):\n    sys.exit()\n")
     rewards = function_rewards(CallableMargin(source="callable", function="ends_when_called:f"))
-    with pytest.raises(DataError, match=r"ends_when_called:f, .* of row 3 the first, raised SystemExit\(\)"):
+    with pytest.raises(DataError, match=r"ends_when_called:f, .* of row 3 the first, raised SystemExit\(0?\)"):
         rewards([QUESTION], ["x"], [3])
 
 
