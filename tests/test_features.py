@@ -107,14 +107,7 @@ def test_dora_trains_its_magnitudes(build, method):
     magnitudes = {name for name in before if "lora_magnitude_vector" in name}
     assert magnitudes
     assert magnitudes <= moved(trainer, before)
-    layers = {name: module for name, module in trainer.model.named_modules() if type(module).__name__ == "Linear4bit"}
-    # On CPUs with AVX512-BF16 bitsandbytes lays the same four bits out in another order when it evaluates.
-    packed = {
-        f"{name}.weight"
-        for name, layer in layers.items()
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
-    }
-    assert {name for name in moved(trainer, before) if "lora_" not in name} <= packed
+    assert all("lora_" in name for name in moved(trainer, before))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -142,14 +135,7 @@ def test_qlora_trains_adapters_of_weights_of_four_bits(build, on_disk, method):
     before = snapshot(trainer)
     trainer.train()
     assert moved(trainer, before)
-    layers = {name: module for name, module in trainer.model.named_modules() if type(module).__name__ == "Linear4bit"}
-    # On CPUs with AVX512-BF16 bitsandbytes lays the same four bits out in another order when it evaluates.
-    packed = {
-        f"{name}.weight"
-        for name, layer in layers.items()
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
-    }
-    assert {name for name in moved(trainer, before) if "lora_" not in name} <= packed
+    assert all("lora_" in name for name in moved(trainer, before))
 
 
 @pytest.mark.parametrize("method", METHODS)
