@@ -88,7 +88,9 @@ def snapshot(trainer):
 
 
 def moved(trainer, before):
-    return {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    """The parameters whose bits are others; four-bit weights are stored in a type whose NaN are none."""
+    now = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    return {name for name, p in now.items() if not torch.equal(p.view(torch.uint8), before[name].view(torch.uint8))}
 
 
 def state_of(checkpoint):
