@@ -51,17 +51,8 @@ def _where(context: click.Context, parameter: click.Parameter, values: tuple[str
         column, equals, value = given.partition("=")
         if not equals or not column or column in where:
             raise click.BadParameter(f"{given!r} is not COLUMN=VALUE, or names a column for the second time")
-        where[column] = _scalar(value)
+        where[column] = value
     return where or None
-
-
-def _scalar(text: str) -> Any:
-    """A number, true or false, or else the text itself."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, bool | int | float) else text
 
 
 @mopo.command()

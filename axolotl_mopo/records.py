@@ -32,7 +32,7 @@ class Manifest(Record):
 
     method: str
     base_model: str | None = None
-    beta: float | None = None
+    beta: Annotated[float, Field(gt=0)] | None = None
     weights: dict[str, float] | None = None
     """Of MODPO's objectives."""
 

@@ -152,6 +152,11 @@ def test_rows_of_another_value_are_named_by_a_scalar():
         (AMOPO, {"type": "axolotl_mopo.hh_rlhf"}, ["`amopo.dimensions` needs", "hh_rlhf holds no scores"]),
         (MODPO, {"type": "axolotl_mopo.shp"}, ["`modpo.margins` needs a score of safer", "shp holds no scores"]),
         (
+            changed(AMOPO, amopo__dimensions=["severity_level", "safe"]),
+            {"type": "axolotl_mopo.safe_rlhf", "objective": "safer"},
+            ["`amopo.dimensions` has severity_level, of which more is worse in `datasets[0]`"],
+        ),
+        (
             AMOPO,
             {"type": "axolotl_mopo.pairs", "on_bad_row": "skip"},
             ["`datasets[0].on_bad_row`", "'raise' or"],

@@ -294,7 +294,7 @@ def test_ultrafeedback_never_compares_ratings_as_strings_and_knows_no_score():
         completion("D", "2", None, "nan", "", overall=None),
     ]
     row = {"instruction": "Why is the sky blue?", "completions": completions}
-    made, tally = read("ultrafeedback", [row], objective=("helpfulness",))
+    made, tally = read("ultrafeedback", [row], objective=("helpfulness",), score_scale=(1, 10))
     scores = {"instruction_following": 5.0, "honesty": None, "truthfulness": 4.0, "helpfulness": 10.0, "overall": 8.0}
     assert made == [
         canonical(
@@ -596,7 +596,6 @@ def dialogue(response, before=USER):
         {"system": "Be brief.", "chosen": dialogue("a"), "rejected": dialogue("b"), "question": "Not this one."},
         {"system": "Be brief.", "prompt": [SYSTEM, *USER], "chosen": "a", "rejected": "b"},
         {"system": "", "prompt": [SYSTEM, *USER], "chosen": "a", "rejected": "b"},
-        {"system": 7, "prompt": [SYSTEM, *USER], "chosen": "a", "rejected": "b"},
     ],
 )
 def test_a_system_column_is_the_first_turn_and_a_question_is_a_prompt(row):
@@ -745,3 +744,88 @@ def test_a_lone_surrogate_is_a_bad_row_of_its_own_kind(kind, old):
     dropping = source(on_bad_row="drop")
     assert list(dropping.pairs()) == []
     assert dropping.tally.bad == {"invalid text": 1}
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "thinking"])
+def test_a_response_that_is_more_than_its_content_is_refused(key):
+    chosen = [*USER, {"role": "assistant", "content": "Light.", key: "more"}]
+    row = {"chosen": chosen, "rejected": [*USER, {"role": "assistant", "content": "Dunno."}]}
+    with pytest.raises(DataError, match=f"row 0: the response in its `chosen` has `{key}`, which would be left out"):
+        read("pairs", [row])
+    assert len(read("pairs", [{**row, "chosen": [*USER, {**chosen[1], key: ""}]}])[0]) == 1
+    turns = {"conversation_a": chosen, "conversation_b": row["rejected"], "winner": "model_a"}
+    with pytest.raises(DataError, match=f"row 0: the response in its `conversation_a` has `{key}`"):
+        read("arena", [turns])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Why?", "input": "", "history": [["Hi", "Hello"]]},
+        {"prompt": "Summarise.", "input": "A long text."},
+        {"prompt": "What is the time?", "tools": '[{"name": "clock"}]'},
+    ],
+)
+def test_what_stands_beside_a_prompt_is_not_lost(row):
+    responses = {"chosen": "Light.", "rejected": "Dunno."}
+    with pytest.raises(DataError, match=r"row 0: its prompt may be in .*name its column with field_prompt"):
+        read("pairs", [{**row, **responses}])
+    column = next(iter(row))
+    assert read("pairs", [{**row, **responses}], field_prompt=column)[0][0]["prompt"][0]["content"] == row[column]
+    assert len(read("pairs", [{**row, **responses, "history": None, "input": "", "tools": "[]"}])[0]) == 1
+
+
+@pytest.mark.parametrize("system", [{"system": {"role": "system", "content": "Be brief."}}, {"system_prompt": "Hi."}])
+def test_a_system_message_of_another_shape_or_name_is_not_lost(system):
+    row = {"prompt": "Why?", "chosen": "Light.", "rejected": "Dunno.", **system}
+    with pytest.raises(DataError, match=r"row 0: its system message may be in .*name its column with field_system"):
+        read("pairs", [row])
+
+
+@pytest.mark.parametrize("name", ["human", "gpt"])
+def test_roles_of_sharegpt_are_known_under_either_key(name):
+    before = [{"role": name, "content": "Hi."}, {"role": "user", "content": "Why?"}]
+    row = {
+        "chosen": [*before, {"role": "gpt", "content": "Light."}],
+        "rejected": [*before, {"role": "assistant", "content": "No."}],
+    }
+    (pair,) = read("pairs", [row])[0]
+    assert [turn["role"] for turn in pair["prompt"]] == [{"human": "user", "gpt": "assistant"}[name], "user"]
+
+
+@pytest.mark.parametrize(("kind", "score"), [("helpsteer", 40), ("helpsteer", -1)])
+def test_a_score_that_orders_lies_in_its_known_scale(kind, score):
+    rows = [rated("A", score, 1, 1, 1, 1), rated("B", 3, 1, 1, 1, 1), rated("C", 2, 1, 1, 1, 1)]
+    with pytest.raises(DataError, match=f"row 0: its score of helpfulness, {score}, is outside 0 to 4"):
+        read(kind, rows, objective=("helpfulness",))
+    pairs, tally = read(kind, rows, objective=("helpfulness",), on_bad_row="drop")
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("B", "C")]
+    assert tally.bad == {"score outside its scale": 1}
+
+
+@pytest.mark.parametrize("strength", [-100, 4])
+def test_a_strength_that_is_no_preference_is_refused(strength):
+    with pytest.raises(DataError, match=f"row 0: its `preference_strength` is {strength}, outside -3 to 3"):
+        read("helpsteer2", [preference(strength)])
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted", "kept"),
+    [
+        (["1.1", "1.10"], "1.10", ["1.10"]),
+        ([1, 2], "1", [1]),
+        ([1.5, 2.0], "1.5", [1.5]),
+        ([True, False], "true", [True]),
+        (["true", "True", "no"], True, ["true", "True"]),
+        ([1, 2], "one", []),
+    ],
+)
+def test_where_compares_what_is_written(values, wanted, kept):
+    rows = [{"prompt": f"q{value}", "chosen": "A", "rejected": "B", "v": value} for value in values]
+    pairs, _ = read("pairs", rows, where={"v": wanted})
+    assert [pair["prompt"][0]["content"] for pair in pairs] == [f"q{value}" for value in kept]
+
+
+def test_where_does_not_guess_how_a_number_was_written():
+    with pytest.raises(DataError, match=r"row 0: `where` compares a text with the number 1.1; put .* in quotes"):
+        read("pairs", [{"prompt": "q", "chosen": "A", "rejected": "B", "v": "1.10"}], where={"v": 1.10})

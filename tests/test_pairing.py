@@ -112,6 +112,13 @@ def test_scores_of_unknown_scales_are_standardised_before_they_are_averaged():
     assert all(pair in made for pair in capped)
 
 
+def test_a_scale_that_is_given_holds_for_every_score_that_orders():
+    rows = [{**row, "b": value} for row, value in zip(scored(*[(5, 1), (1, 2), (3, 3)]), (10, 40, 20), strict=True)]
+    source = reader("responses", rows, objective=("a", "b"), score_scale=[1, 5])
+    with pytest.raises(DataError, match="its score of b, 10, is outside 1 to 5"):
+        list(source.pairs())
+
+
 def test_responses_that_are_left_out_do_not_count_in_the_units():
     rows = [{**row, "finished": True} for row in scored((0.0, 3.0), (1.0, 1.0), (2.0, 2.0))]
     expected, _ = read("responses", rows, objective=("x", "y"))

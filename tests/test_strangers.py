@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_mopo.config import AdapterMargin, CallableMargin, ConfigError, RewardModelMargin
 from axolotl_mopo.data import chat_templates
-from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.data.rows import DataError, RowError
 from axolotl_mopo.data.tokenizing import ChatRenderer
 from axolotl_mopo.margins.adapters import with_adapter
 from axolotl_mopo.margins.functions import import_function
@@ -80,6 +80,21 @@ def test_a_chat_template_that_takes_the_machine_is_tried_in_a_process_of_its_own
     assert time.monotonic() - started < 0.5
 
 
+def test_a_chat_template_is_tried_as_it_is_asked_for_a_prompt_too(tokenizer):
+    loops = "{% for i in range(2500) %}" * 3 + "{{ i }}" + "{% endfor %}" * 3
+    bomb = with_template(tokenizer, tokenizer.chat_template + "{% if add_generation_prompt %}" + loops + "{% endif %}")
+    with pytest.raises(RowError, match=r"it takes more than|it writes more than|in a process that rendered it"):
+        ChatRenderer(bomb).prompt(QUESTION)
+
+
+def test_a_chat_template_that_leaves_a_turn_out_is_refused(tokenizer):
+    own = "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }}{% endfor %}"
+    renderer = ChatRenderer(with_template(tokenizer, own))
+    renderer.check_roles(QUESTION)
+    with pytest.raises(RowError, match="the chat template leaves out what a turn of the role system says"):
+        renderer.check_roles([{"role": "system", "content": "Be brief."}, *QUESTION])
+
+
 def test_a_chat_template_is_tried_once_and_leaves_no_process(tokenizer, monkeypatch):
     forks, fork = [], os.fork
 
@@ -91,7 +106,7 @@ def test_a_chat_template_is_tried_once_and_leaves_no_process(tokenizer, monkeypa
     own = with_template(tokenizer, tokenizer.chat_template + "{# another #}")
     for _ in range(3):
         assert ChatRenderer(own).prompt(QUESTION) == ChatRenderer(tokenizer).prompt(QUESTION)
-    assert len(forks) <= 2
+    assert len(forks) <= 4
     for child in forks:
         with pytest.raises(ChildProcessError):
             os.waitpid(child, os.WNOHANG)
@@ -222,6 +237,8 @@ def test_an_interrupt_of_the_user_passes(module, where):
         ("adapter_config.json", '{"peft_type": ["LORA"]}', "`peft_type`: input should be a valid string"),
         ("adapter_config.json", None, "adapter_config.json is not a regular file"),
         ("mopo.json", '{"method": ["modpo"]}', "mopo.json, `method`: input should be a valid string"),
+        ("mopo.json", '{"method": "modpo", "beta": -0.1}', "mopo.json, `beta`: input should be greater than 0"),
+        ("mopo.json", '{"method": "modpo", "beta": 0}', "mopo.json, `beta`: input should be greater than 0"),
         ("mopo.json", '{"method": "modpo", "beta": true}', "mopo.json, `beta`: input should be a valid number"),
         ("mopo.json", '{"method": "modpo", "beta": NaN}', "mopo.json, `beta`: input should be a finite number"),
         ("mopo.json", "[1]", "mopo.json: input should be"),

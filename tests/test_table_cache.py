@@ -96,11 +96,14 @@ def test_a_table_under_another_name_is_computed_again(table, host_log):
     assert "is not the table that was written there" in host_log.text
 
 
-@pytest.mark.parametrize("break_", ["no digest", "no values", "not finite", "cut", "a link", "a pipe"])
+@pytest.mark.parametrize("break_", ["no digest", "no metadata", "no values", "not finite", "cut", "a link", "a pipe"])
 def test_a_table_that_cannot_be_used_is_computed_again(table, break_, tmp_path):
     asked, path = table
     if break_ == "no digest":
         save_file(PLANTED, path)
+    elif break_ == "no metadata":
+        header = b'{"__metadata__":null,"values":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
     elif break_ == "no values":
         save_file({"other": PLANTED["values"]}, path)
     elif break_ == "not finite":

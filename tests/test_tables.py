@@ -8,12 +8,12 @@ import os
 
 import pytest
 from conftest import smoke_config
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from test_tools import run
 
 from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data import tables
-from axolotl_mopo.data.files import file_fault
+from axolotl_mopo.data.files import data_fault, file_fault
 from axolotl_mopo.data.rows import DataError
 from axolotl_mopo.data.tables import load_table
 from axolotl_mopo.front.prompts import read_prompts
@@ -105,6 +105,31 @@ def test_what_is_hidden_in_a_folder_is_not_read(tmp_path):
     write(tmp_path / ".cache" / "part.jsonl", "{")
     write(tmp_path / "__old" / "part.jsonl", "{")
     assert len(load_table(str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "others"),
+    [
+        ("data/train-00000-of-00001.parquet", ["meta.json"]),
+        ("train.parquet", ["labels.json"]),
+        ("train.parquet", ["test.parquet", "labels.json"]),
+    ],
+)
+def test_what_stands_beside_the_data_of_a_folder_has_no_fault(tmp_path, data, others):
+    """As `datasets` reads it: the files in `data`, or those of the main kind."""
+    for name in (data, *others):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if path.suffix == ".parquet":
+            Dataset.from_list([{"prompt": "q", "chosen": "a", "rejected": "b"}]).to_parquet(path)
+        else:
+            path.write_text('["a", "b"]')
+    assert data_fault(tmp_path) is None
+    assert len(load_table(str(tmp_path))) == 1
+    (tmp_path / "b.json").mkdir()
+    (tmp_path / data).write_bytes(b"PAR1 broken")
+    if len(others) != 1 or data.startswith("data"):
+        assert "is no Parquet file" in data_fault(tmp_path)
 
 
 def test_a_pipe_and_a_device_are_refused_and_not_waited_for(tmp_path):

@@ -115,7 +115,7 @@ def test_rows_are_chosen_by_the_values_of_their_columns(tmp_path):
     rows = [{**row, "chosen": f"c{n}", "split": split, "n": n} for n, split in enumerate(["val", "train", "val"])]
     made, output = pairs_of("pairs", rows, tmp_path, "--where", "split=val", "--where", "n=2")
     assert [pair["chosen"] for pair in made] == ["c2"]
-    assert "1 rows whose `n` is not 2 left out\n1 rows whose `split` is not 'val' left out" in output
+    assert "1 rows whose `n` is not '2' left out\n1 rows whose `split` is not 'val' left out" in output
     for wrong in ("split", "=val"):
         assert "is not COLUMN=VALUE" in run("pairs", "x", "--type", "pairs", "-o", "y", "--where", wrong, fails=True)
     arguments = ("--type", "pairs", "-o", tmp_path / "out.jsonl", "--where", "spilt=val")

@@ -296,6 +296,11 @@ def _check_scores(
     possible: Iterable[str] | None = format.scales or None
     if possible is None and not isinstance(options, ScoredOptions):
         possible = ()
+    if isinstance(data, AMoPOData) and (worse := [name for name in names if name in format.higher_is_worse]):
+        raise ConfigError(
+            f"`{block.rl}.dimensions` has {', '.join(worse)}, of which more is worse in `{where}`, and directives ask "
+            "for the most; remove it, or give it a negative weight in a run of `rl: modpo`"
+        )
     if possible is not None and (unknown := [name for name in names if name not in possible]):
         key = "dimensions" if isinstance(data, AMoPOData) else "margins"
         raise ConfigError(

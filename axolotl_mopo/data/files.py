@@ -5,6 +5,8 @@ import io
 import json
 import re
 import stat
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,25 @@ def data_fault(path: Path, kind: str | None = None) -> str | None:
     """
     files = files_at(path)
     if path.is_dir():  # the hidden files in it are not read
-        files = [file for file in files if not _HIDDEN.search(file.relative_to(path).as_posix())]
+        files = _read_in_folder(path, files)
     limit = max(_PROBED // max(len(files), 1), _LEAST_PROBED)
     faults = ((file, file_fault(file, kind, limit)) for file in files)
     return next((f"{file} {fault}" for file, fault in faults if fault), None)
+
+
+def _read_in_folder(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """Those files of a folder that `datasets` reads: not hidden, in `data` where that is there, of the main kind."""
+    kept = [file for file in files if not _HIDDEN.search(file.relative_to(folder).as_posix())]
+    kept = [file for file in kept if (folder / "data") in file.parents] or kept
+    kinds = Counter(kind for file in kept if file.is_file() and (kind := _kind(file)))
+    most = max(kinds.values(), default=0)
+    main = [kind for kind, count in kinds.items() if count == most]
+    return [file for file in kept if not file.is_file() or (len(main) == 1 and _kind(file) == main[0])]
+
+
+def _kind(path: Path) -> str | None:
+    """How a file is read, by its name."""
+    return _KINDS.get((path.with_suffix("") if infer_compression(path.name) else path).suffix.lower())
 
 
 def file_fault(path: Path, kind: str | None = None, limit: int = _PROBED) -> str | None:
@@ -58,7 +75,7 @@ def file_fault(path: Path, kind: str | None = None, limit: int = _PROBED) -> str
     if not stat.S_ISREG(path.stat().st_mode):
         return "is a pipe or a device, and not a file; write its content to a file first"
     compression = infer_compression(path.name)
-    named = _KINDS.get((path.with_suffix("") if compression else path).suffix.lower())
+    named = _kind(path)
     if named is None or (kind or named) != named:
         return None
     with path.open("rb") as file:

@@ -1,6 +1,7 @@
 """The rows of a data set -> preference pairs, in one pass and one order, whatever the number of processes."""
 
 import copy
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from axolotl_mopo.data.rows import (
     check_prompt,
     check_response,
     fingerprint,
+    rescale,
 )
 from axolotl_mopo.data.tally import Tally
 
@@ -192,7 +194,17 @@ class PairReader:
     def _accept(self, response: RatedResponse) -> bool:
         check_response(response, "response")
         self.reading.check_scales(response)
+        for name, scale in self._known_scales.items():
+            if (value := response.scores.get(name)) is not None:
+                rescale(value, scale, scale, name)
         return True
+
+    @cached_property
+    def _known_scales(self) -> dict[str, tuple[float, float]]:
+        """Where the scores that order responses must lie, as far as the entry or the format says it."""
+        own = getattr(self.reading.options, "score_scale", None)
+        scales = dict.fromkeys(self.reading.objective, own) if own else self.format.scales
+        return {name: scales[name] for name in self.reading.objective if name in scales}
 
     @cached_property
     def _units(self) -> dict[str, tuple[float, float]]:
@@ -204,9 +216,7 @@ class PairReader:
         Raises:
             DataError: where a score of unknown scale has one value only.
         """
-        names = self.reading.objective
-        own = getattr(self.reading.options, "score_scale", None)
-        scales = dict.fromkeys(names, own) if own else self.format.scales
+        names, scales = self.reading.objective, self._known_scales
         if any(name not in scales for name in names):
             return self._standard_units()
         if len({scales[name] for name in names}) == 1:
@@ -316,7 +326,20 @@ class PairReader:
 
 
 def _is(value: Any, wanted: Any) -> bool:
-    """Whether a column holds what `where` asks for; a column of texts may hold a number's text, and 1 is not true."""
+    """Whether a column holds what `where` asks for; either may be the text of the other, and 1 is not true.
+
+    Raises:
+        RowError: where a text is compared with a number whose own text is lost, as 1.10 is 1.1.
+    """
+    if isinstance(value, str) and isinstance(wanted, float):
+        raise RowError(
+            f"`where` compares a text with the number {wanted:g}; put the value in quotes", "unclear `where`"
+        )
     if isinstance(value, str):
-        return value == str(wanted)
-    return isinstance(value, bool) == isinstance(wanted, bool) and value == wanted
+        return value == wanted if isinstance(wanted, str) else value.lower() == str(wanted).lower()
+    if isinstance(wanted, str):
+        try:
+            wanted = json.loads(wanted)
+        except ValueError:
+            return False
+    return isinstance(value, bool) == isinstance(wanted, bool) and bool(value == wanted)

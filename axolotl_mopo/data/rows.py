@@ -191,11 +191,35 @@ _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user"} | dict.f
 )
 
 
+_SHAREGPT_NAMES = ("human", "gpt", "chatgpt", "bing", "bard")
+"""Roles that no chat template means by these words."""
+_UNTRAINED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""What a turn may hold beside its content."""
+
+
+def answer(turn: Message, name: str) -> str:
+    """What the last turn in a column says.
+
+    Raises:
+        RowError: where it holds something else as well, which would not be trained on.
+    """
+    if kept := [key for key in _UNTRAINED if turn.get(key)]:
+        raise RowError(
+            f"the response in its `{name}` has `{kept[0]}`, which would be left out, as only its content is trained "
+            "on; write what matters there, or leave such rows out",
+            "response that is more than a text",
+        )
+    content: str = turn["content"]
+    return content
+
+
 def _turn(raw: Mapping[str, Any], name: str) -> Message:
     # A table stores every key of any row's turns in all of them, as None where a turn has none.
     turn = {key: value for key, value in raw.items() if value is not None}
     if "role" not in turn and "from" in turn:
         turn = _from_sharegpt(turn, name)
+    elif turn.get("role") in _SHAREGPT_NAMES:
+        turn["role"] = _SHAREGPT_ROLES[turn["role"]]
     if isinstance(turn.get("content"), list):
         turn["content"] = _joined_parts(turn["content"], name)
     if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):

@@ -68,11 +68,21 @@ class ChatRenderer:
         if roles not in self._refusals:
             self._refusals[roles] = None
             try:
-                self.completion([{"role": role, "content": "Zyzzyva"} for role in roles], "Zyzzyva")
+                self._check_turns(roles)
             except RowError as error:
                 self._refusals[roles] = str(error)
         if refusal := self._refusals[roles]:
             raise RowError(refusal, "refused by the chat template")
+
+    def _check_turns(self, roles: Sequence[str]) -> None:
+        turns = [{"role": role, "content": f"Zyzzyva{number}"} for number, role in enumerate(roles)]
+        self.completion(turns, "Zyzzyva")
+        prompt = self.prompt(turns)
+        if left_out := [turn["role"] for turn in turns if turn["content"] not in prompt]:
+            raise RowError(
+                f"the chat template leaves out what a turn of the role {left_out[0]} says, in a conversation of the "
+                f"roles {', '.join(roles)}; choose another `chat_template:`"
+            )
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         return render_chat(self._tokenizer, messages, add_generation_prompt)
@@ -94,7 +104,7 @@ def render_chat(
         return text
 
     try:
-        check_chat_template(repr(tokenizer.chat_template), render)
+        check_chat_template(f"{add_generation_prompt} {tokenizer.chat_template!r}", render)
         return render()
     except Exception as error:  # templates come from anybody, and raise anything
         roles = ", ".join(str(message.get("role")) for message in conversation)

@@ -113,7 +113,7 @@ def _parse(content: bytes) -> tuple[Tensor, str | None]:
     if "values" not in tensors:
         raise ValueError("there are no values")
     size = int.from_bytes(content[:8], "little")
-    return tensors["values"], json.loads(content[8 : 8 + size]).get("__metadata__", {}).get(_DIGEST)
+    return tensors["values"], (json.loads(content[8 : 8 + size]).get("__metadata__") or {}).get(_DIGEST)
 
 
 def _digest(name: str, values: Tensor) -> str:

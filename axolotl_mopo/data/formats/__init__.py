@@ -42,6 +42,8 @@ class Format:
     """The lowest and the highest value of every score that the data is known to hold; empty where any is possible."""
     left_out: FilterFunction | None = None
     """Leaves rows out before they are read."""
+    higher_is_worse: tuple[str, ...] = ()
+    """Scores of which less is better."""
     split_column: str | None = None
     """The column of labelled rows that says which split a row belongs to; rows of several splits are not mixed."""
     join: Callable[[Any], Any] | None = None
@@ -113,6 +115,7 @@ FORMATS: dict[str, Format] = {
         ObjectiveOptions,
         labelled.read_safe_rlhf,
         scales=labelled.SAFE_RLHF_SCALES,
+        higher_is_worse=("severity_level",),
         objectives=("better", "safer"),
     ),
     "hh_rlhf": Format(EntryOptions, labelled.read_hh_rlhf),

@@ -11,6 +11,7 @@ from axolotl_mopo.data.rows import (
     RatedResponse,
     Row,
     RowError,
+    answer,
     column,
     messages,
     score,
@@ -20,6 +21,10 @@ from axolotl_mopo.data.rows import (
 
 _PROMPTS = ("prompt", "messages")
 """The columns that hold a prompt, the first one before the second."""
+_SYSTEMS = ("system", "system_prompt", "system_message")
+_NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")
+_PARTS = ("input", "history", "tools")
+"""Columns that may hold a part of the prompt."""
 _QUESTIONS = ("question", "instruction")
 """The columns that hold it where neither of those is there."""
 
@@ -61,12 +66,11 @@ def read_pair(row: Row, reading: Reading) -> PreferencePair:
 
 
 def _prompt_column(row: Row, with_questions: bool) -> str | None:
-    for name in _PROMPTS:
-        if row.get(name) is not None:
-            return name
-    found = [name for name in _QUESTIONS if row.get(name) is not None] if with_questions else []
-    # An `input` beside an `instruction` is a part of the prompt that would be lost.
-    others = [*found[1:], *(["input"] if found and row.get("input") else [])]
+    found = [name for name in _PROMPTS if row.get(name) is not None][:1]
+    if not found and with_questions:
+        found = [name for name in _QUESTIONS if row.get(name) is not None]
+    # What stands beside a prompt and is a part of it would be lost.
+    others = [*found[1:], *(name for name in _PARTS if found and row.get(name) not in _NOTHING)]
     if any(row[name] != row[found[0]] for name in others):
         raise RowError(
             f"its prompt may be in {' or '.join(f'`{name}`' for name in [found[0], *others])}; name its column with "
@@ -85,8 +89,14 @@ def _is_asked_in(question: str, turns: list[Message]) -> bool:
 def _system(row: Row, options: PairsOptions) -> str:
     """The system message in a column of its own; empty where there is none."""
     if options.field_system is None:
-        value = row.get("system")
-        return valid_text(value, "system") if isinstance(value, str) else ""
+        value, *others = (row.get(name) for name in _SYSTEMS)
+        if any(other not in _NOTHING for other in others) or not isinstance(value, str | None):
+            raise RowError(
+                f"its system message may be in {' or '.join(f'`{name}`' for name in _SYSTEMS if row.get(name))}, which "
+                "is read where it is a text in `system`; name its column with field_system",
+                "system message elsewhere",
+            )
+        return valid_text(value or "", "system")
     if options.field_system in row and row[options.field_system] is None:
         return ""
     return text(row, options.field_system, "; name the right one with field_system")
@@ -113,7 +123,7 @@ def _response(row: Row, name: str, option: str) -> tuple[list[Message], str]:
     *before, last = messages([value] if isinstance(value, Mapping) else value, name) or [{}]
     if last.get("role") != "assistant":
         raise RowError(f"its `{name}` must end with a turn of role 'assistant', not {last.get('role')!r}")
-    return before, last["content"]
+    return before, answer(last, name)
 
 
 def _scores(row: Row, field: str | None, side: str) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ from axolotl_mopo.data.rows import (
     RatedResponse,
     Row,
     RowError,
+    answer,
     choice,
     column,
     messages,
@@ -148,7 +149,7 @@ def read_arena(row: Row, reading: Reading) -> PreferencePair | None:
         if last.get("role") != "assistant":
             raise RowError(f"its `{name}` does not end with an assistant's turn")
         prompts.append(turns)
-        responses.append(RatedResponse(last["content"], {}))
+        responses.append(RatedResponse(answer(last, name), {}))
     if prompts[0] != prompts[1]:
         raise RowError("its two conversations differ before their last turn", "two different prompts")
     return _ordered(prompts[0], *responses, first_is_chosen=choice(row, "winner", "model_a", "model_b"))
@@ -180,7 +181,15 @@ def _first_is_better(row: Row, label: str) -> bool | None:
     strength = score(column(row, label))
     if strength is None:
         raise RowError(f"its `{label}` is {row[label]!r}, not a number", "unknown label")
+    if abs(strength) > _STRONGEST:
+        raise RowError(
+            f"its `{label}` is {strength:g}, outside -{_STRONGEST} to {_STRONGEST}; such rows have no preference",
+            "unknown label",
+        )
     return strength < 0 if strength else None
+
+
+_STRONGEST = 3
 
 
 def _ordered(
