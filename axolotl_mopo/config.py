@@ -43,6 +43,8 @@ class ConfigError(ValueError):
 def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("input should be a number, not true or false")
+    if isinstance(value, bytes):  # of YAML's !!binary
+        raise ValueError("input should be a number, not binary data")
     return value
 
 

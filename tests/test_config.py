@@ -102,6 +102,7 @@ def test_the_two_bases_are_accepted():
         (changed(MODPO, modpo__weights={"better": math.nan, "safer": 1}), ["`modpo.weights.better`", "finite", "nan"]),
         (changed(MODPO, modpo__weights={"better": 1, "safer": math.inf}), ["`modpo.weights.safer`", "finite", "inf"]),
         (changed(MODPO, modpo__weights={"better": True, "safer": 1}), ["`modpo.weights.better`", "not true or false"]),
+        (changed(AMOPO, amopo__gamma=b"0"), ["`amopo.gamma`", "input should be a number, not binary data"]),
         (changed(MODPO, modpo__beta=0), ["`modpo.beta`", "greater than 0", "a positive number"]),
         (changed(MODPO, modpo__beta=math.nan), ["`modpo.beta`", "finite", "nan"]),
         (changed(MODPO, modpo__loss_type="ipo"), ["`modpo.loss_type`", "'ipo'", "sigmoid or hinge"]),
