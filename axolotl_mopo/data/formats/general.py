@@ -21,12 +21,13 @@ from axolotl_mopo.data.rows import (
 
 _PROMPTS = ("prompt", "messages")
 """The columns that hold a prompt, the first one before the second."""
-_SYSTEMS = ("system", "system_prompt", "system_message")
-_NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")
-_PARTS = ("input", "history", "tools")
-"""Columns that may hold a part of the prompt."""
 _QUESTIONS = ("question", "instruction")
 """The columns that hold it where neither of those is there."""
+_PARTS = ("input", "history", "tools")
+"""Columns that may hold a part of the prompt."""
+_SYSTEMS = ("system", "system_prompt", "system_message")
+"""Columns that may hold the system message; the first is read."""
+_NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")
 
 
 def read_pair(row: Row, reading: Reading) -> PreferencePair:
