@@ -155,6 +155,11 @@ class Response(TypedDict):
     ref_logp: NotRequired[Number]
 
 
+def response_key(row: Response) -> tuple[int, int]:
+    """What tells a response from the others of its policy: its prompt and its sample."""
+    return row["prompt_id"], row["sample"]
+
+
 @with_config(_STRICT)
 class Partial(TypedDict):
     """A line of what is computed for a column, before all of it is there."""

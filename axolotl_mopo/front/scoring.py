@@ -24,7 +24,7 @@ from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
 from axolotl_mopo.front.models import Models, SequenceScorer
 from axolotl_mopo.front.names import check_name, check_objectives
 from axolotl_mopo.front.policies import Policy, find_policies, require_weights
-from axolotl_mopo.front.records import Objective, Response
+from axolotl_mopo.front.records import Objective, Response, response_key
 from axolotl_mopo.front.store import Comparison
 from axolotl_mopo.margins.fingerprint import digest
 from axolotl_mopo.margins.functions import function_digest, function_name
@@ -201,14 +201,14 @@ class Scoring:
         (model,) = find_policies([margin.path])
         require_weights(margin.reference or model.whole, f"--scorer {name}")
         rows = self._rows(policy)
-        asked = dict(zip(map(_key, rows), _asked(rows, policy, model), strict=True))
+        asked = dict(zip(map(response_key, rows), _asked(rows, policy, model), strict=True))
         logps: list[list[float]] = []
         for path, base in ((model.path, model.base), (margin.reference or model.whole, None)):
             with self.models.running(path, base) as running:
                 scorer = SequenceScorer(running, next(iter(asked.values())))
 
                 def one_batch(part: list[Response], scorer: SequenceScorer = scorer) -> list[float]:
-                    pairs = [asked[_key(row)] for row in part]
+                    pairs = [asked[response_key(row)] for row in part]
                     return scorer([prompt for prompt, _ in pairs], [completion for _, completion in pairs])
 
                 made = f"{source}-{len(logps)}"
@@ -269,10 +269,6 @@ def _same_vocabulary(policy: str, model: str, tokenizer: PreTrainedTokenizerBase
     except Exception:  # a received folder may name any folder
         return False
     return bool(other.get_vocab() == tokenizer.get_vocab())
-
-
-def _key(row: Response) -> tuple[int, int]:
-    return row["prompt_id"], row["sample"]
 
 
 def _content(margin: Any) -> str:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from accelerate.utils import tqdm
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data.rows import fingerprint
 from axolotl_mopo.files import Folder
 from axolotl_mopo.front.policies import Policy
-from axolotl_mopo.front.records import Objective, Partial, Response, Settings, check_number
-from axolotl_mopo.records import explain, parse_record
+from axolotl_mopo.front.records import Objective, Partial, Response, Settings, check_number, response_key
+from axolotl_mopo.records import parse_record
 
 _SETTINGS = "comparison.json"
 _SETTINGS_LIMIT = 1 << 26
@@ -186,13 +186,13 @@ class Comparison:
         rows = [_read_response(line, f"{where}, line {number}") for number, line in enumerate(lines, 1)]
         seen: set[tuple[int, int]] = set()
         for number, row in enumerate(rows, 1):
-            if _key(row) in seen:
+            if response_key(row) in seen:
                 raise ConfigError(
                     f"{where}, line {number}: sample {row['sample']} of prompt {row['prompt_id']} is there twice; take "
                     "one of the lines out"
                 )
-            seen.add(_key(row))
-        return sorted(rows, key=_key)
+            seen.add(response_key(row))
+        return sorted(rows, key=response_key)
 
     def complete(self, policy: str) -> list[Response]:
         """The responses of a policy: every sample to every prompt.
@@ -211,7 +211,7 @@ class Comparison:
                 "on where it was"
             )
         wanted = [(prompt, sample) for prompt in range(prompts.count) for sample in range(sampling.samples)]
-        if [_key(row) for row in rows] != wanted:
+        if [response_key(row) for row in rows] != wanted:
             raise ConfigError(
                 f"{self.folder / _file(policy)} has other responses than {sampling.samples} to each of {prompts.count} "
                 "prompts, counted from 0; fetch the folder again, or generate them again"
@@ -256,18 +256,18 @@ class Comparison:
         rows = self.responses(policy)
         partial = _partial_file(policy, column, source, rows)
         values = {(entry["prompt_id"], entry["sample"]): entry["value"] for entry in self._partial_lines(partial)}
-        missing = [row for row in rows if _key(row) not in values]
+        missing = [row for row in rows if response_key(row) not in values]
         missing.sort(key=lambda row: -len(row["token_ids"]))
         for start in tqdm(range(0, len(missing), batch), desc=title):
             part = missing[start : start + batch]
-            computed = {_key(row): value for row, value in zip(part, function(part), strict=True)}
+            computed = {response_key(row): value for row, value in zip(part, function(part), strict=True)}
             _check_values(computed, title)
             self._files.append(
                 partial,
                 _text({"prompt_id": key[0], "sample": key[1], "value": value} for key, value in computed.items()),
             )
             values |= computed
-        return [values[_key(row)] for row in rows]
+        return [values[response_key(row)] for row in rows]
 
     def add_column(self, policy: str, column: str, values: Sequence[float], sources: Iterable[str] = ()) -> None:
         """Give every response of a policy its number, in their order.
@@ -282,7 +282,7 @@ class Comparison:
             ConfigError: naming the response whose number cannot be compared.
         """
         rows = self.responses(policy)
-        _check_values(dict(zip(map(_key, rows), values, strict=True)), f"{policy}, {column}")
+        _check_values(dict(zip(map(response_key, rows), values, strict=True)), f"{policy}, {column}")
         added: list[Any] = [{**row, column: value} for row, value in zip(rows, values, strict=True)]
         self.replace(policy, added)
         for source in sources:
@@ -303,10 +303,7 @@ def _checked(content: dict[str, Any], folder: Path) -> Settings:
     Raises:
         ConfigError: naming the key.
     """
-    try:
-        return _settings.validate_json(json.dumps(content))
-    except ValidationError as error:
-        raise ConfigError(f"{folder / _SETTINGS}{explain(error)}") from None
+    return parse_record(_settings, json.dumps(content).encode(), str(folder / _SETTINGS))
 
 
 def _no_responses(folder: Path) -> ConfigError:
@@ -334,10 +331,6 @@ def _read_response(line: bytes, where: str) -> Response:
     return row
 
 
-def _key(row: Response) -> tuple[int, int]:
-    return row["prompt_id"], row["sample"]
-
-
 def _file(policy: str) -> str:
     return f"responses/{policy}.jsonl"
 
@@ -345,7 +338,7 @@ def _file(policy: str) -> str:
 def _partial_file(policy: str, column: str, source: str, rows: Iterable[Response]) -> str:
     """Where numbers of some responses, made by some source, are kept until all are there."""
     hasher = hashlib.blake2b(digest_size=8)
-    for row in sorted(rows, key=_key):
+    for row in sorted(rows, key=response_key):
         hasher.update(array("q", [row["prompt_id"], row["sample"], len(row["token_ids"]), *row["token_ids"]]).tobytes())
     return f"responses/.partial/{policy}/{column}/{source}-{hasher.hexdigest()}.jsonl"
 
