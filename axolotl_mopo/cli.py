@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import click
 import yaml
 
-from axolotl_mopo.config import ConfigError, parse_block
+from axolotl_mopo.config import parse_settings
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.options import ObjectiveOptions, PairsOptions
-from axolotl_mopo.front.commands import front, generate, score
+from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.evaluation.commands import front, generate, score
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,9 +92,9 @@ def pairs(
 
     They are what `type: axolotl_mopo.pairs` reads. The summary tells how far the objectives conflict.
     """
-    from axolotl_mopo.data.exporting import export_pairs, summary
+    from axolotl_mopo.data.export import export_pairs, summary
     from axolotl_mopo.data.pairing import PairReader
-    from axolotl_mopo.data.reading import Reading
+    from axolotl_mopo.data.spec import DataSpec
     from axolotl_mopo.data.tables import load_table
 
     format = FORMATS[kind]
@@ -105,14 +106,15 @@ def pairs(
             raise ConfigError(f"--objective: {fault}")
         for option in set(given) - set(format.options.model_fields):
             raise ConfigError(f"--{option.replace('_', '-')} has no effect with --type {kind}")
-        block = parse_block(format.options, given, f"--type {kind}")
+        block = parse_settings(format.options, given, f"--type {kind}")
         table = load_table(source, split=split, name=name, data_files=data_files, revision=revision)
-        reader = PairReader(table, format, Reading(block, tuple(objective or ()), seed=seed), source)
+        spec = DataSpec(where=source, strategy=kind, options=block, objective=tuple(objective or ()), seed=seed)
+        reader = PairReader(table, spec)
         export_pairs(reader, output, attributes)
     except _FAULTS as error:
         raise click.ClickException(str(error)) from None
-    names = attributes or reader.tally.names
-    click.echo(summary(reader.tally, names))
+    names = attributes or reader.stats.names
+    click.echo(summary(reader.stats, names))
     click.echo(f"\n{output} is written. In the YAML:\n\n{_entry(output, names, kind)}")
 
 

@@ -1,6 +1,7 @@
 """Files that may come from anybody: only regular ones are read, and nothing is written or read through a link."""
 
 import fcntl
+import glob
 import os
 import secrets
 import stat
@@ -109,7 +110,7 @@ class Folder:
         """
         with self._parent(name, create=True) as (folder, leaf):
             self._refuse_others(folder, leaf)
-            part = f".{secrets.token_hex(8)}.part"
+            part = f".{leaf}.{secrets.token_hex(8)}.part"
             opened = os.open(part, _flags(os.O_WRONLY | os.O_CREAT | os.O_EXCL, False), 0o666, dir_fd=folder)
             try:
                 with os.fdopen(opened, "wb") as file:
@@ -120,6 +121,11 @@ class Folder:
             except BaseException:
                 os.unlink(part, dir_fd=folder)
                 raise
+
+    def sweep(self, name: str) -> None:
+        """Remove what killed processes have left of writing a file of the folder, which nobody may be writing now."""
+        for part in self.path.glob(f".{glob.escape(name)}.*.part"):
+            part.unlink(missing_ok=True)
 
     def append(self, name: str, lines: bytes) -> None:
         """Add whole lines to a file; the end of one that a killed process left is cut off first.

@@ -20,8 +20,8 @@ def modpo_loss(
     policy_rejected_logps: Tensor,
     ref_chosen_logps: Tensor,
     ref_rejected_logps: Tensor,
-    chosen_margins: Tensor,
-    rejected_margins: Tensor,
+    chosen_margin_rewards: Tensor,
+    rejected_margin_rewards: Tensor,
     *,
     beta: float,
     objective_weight: float,
@@ -36,7 +36,7 @@ def modpo_loss(
     Args:
         policy_chosen_logps, policy_rejected_logps: log-probs under the policy, [B].
         ref_chosen_logps, ref_rejected_logps: log-probs under the reference, [B].
-        chosen_margins, rejected_margins: rewards r_j of the other objectives, [B, J]; J may be 0.
+        chosen_margin_rewards, rejected_margin_rewards: rewards r_j of the other objectives, [B, J]; J may be 0.
         beta: strength of the pull to the reference.
         objective_weight: w_k, the weight of the objective that orders the pairs; positive.
         margin_weights: w_j, [J].
@@ -46,10 +46,10 @@ def modpo_loss(
         losses [B], and the implied rewards s of chosen and rejected [B], detached.
     """
     chosen_rewards = (
-        beta * (policy_chosen_logps - ref_chosen_logps) - chosen_margins @ margin_weights
+        beta * (policy_chosen_logps - ref_chosen_logps) - chosen_margin_rewards @ margin_weights
     ) / objective_weight
     rejected_rewards = (
-        beta * (policy_rejected_logps - ref_rejected_logps) - rejected_margins @ margin_weights
+        beta * (policy_rejected_logps - ref_rejected_logps) - rejected_margin_rewards @ margin_weights
     ) / objective_weight
     logits = chosen_rewards - rejected_rewards
     match loss_type:

@@ -11,10 +11,10 @@ from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
+from axolotl_mopo.compat import check_devices, check_hooks, version_advice
 from axolotl_mopo.config import (
-    BLOCKS,
-    ConfigError,
-    DimensionsBlock,
+    METHODS,
+    DimensionsConfig,
     MethodConfig,
     MODPOConfig,
     attention_advice,
@@ -25,8 +25,8 @@ from axolotl_mopo.config import (
     read_method,
 )
 from axolotl_mopo.data.entries import bind_entries
-from axolotl_mopo.host import check_devices, check_hooks, version_advice
-from axolotl_mopo.margins.settling import settle_margins
+from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.rewards.resolve import resolve_margins
 
 LOG = get_logger("axolotl.mopo")
 
@@ -84,7 +84,7 @@ class MOPOPlugin(BasePlugin):
         if advice := checkpoint_advice(cfg):
             LOG.warning(advice)
         if isinstance(block, MODPOConfig):
-            block = settle_margins(cfg, block)
+            block = resolve_margins(cfg, block)
         if all(cfg.get(key) is None for key in _LOADING):
             cfg.update(_LOADING)
         cfg["rl"], cfg["trainer_cls"] = _HOST_RL, block.trainer
@@ -113,7 +113,7 @@ class MOPOPlugin(BasePlugin):
         Raises:
             ConfigError: where the host's arguments were made before it knew of the plugin.
         """
-        block = next((cfg[method].to_dict() for method in BLOCKS if cfg.get(method)), None)
+        block = next((cfg[method].to_dict() for method in METHODS if cfg.get(method)), None)
         arguments: dict[str, Any] = {"mopo": block} if block else {}
         if block:
             check_skipping(cfg, block.get("on_bad_loss"))  # by now the host knows what `bf16: auto` means
@@ -136,8 +136,8 @@ class MOPOPlugin(BasePlugin):
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: Any) -> list[Any]:
         """What writes `mopo.json` and `mopo.png` beside every checkpoint."""
-        from axolotl_mopo.history import HistoryCallback
-        from axolotl_mopo.manifest import ManifestCallback
+        from axolotl_mopo.training.history import HistoryCallback
+        from axolotl_mopo.training.manifest import ManifestCallback
 
         blocks = _blocks(cfg)
         return [*(ManifestCallback(block, cfg.base_model) for block in blocks), *(HistoryCallback() for _ in blocks)]
@@ -151,7 +151,7 @@ class MOPOPlugin(BasePlugin):
 
     def post_train(self, cfg: DictDefault, model: Any) -> None:
         """Write `mopo.json` beside the final model."""
-        from axolotl_mopo.manifest import write_manifest
+        from axolotl_mopo.training.manifest import write_manifest
 
         for block in _blocks(cfg):
             if os.environ.get("RANK", "0") == "0":  # by now Axolotl has ended the process group
@@ -160,7 +160,7 @@ class MOPOPlugin(BasePlugin):
 
 def _blocks(cfg: DictDefault) -> list[MethodConfig]:
     """The block of the method in use, if it is one of ours."""
-    return [block.model_validate(cfg[method].to_dict()) for method, block in BLOCKS.items() if cfg.get(method)]
+    return [block.model_validate(cfg[method].to_dict()) for method, block in METHODS.items() if cfg.get(method)]
 
 
 def _yaml_folder(cfg: dict[str, Any]) -> Path:
@@ -177,18 +177,18 @@ def _yaml_folder(cfg: dict[str, Any]) -> Path:
 def _put_texts_of_files(raw: dict[str, Any], block: MethodConfig) -> None:
     """Replace files of templates by what they hold, so that no file is read when the block is validated again."""
     for key, template in (raw.get("directives") or {}).items():
-        if isinstance(block, DimensionsBlock) and isinstance(template, Mapping):
+        if isinstance(block, DimensionsConfig) and isinstance(template, Mapping):
             raw["directives"][key] = getattr(block.directives, key)
 
 
 def _registered(cfg: dict[str, Any]) -> bool:
-    ours = cfg.get("rl") == _HOST_RL and cfg.get("trainer_cls") in {block.trainer for block in BLOCKS.values()}
+    ours = cfg.get("rl") == _HOST_RL and cfg.get("trainer_cls") in {block.trainer for block in METHODS.values()}
     return ours and cfg.get("mopo_data") is not None
 
 
 def _method(cfg: dict[str, Any]) -> str | None:
     rl = cfg.get("rl")
-    if not isinstance(rl, str) or rl not in BLOCKS:
+    if not isinstance(rl, str) or rl not in METHODS:
         return None
     if cfg.get("trainer_cls"):
         raise ConfigError(f"`trainer_cls` has no effect with `rl: {rl}`, which brings its own trainer; remove it")

@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from axolotl_mopo.config import BLOCKS, ConfigError, DimensionsBlock
+from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.files import read_file
-
-MANIFEST = "mopo.json"
-ADAPTER = "adapter_config.json"
 
 _LIMIT = 1 << 24
 _SHOWN = 60
@@ -23,67 +20,6 @@ class Record(BaseModel):
 
 
 R = TypeVar("R")
-
-
-class Manifest(Record):
-    """`mopo.json`: what a model was trained for."""
-
-    model_config = ConfigDict(extra="allow")
-
-    method: str
-    base_model: str | None = None
-    beta: Annotated[float, Field(gt=0)] | None = None
-    weights: dict[str, float] | None = None
-    """Of MODPO's objectives."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The method's own."""
-        return self.model_extra or {}
-
-    def dimensions_block(self) -> DimensionsBlock | None:
-        """What its prompts say, where the method has one for every dimension.
-
-        Raises:
-            ValueError: where the settings are not those of such a method.
-        """
-        block = BLOCKS.get(self.method)
-        if block is None or not issubclass(block, DimensionsBlock):
-            return None
-        names = DimensionsBlock.model_fields
-        try:
-            return DimensionsBlock.model_validate({key: self.settings[key] for key in names if key in self.settings})
-        except ValidationError as error:
-            raise ValueError(explain(error).lstrip(",: ")) from None
-
-
-class AdapterConfig(Record):
-    """`adapter_config.json`, as PEFT writes it: what PEFT relies on without looking."""
-
-    peft_type: str = "LORA"
-    base_model_name_or_path: str | None = None
-    r: PositiveInt | None = None
-    lora_alpha: float | None = None
-    lora_dropout: float | None = None
-    bias: str | None = None
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, PositiveInt] | None = None
-    alpha_pattern: dict[str, float] | None = None
-    init_lora_weights: bool | str | None = None
-    layer_replication: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = None
-    megatron_config: None = None
-
-
-class ModelConfig(Record):
-    """What is read of a model's `config.json` without loading the model."""
-
-    architectures: list[str] | None = None
-    id2label: dict[str, str | int | float] | None = None
-    """Indices of its scores and their names."""
 
 
 def read_record(model: type[R], path: Path) -> R:

@@ -71,8 +71,9 @@ def taken(take):
 
 def main(way):
     """Take every bomb as a YAML's check does, or as a saved model's `mopo.json` is read back."""
-    from axolotl_mopo.config import Directives, parse_block
-    from axolotl_mopo.records import Manifest, read_record
+    from axolotl_mopo.config import Directives, parse_settings
+    from axolotl_mopo.config.model_files import Manifest
+    from axolotl_mopo.records import read_record
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + 500 * MIB,) * 2)
@@ -80,7 +81,7 @@ def main(way):
     path = Path("mopo.json")
 
     def by_yaml(template):
-        return parse_block(Directives, {"integrated": template}, "amopo.directives")
+        return parse_settings(Directives, {"integrated": template}, "amopo.directives")
 
     def by_model(template):
         path.write_text(json.dumps({"method": "amopo", "dimensions": ["a"], "directives": {"integrated": template}}))

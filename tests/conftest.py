@@ -45,7 +45,7 @@ from transformers import (
 from warm import AXOLOTL, python
 
 import axolotl_mopo
-from axolotl_mopo.engine.trees import Pair
+from axolotl_mopo.logprobs.trees import Pair
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "example_configs" / "smoke"

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, set_seed
 
-from axolotl_mopo.data.collating import PairCollator
-from axolotl_mopo.guarding import LossError
+from axolotl_mopo.errors import LossError
+from axolotl_mopo.training.collator import PairCollator
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.modeling_utils import PreTrainedModel
 
-from axolotl_mopo.engine import attention
+from axolotl_mopo.logprobs import attention
 
 CALLS = []
 """The kernel, its dtype, head_dim and window of every call."""

@@ -12,8 +12,8 @@ def main(config: str, point: str = "") -> None:
     """Hang at the nth table's `score` or in the middle of its `write`, or say at last how many there were of each."""
     trainer = host_trainer(json.loads(Path(config).read_text()))
     from axolotl_mopo import trainers
-    from axolotl_mopo.margins.cache import TableCache
-    from axolotl_mopo.margins.precompute import Precomputation
+    from axolotl_mopo.training.precompute import Precomputation
+    from axolotl_mopo.training.table_cache import TableCache
 
     counts = {"score": 0, "write": 0}
 
@@ -33,7 +33,7 @@ def main(config: str, point: str = "") -> None:
     class HangingCache(TableCache):
         def _write(self, name, values):
             if reach("write"):
-                (self.folder / f"{name}.part-1").write_bytes(b"half of a fi")
+                (self.folder / f".{name}.safetensors.1.part").write_bytes(b"half of a fi")
                 hang()
             super()._write(name, values)
 

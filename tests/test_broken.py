@@ -9,14 +9,13 @@ from axolotl.common.datasets import load_preference_datasets
 from axolotl.utils.dict import DictDefault
 from conftest import ROOT, SMOKE, smoke_config
 
-from axolotl_mopo.config import ConfigError
-from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.errors import ConfigError, DataError
 
 BROKEN = Path(__file__).parent / "broken"
 CONFIGS = sorted((BROKEN / "configs").iterdir())
 DATA = sorted(path for path in (BROKEN / "data").iterdir() if path.name != "expected.yaml")
 EXPECTED = yaml.safe_load((BROKEN / "data" / "expected.yaml").read_text(encoding="utf-8"))
-BLOCKS = {
+METHODS = {
     "modpo": {"objective": "better", "weights": {"better": 1}},
     "amopo": {"dimensions": ["helpfulness"]},
 }
@@ -47,7 +46,7 @@ def test_a_broken_data_set_is_refused(path, tmp_path):
     method, kind, texts = entry.pop("method"), entry.pop("type"), entry.pop("expect")
     name = str(path.relative_to(ROOT))
     datasets = [{"path": name, "type": f"axolotl_mopo.{kind}", **entry}]
-    cfg = smoke_config(method, tmp_path, datasets=datasets, test_datasets=None, **{method: BLOCKS[method]})
+    cfg = smoke_config(method, tmp_path, datasets=datasets, test_datasets=None, **{method: METHODS[method]})
     with pytest.raises((ConfigError, DataError)) as caught:
         validated = load_cfg(DictDefault(cfg))
         validated.dataset_num_proc = None  # in this process; a worker's error would be the same

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from axolotl_mopo.data.directives import dimension_directive
 from conftest import ROOT, SMOKE, axolotl, build_model, smoke_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -25,7 +26,6 @@ from warm import AXOLOTL
 
 import axolotl_mopo
 from axolotl_mopo.config import Directives
-from axolotl_mopo.data.directives import dimension_directive
 
 
 def cold(*arguments):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from axolotl_mopo.data.columns import numbers, with_numbers
-from axolotl_mopo.data.lengths import pair_lengths, with_lengths
-from axolotl_mopo.data.rows import PreferencePair, RatedResponse, user
-from axolotl_mopo.data.store import PairStore
+from axolotl_mopo.data.conversations import user
+from axolotl_mopo.data.pair_store import PairStore
+from axolotl_mopo.data.rows import PreferencePair, RatedResponse
+from axolotl_mopo.training.prepared_rows import numbers, pair_lengths, with_lengths, with_numbers
 
 ROWS = Dataset.from_dict(
     {

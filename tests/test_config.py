@@ -5,15 +5,9 @@ import math
 
 import pytest
 
-from axolotl_mopo.config import (
-    WITHOUT_EFFECT,
-    AMoPOConfig,
-    ConfigError,
-    MODPOConfig,
-    checkpoint_advice,
-    fold_dotted_keys,
-    parse_block,
-)
+from axolotl_mopo.config import AMoPOConfig, MODPOConfig, checkpoint_advice, fold_dotted_keys, parse_settings
+from axolotl_mopo.config.host_keys import WITHOUT_EFFECT
+from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.plugin import MOPOPlugin
 
 AMOPO = {
@@ -216,8 +210,8 @@ def test_the_two_bases_are_accepted():
         (changed(MODPO, gradient_checkpointing="offload"), ["`gradient_checkpointing: offload` does not work"]),
         (changed(MODPO, dpo_beta=0.1), ["`dpo_beta` has no effect with `rl: modpo`", "see `modpo.beta`"]),
         (changed(AMOPO, amopo__layout="row"), ["`amopo.layout`", "'packed' or 'padded'", "'row'"]),
-        (changed(AMOPO, amopo__max_tokens_per_step=0), ["`amopo.max_tokens_per_step`", "at least 1"]),
-        (changed(AMOPO, amopo__max_tokens_per_step=True), ["`amopo.max_tokens_per_step`", "at least 1"]),
+        (changed(AMOPO, amopo__max_tokens_per_pass=0), ["`amopo.max_tokens_per_pass`", "at least 1"]),
+        (changed(AMOPO, amopo__max_tokens_per_pass=True), ["`amopo.max_tokens_per_pass`", "at least 1"]),
         (changed(MODPO, modpo__logits_budget=0), ["`modpo.logits_budget`", "a positive number"]),
         (changed(AMOPO, amopo__directive_position="behind"), ["`amopo.directive_position`", "before or after"]),
         (
@@ -312,25 +306,25 @@ def test_every_fault_is_told_at_once():
 
 
 def test_the_defaults_are_the_papers():
-    amopo = parse_block(AMoPOConfig, AMOPO["amopo"], "amopo")
+    amopo = parse_settings(AMoPOConfig, AMOPO["amopo"], "amopo")
     assert (amopo.beta, amopo.gamma, amopo.weighting, amopo.temperature) == (0.8, 2.0, "gaussian", 1.0)
     assert amopo.prompt_names == ["integrated", "helpfulness", "correctness"]
-    assert parse_block(AMoPOConfig, {**AMOPO["amopo"], "integrated": False}, "amopo").prompt_names == [
+    assert parse_settings(AMoPOConfig, {**AMOPO["amopo"], "integrated": False}, "amopo").prompt_names == [
         "helpfulness",
         "correctness",
     ]
-    modpo = parse_block(MODPOConfig, MODPO["modpo"], "modpo")
+    modpo = parse_settings(MODPOConfig, MODPO["modpo"], "modpo")
     assert (modpo.beta, modpo.loss_type) == (0.1, "sigmoid")
     assert (modpo.objective_weight, modpo.margin_weights) == (0.5, [0.5])
 
 
 def test_weights_need_not_sum_to_one():
-    modpo = parse_block(MODPOConfig, {**MODPO["modpo"], "weights": {"better": 1, "safer": -0.1}}, "modpo")
+    modpo = parse_settings(MODPOConfig, {**MODPO["modpo"], "weights": {"better": 1, "safer": -0.1}}, "modpo")
     assert modpo.margin_weights == [-0.1]
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers():
-    assert parse_block(MODPOConfig, {**MODPO["modpo"], "beta": "1e-1"}, "modpo").beta == 0.1
+    assert parse_settings(MODPOConfig, {**MODPO["modpo"], "beta": "1e-1"}, "modpo").beta == 0.1
 
 
 def test_dotted_keys_fold_into_their_block():

@@ -7,20 +7,22 @@ from types import SimpleNamespace
 import pytest
 from axolotl.utils.data.rl import _drop_long_sequences
 from axolotl.utils.schemas.enums import RLType
+from axolotl_mopo.data.directives import dimension_directive, integrated_directive
+from axolotl_mopo.data.reading import Reading
 from conftest import SMOKE, prepare
 from datasets import Dataset, load_dataset
 
 from axolotl_mopo.config import Directives
-from axolotl_mopo.data.collating import PairCollator, read_tokens
-from axolotl_mopo.data.directives import dimension_directive, integrated_directive
 from axolotl_mopo.data.formats import FORMATS
-from axolotl_mopo.data.lengths import budget_message, pair_lengths, with_lengths
 from axolotl_mopo.data.options import PairsOptions
 from axolotl_mopo.data.pairing import PairReader
-from axolotl_mopo.data.reading import Reading
-from axolotl_mopo.data.rows import DataError, PreferencePair, RatedResponse
+from axolotl_mopo.data.rows import PreferencePair, RatedResponse
 from axolotl_mopo.data.tokenizing import ControlTokenCount
-from axolotl_mopo.engine.trees import trie_size
+from axolotl_mopo.errors import DataError
+from axolotl_mopo.logprobs.trees import trie_size
+from axolotl_mopo.training.collator import PairCollator, read_tokens
+from axolotl_mopo.training.prepared_rows import pair_lengths, with_lengths
+from axolotl_mopo.training.warnings import budget_message
 
 ROW = {
     "prompt": "Which is bigger?",
@@ -44,7 +46,7 @@ def test_a_pair_for_modpo(tokenizer):
     assert texts(row, tokenizer) == expected
     assert (row["prompt"], row["chosen"], row["rejected"]) == (expected[0][0], *expected[1:])
     assert row["chosen_input_ids"][-1] == tokenizer.eos_token_id
-    assert row["chosen_margins"] == []
+    assert row["chosen_margin_rewards"] == []
 
 
 def test_every_dimension_has_a_prompt_of_its_own(tokenizer):
@@ -111,7 +113,7 @@ def test_what_a_budget_of_tokens_means_for_the_rows_is_told():
     assert budget_message(rows, PairCollator(0)) is None
     assert budget_message(rows, PairCollator(0, max_tokens=1000)) is None
     some = budget_message(rows, PairCollator(0, max_tokens=100))
-    assert some.startswith("of 3 pairs, 1 are split by their prompts to keep to max_tokens_per_step, and take one more")
+    assert some.startswith("of 3 pairs, 1 are split by their prompts to keep to max_tokens_per_pass, and take one more")
     assert "exceed" not in some
     assert "; 1 exceed it all the same" in budget_message(rows, PairCollator(0, max_tokens=22))
 
@@ -224,8 +226,8 @@ def test_margins_from_columns_and_lengths(tokenizer):
             "t": {"source": "length"},
         },
     )
-    assert row["chosen_margins"] == [3, 4, -4, -18, -len(row["chosen_input_ids"])]
-    assert row["rejected_margins"] == [0, 1, -1, -5, -len(row["rejected_input_ids"])]
+    assert row["chosen_margin_rewards"] == [3, 4, -4, -18, -len(row["chosen_input_ids"])]
+    assert row["rejected_margin_rewards"] == [0, 1, -1, -5, -len(row["rejected_input_ids"])]
 
 
 @pytest.mark.parametrize(
@@ -366,7 +368,7 @@ def test_a_label_and_joined_ratings_are_trained_on_in_the_rows_of_one_split(toke
     (made,) = prepare(rows, tokenizer, method=method, kind="helpsteer2", entry=entry, **settings)
     assert (made["chosen"], made["rejected"]) == ("A<|im_end|>", "B<|im_end|>")
     if method == "modpo":
-        assert (made["chosen_margins"], made["rejected_margins"]) == ([1], [3])
+        assert (made["chosen_margin_rewards"], made["rejected_margin_rewards"]) == ([1], [3])
     else:
         assert "whose helpfulness rates 1." in tokenizer.decode(made["prompt_input_ids"][1])
 

@@ -42,7 +42,7 @@ def configuration(base, folder, name, processes):
     if method == "amopo":
         block["weighting"] = "uniform"
     if policy == "limited":
-        block["max_tokens_per_step"] = LIMITS[method]
+        block["max_tokens_per_pass"] = LIMITS[method]
     if kind == "fsdp" and method == "modpo":
         margin = {"source": "adapter", "path": str(base / "merged"), "reference": str(base / "model"), "beta": 0.2}
         block["margins"]["safer"], block["weights"]["safer"] = margin, 0.2

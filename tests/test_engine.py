@@ -16,12 +16,12 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from axolotl_mopo.engine.attention import TREE_PREFIX, use_plain_attention, use_tree_attention
-from axolotl_mopo.engine.layout import Layout, choose_layout, why_not_trees
-from axolotl_mopo.engine.scoring import Scorer, completion_scores
-from axolotl_mopo.engine.trees import Pair, pack, pad
+from axolotl_mopo.logprobs.attention import TREE_PREFIX, use_plain_attention, use_tree_attention
+from axolotl_mopo.logprobs.computer import LogProbComputer, completion_logprobs
+from axolotl_mopo.logprobs.layout import Layout, choose_layout, why_not_trees
+from axolotl_mopo.logprobs.trees import Pair, pack, pad
 
-score = Scorer()
+score = LogProbComputer()
 ARCHITECTURES = list(CONFIGS)
 
 
@@ -200,7 +200,7 @@ def test_half_precision_logits_are_summed_in_float32(inside):
     model = build_model(CONFIGS["llama"], dtype=torch.bfloat16)
     prompt, completion = [5, 6, 7], [8, 9, 10, 11]
     batch = pad([Pair([prompt], completion, completion)], 0)
-    logps = Scorer(model if inside else None)(model, batch).logps
+    logps = LogProbComputer(model if inside else None)(model, batch).logps
     assert logps.dtype == torch.float32
     logits = model(torch.tensor([prompt + completion])).logits[0, 2:-1].float()
     expected = logits.log_softmax(-1)[range(4), completion].sum()
@@ -209,14 +209,14 @@ def test_half_precision_logits_are_summed_in_float32(inside):
 
 def test_half_precision_log_probs_are_summed_in_float32():
     logps = (torch.randn(600, generator=torch.Generator().manual_seed(0)) - 1.5).bfloat16()
-    scores = completion_scores(logps, torch.zeros(600, dtype=torch.long), torch.tensor([600]))
+    scores = completion_logprobs(logps, torch.zeros(600, dtype=torch.long), torch.tensor([600]))
     assert scores.logps.dtype == scores.prob_mean.dtype == scores.prob_std.dtype == torch.float32
     assert scores.logps.item() == pytest.approx(logps.double().sum().item(), abs=1e-3)
     assert scores.prob_std.item() == pytest.approx(logps.double().exp().std().item(), rel=1e-5)
 
 
 def test_a_single_token_has_no_spread():
-    scores = completion_scores(torch.tensor([-0.3, -0.5, -0.7]), torch.tensor([0, 1, 1]), torch.tensor([1, 2]))
+    scores = completion_logprobs(torch.tensor([-0.3, -0.5, -0.7]), torch.tensor([0, 1, 1]), torch.tensor([1, 2]))
     assert scores.prob_std[0] == 0
     assert scores.prob_std[1] == pytest.approx(torch.tensor([-0.5, -0.7]).exp().std().item())
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 from test_config import AMOPO, MODPO, changed, refusal
 
-from axolotl_mopo.data.entries import DataSpec
+from axolotl_mopo.data.spec import DataSpec
 from axolotl_mopo.plugin import MOPOPlugin
 
 

@@ -10,19 +10,19 @@ from datasets import Dataset
 from transformers import AutoConfig, GraniteMoeHybridConfig, Qwen3MoeConfig
 from trl import DPOConfig, DPOTrainer
 
-from axolotl_mopo.config import ConfigError
-from axolotl_mopo.data.collating import PairCollator
-from axolotl_mopo.engine.attention import use_plain_attention, use_tree_attention
-from axolotl_mopo.engine.layout import gives_aux_loss
-from axolotl_mopo.engine.scoring import Scorer
-from axolotl_mopo.engine.trees import Pair, pack, pad
+from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.logprobs.attention import use_plain_attention, use_tree_attention
+from axolotl_mopo.logprobs.computer import LogProbComputer
+from axolotl_mopo.logprobs.layout import gives_aux_loss
+from axolotl_mopo.logprobs.trees import Pair, pack, pad
+from axolotl_mopo.training.collator import PairCollator
 
 METHODS = ["amopo", "modpo"]
 
 
 def aux_loss_and_gradient(model, batch):
     model.zero_grad()
-    scores, aux_loss = Scorer(model).with_aux_loss(model, batch)
+    scores, aux_loss = LogProbComputer(model).with_aux_loss(model, batch)
     aux_loss.backward()
     return scores, aux_loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -39,7 +39,7 @@ def test_shared_tokens_count_as_often_as_in_padded_rows(architecture):
     assert padded.item() > 1
     for name, expected in padded_gradient.items():
         assert torch.allclose(gradient[name], expected, atol=1e-5), name
-    assert torch.equal(scores.logps, Scorer(model)(model, pack(pairs)).logps)
+    assert torch.equal(scores.logps, LogProbComputer(model)(model, pack(pairs)).logps)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_split_passes_balance_each_of_theirs_and_weigh_them_by_pairs(trainers):
     aux_losses = 0
     use_tree_attention(trainer.model)
     for unit in batch["units"]:
-        own = [Scorer().with_aux_loss(trainer.model, one)[1].item() for one in unit]
+        own = [LogProbComputer().with_aux_loss(trainer.model, one)[1].item() for one in unit]
         aux_losses += len(unit[0]["pairs"]) * sum(own) / len(own)
     assert loss - without == pytest.approx(0.5 * aux_losses / 3, abs=1e-5)
     assert metrics["aux_loss"] == pytest.approx(aux_losses / 3, abs=1e-5)
@@ -178,7 +178,7 @@ def test_the_term_is_that_of_trls_dpo(tokenizer, tmp_path):
         pairs.append(Pair([chosen[:start]], chosen[start:], rejected[start:]))
     use_tree_attention(model)
     assert trainer.router_aux_loss_coef == 0.001
-    _, found = Scorer(model).with_aux_loss(model, pack(pairs))
+    _, found = LogProbComputer(model).with_aux_loss(model, pack(pairs))
     assert found.item() == pytest.approx(expected, abs=1e-5)
 
 

@@ -10,8 +10,8 @@ from conftest import host_trainer, smoke_config
 from transformers import set_seed
 
 from axolotl_mopo import MOPOPlugin
-from axolotl_mopo.config import ConfigError
-from axolotl_mopo.margins.functions import function_digest
+from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.rewards.function import function_digest
 
 TCHEBYCHEFF = {"dimensions": ["helpfulness", "correctness"], "mu": 0.5}
 
@@ -52,7 +52,7 @@ def test_a_new_data_set_is_trained_on(tmp_path):
     block = modpo_block("votes", {"source": "column", "field": "accepted"})
     trainer, steps = trained(few_steps("modpo", tmp_path, modpo=block, datasets=[entry]))
     assert len(steps) == 2
-    accepted = [trainer.train_dataset[f"{side}_margins"][:] for side in ("chosen", "rejected")]
+    accepted = [trainer.train_dataset[f"{side}_margin_rewards"][:] for side in ("chosen", "rejected")]
     assert [sum(margin for (margin,) in side) for side in accepted] == [2 * len(rows), 0]  # of three pairs each
 
 
@@ -85,7 +85,7 @@ def test_a_new_method_is_trained(tmp_path):
     assert manifest["method"] == "tchebycheff"
     assert set(manifest["inference"]) == {"integrated", "helpfulness", "correctness"}
 
-    _, split = run("split", max_tokens_per_step=1)  # every prompt in a pass of its own
+    _, split = run("split", max_tokens_per_pass=1)  # every prompt in a pass of its own
     for one, other in zip(steps, split, strict=True):
         assert {k: other[k] for k in ("loss", "grad_norm")} == pytest.approx(
             {k: one[k] for k in ("loss", "grad_norm")}, rel=1e-4

@@ -14,14 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from axolotl_mopo.config import MODPOConfig
-from axolotl_mopo.data.collating import PairCollator
-from axolotl_mopo.engine.attention import use_tree_attention
-from axolotl_mopo.engine.ranks import PassCounts
-from axolotl_mopo.engine.scoring import Scorer
-from axolotl_mopo.margins.cache import TableCache
-from axolotl_mopo.margins.fingerprint import policy_digests, tensor_digests, weights_digest
-from axolotl_mopo.margins.implicit import PairScorer
-from axolotl_mopo.margins.precompute import Precomputation
+from axolotl_mopo.digests.weights import policy_digests, tensor_digests, weights_digest
+from axolotl_mopo.logprobs.attention import use_tree_attention
+from axolotl_mopo.logprobs.computer import LogProbComputer
+from axolotl_mopo.logprobs.passes import PassCounts
+from axolotl_mopo.training.collator import PairCollator
+from axolotl_mopo.training.pair_logprobs import PairScorer
+from axolotl_mopo.training.precompute import Precomputation
+from axolotl_mopo.training.table_cache import TableCache
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
@@ -183,7 +183,9 @@ def compute(folder, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(cpu=True, mixed_precision=precision)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        scorer = PairScorer(model, Scorer(base), PairCollator(0, packed=False), accelerator, PassCounts(False), 2)
+        scorer = PairScorer(
+            model, LogProbComputer(base), PairCollator(0, packed=False), accelerator, PassCounts(False), 2
+        )
         margins = {"b": {"source": "adapter", "beta": 0.2, **margin}}
         method = MODPOConfig(objective="a", weights={"a": 1, "b": 1}, margins=margins)
         before = len(list(tmp_path.glob("*.safetensors")))
@@ -213,7 +215,7 @@ def test_precision_attention_configuration_and_an_older_release_miss_the_tables(
     changed, missed = compute(margin, load(config=config))
     assert missed == (1 if kind == "whole" else 2)  # whole models bring their own configuration
     assert not torch.allclose(changed.reference, first.reference, atol=1e-3)
-    monkeypatch.setattr("axolotl_mopo.margins.precompute._VERSION", 1)
+    monkeypatch.setattr("axolotl_mopo.training.precompute._VERSION", 1)
     assert compute(margin, load())[1] == made
 
 

@@ -3,12 +3,12 @@
 import re
 
 import pytest
+from axolotl_mopo.data.reading import Reading
 from datasets import Dataset
 
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.pairing import PairReader
-from axolotl_mopo.data.reading import Reading
-from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.errors import DataError
 
 USER = [{"role": "user", "content": "Why is the sky blue?"}]
 
@@ -22,9 +22,9 @@ def reader(kind, rows, objective=(), chosen_scores=(), rejected_scores=(), scale
 
 
 def read(kind, rows, **settings):
-    """The canonical rows, and the tally."""
+    """The canonical rows, and the stats."""
     source = reader(kind, rows, **settings)
-    return [pair.to_row() for _, pair in source.pairs()], source.tally
+    return [pair.to_row() for _, pair in source.pairs()], source.stats
 
 
 def canonical(chosen, rejected, prompt=USER, chosen_scores=None, rejected_scores=None):
@@ -48,11 +48,11 @@ def test_scored_responses_are_paired_by_any_of_their_scores():
         {**common, "sample": sample, "response": text, "nice": nice, "brief": brief}
         for sample, (text, nice, brief) in enumerate([("A", 1.5, -1.0), ("B", 2.5, -4.0), ("C", 1.5, -2.0)])
     ]
-    pairs, tally = read("responses", rows, objective=("nice",))
+    pairs, stats = read("responses", rows, objective=("nice",))
     b, others = {"nice": 2.5, "brief": -4.0}, {"A": {"nice": 1.5, "brief": -1.0}, "C": {"nice": 1.5, "brief": -2.0}}
     expected = [canonical("B", name, chosen_scores=b, rejected_scores=scores) for name, scores in others.items()]
     assert pairs == expected
-    assert (tally.rows, tally.ties) == (3, 1)
+    assert (stats.rows, stats.ties) == (3, 1)
     with pytest.raises(DataError, match="its responses are rated and not ordered; name what orders them"):
         reader("responses", rows)
 
@@ -63,11 +63,11 @@ def response_row(text, nice, **columns):
 
 def test_responses_that_were_cut_off_are_left_out_unless_they_are_asked_for():
     rows = [response_row("A", 1, finished=True), response_row("B", 2, finished=False), response_row("C", 3)]
-    made, tally = read("responses", rows, objective=("nice",))
+    made, stats = read("responses", rows, objective=("nice",))
     assert [(pair["chosen"], pair["rejected"]) for pair in made] == [("C", "A")]
-    assert "1 responses that were cut off left out" in tally.lines()
-    made, tally = read("responses", rows, objective=("nice",), keep_unfinished=True)
-    assert (len(made), tally.left_out) == (3, {})
+    assert "1 responses that were cut off left out" in stats.lines()
+    made, stats = read("responses", rows, objective=("nice",), keep_unfinished=True)
+    assert (len(made), stats.left_out) == (3, {})
     odd = [response_row("A", 1, finished="no"), response_row("B", 2, finished="yes")]
     for keep in (False, True):
         with pytest.raises(DataError, match="row 0: its `finished` is 'no'; it must be true or false"):
@@ -116,22 +116,22 @@ def test_helpsteer_pairs_every_two_responses_to_a_prompt(kind):
         rated("C", 3, 1, 4, 2, 0),
         rated("X", 1, 1, 1, 1, 1, prompt="Another one?"),
     ]
-    made, tally = read(kind, rows, objective=("helpfulness",))
+    made, stats = read(kind, rows, objective=("helpfulness",))
     scores = {"A": with_overall(3, 4, 4, 2, 2), "B": with_overall(4, 4, 4, 1, 1), "C": with_overall(3, 1, 4, 2, 0)}
     assert made == [
         canonical("B", "A", chosen_scores=scores["B"], rejected_scores=scores["A"]),
         canonical("B", "C", chosen_scores=scores["B"], rejected_scores=scores["C"]),
     ]
-    assert (tally.rows, tally.pairs, tally.ties, tally.alone) == (4, 2, 1, 1)
+    assert (stats.rows, stats.pairs, stats.ties, stats.alone) == (4, 2, 1, 1)
 
 
 def test_the_mean_of_several_attributes_orders():
     rows = [rated("A", 3, 4, 4, 2, 2), rated("B", 4, 4, 4, 1, 1), rated("C", 3, 1, 4, 2, 0)]
     made, _ = read("helpsteer", rows, objective=("correctness", "verbosity"))
     assert [(row["chosen"], row["rejected"]) for row in made] == [("A", "B"), ("A", "C"), ("B", "C")]
-    made, tally = read("helpsteer", rows, objective=("overall",))  # 3, 2.8 and 2
+    made, stats = read("helpsteer", rows, objective=("overall",))  # 3, 2.8 and 2
     assert [(row["chosen"], row["rejected"]) for row in made] == [("A", "B"), ("A", "C"), ("B", "C")]
-    assert tally.ties == 0
+    assert stats.ties == 0
 
 
 MARKED = "Hi\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nWhy is the sky blue?"
@@ -154,9 +154,9 @@ def test_helpsteer2_preference_part():
     def row(strength, prompt="Why is the sky blue?"):
         return {"prompt": prompt, "response_1": "One", "response_2": "Two", "preference_strength": strength}
 
-    made, tally = read("helpsteer2", [row(-3), row(0), row(1, MARKED)], objective=("helpfulness",))
+    made, stats = read("helpsteer2", [row(-3), row(0), row(1, MARKED)], objective=("helpfulness",))
     assert made == [canonical("One", "Two"), canonical("Two", "One", prompt=TURNS)]
-    assert (tally.rows, tally.pairs, tally.ties) == (3, 2, 1)
+    assert (stats.rows, stats.pairs, stats.ties) == (3, 2, 1)
 
 
 def preference(strength, **columns):
@@ -180,7 +180,7 @@ def test_helpsteer2_preferences_are_joined_with_their_ratings(tmp_path):
     Dataset.from_list(ratings).to_parquet(tmp_path / "ratings.parquet")
     rows = [preference(-2), preference(0), *(preference(1, response_2=name) for name in ("Three", "Four", "Five"))]
     settings = {"objective": ("overall",), "ratings": str(tmp_path / "ratings.parquet")}
-    made, tally = read("helpsteer2", rows, **settings, chosen_scores=("helpfulness",))
+    made, stats = read("helpsteer2", rows, **settings, chosen_scores=("helpfulness",))
     assert made == [
         canonical(
             "One",
@@ -189,7 +189,7 @@ def test_helpsteer2_preferences_are_joined_with_their_ratings(tmp_path):
             rejected_scores=with_overall(4, 4, 4, 1, 1),
         )
     ]
-    assert (tally.pairs, tally.ties, tally.incomplete, tally.bad) == (1, 1, 3, {})
+    assert (stats.pairs, stats.ties, stats.incomplete, stats.bad) == (1, 1, 3, {})
     assert read("helpsteer2", rows, objective=("overall",))[0][0]["chosen_scores"] == {}
     assert read("helpsteer2", [preference(1, response_2="Four")], **settings)[0][0]["chosen_scores"] == {
         "correctness": 1.0,
@@ -230,9 +230,9 @@ def test_helpsteer2_preferences_of_several_splits_are_not_mixed():
     message = r"several splits, train, val, which must not be mixed; name the one to read with where: {split: train}"
     with pytest.raises(DataError, match=message):
         read("helpsteer2", rows)
-    made, tally = read("helpsteer2", rows, where={"split": "train"})
+    made, stats = read("helpsteer2", rows, where={"split": "train"})
     assert [pair["chosen"] for pair in made] == ["One", "Two"]
-    assert "1 rows whose `split` is not 'train' left out" in tally.lines()
+    assert "1 rows whose `split` is not 'train' left out" in stats.lines()
     assert len(read("helpsteer2", rows[::2])[0]) == 2
     rated_rows = [{**rated("A", 3, 4, 4, 2, 2), "split": "a"}, {**rated("B", 4, 4, 4, 1, 1), "split": "b"}]
     assert len(read("helpsteer2", rated_rows, objective=("overall",))[0]) == 1
@@ -241,10 +241,10 @@ def test_helpsteer2_preferences_of_several_splits_are_not_mixed():
 def test_rows_of_other_values_of_a_column_are_left_out_before_they_are_read():
     rows = [{**rated("A", 1, 1, 1, 1, 1), "lang": "en", "n": 1}, {**rated("B", 2, 1, 1, 1, 1), "lang": "en", "n": 1}]
     rows += [{**rated("", 9, 1, 1, 1, 1), "lang": "de", "n": 1}, {**rated("C", 3, 1, 1, 1, 1), "lang": "en", "n": 2}]
-    made, tally = read("helpsteer", rows, objective=("helpfulness",), where={"lang": "en", "n": 1})
+    made, stats = read("helpsteer", rows, objective=("helpfulness",), where={"lang": "en", "n": 1})
     assert [(pair["chosen"], pair["rejected"]) for pair in made] == [("B", "A")]
-    assert tally.left_out == {"rows whose `lang` is not 'en'": 1, "rows whose `n` is not 1": 1}
-    assert (tally.rows, tally.alone) == (4, 0)
+    assert stats.left_out == {"rows whose `lang` is not 'en'": 1, "rows whose `n` is not 1": 1}
+    assert (stats.rows, stats.alone) == (4, 0)
     with pytest.raises(DataError, match="`where` names the column language, which is not there; its columns are prom"):
         reader("helpsteer", rows, objective=("helpfulness",), where={"language": "en"})
 
@@ -275,9 +275,9 @@ def test_helpsteer3():
     def row(preference):
         return {"context": TURNS, "response1": "One", "response2": "Two", "overall_preference": preference}
 
-    made, tally = read("helpsteer3", [row(2), row(-1), row(0)])
+    made, stats = read("helpsteer3", [row(2), row(-1), row(0)])
     assert made == [canonical("Two", "One", prompt=TURNS), canonical("One", "Two", prompt=TURNS)]
-    assert tally.ties == 1
+    assert stats.ties == 1
 
 
 def completion(response, *ratings, overall=5.0):
@@ -294,7 +294,7 @@ def test_ultrafeedback_never_compares_ratings_as_strings_and_knows_no_score():
         completion("D", "2", None, "nan", "", overall=None),
     ]
     row = {"instruction": "Why is the sky blue?", "completions": completions}
-    made, tally = read("ultrafeedback", [row], objective=("helpfulness",), score_scale=(1, 10))
+    made, stats = read("ultrafeedback", [row], objective=("helpfulness",), score_scale=(1, 10))
     scores = {"instruction_following": 5.0, "honesty": None, "truthfulness": 4.0, "helpfulness": 10.0, "overall": 8.0}
     assert made == [
         canonical(
@@ -304,13 +304,13 @@ def test_ultrafeedback_never_compares_ratings_as_strings_and_knows_no_score():
             rejected_scores={**scores, "honesty": 3.0, "helpfulness": 9.0, "overall": 7.5},
         )
     ]
-    assert (tally.pairs, tally.unscored) == (1, 2)
-    made, tally = read("ultrafeedback", [row], objective=("overall",))
+    assert (stats.pairs, stats.unscored) == (1, 2)
+    made, stats = read("ultrafeedback", [row], objective=("overall",))
     assert [(pair["chosen"], pair["rejected"]) for pair in made] == [("A", "B"), ("C", "B")]
-    assert (tally.ties, tally.unscored) == (1, 1)
-    made, tally = read("ultrafeedback", [row], objective=("overall",), chosen_scores=("honesty",))
+    assert (stats.ties, stats.unscored) == (1, 1)
+    made, stats = read("ultrafeedback", [row], objective=("overall",), chosen_scores=("honesty",))
     assert [(pair["chosen"], pair["rejected"]) for pair in made] == [("C", "B")]
-    assert tally.incomplete == 1
+    assert stats.incomplete == 1
 
 
 def test_a_completion_of_ultrafeedback_that_is_null_costs_itself_only():
@@ -318,9 +318,9 @@ def test_a_completion_of_ultrafeedback_that_is_null_costs_itself_only():
     row = {"instruction": "Why is the sky blue?", "completions": completions}
     with pytest.raises(DataError, match="row 0: its `response` is an empty response"):
         read("ultrafeedback", [row], objective=("helpfulness",))
-    made, tally = read("ultrafeedback", [row], objective=("helpfulness",), on_bad_row="drop")
+    made, stats = read("ultrafeedback", [row], objective=("helpfulness",), on_bad_row="drop")
     assert [(pair["chosen"], pair["rejected"]) for pair in made] == [("C", "A")]
-    assert tally.bad == {"empty response": 1}
+    assert stats.bad == {"empty response": 1}
     odd = {**row, "completions": [{"response": "A", "overall_score": 1.0, "annotations": {"honesty": "5"}}]}
     with pytest.raises(DataError, match="row 0: the `annotations` of a completion are no mappings with a `Rating`"):
         read("ultrafeedback", [odd], objective=("helpfulness",))
@@ -385,9 +385,9 @@ def arena(winner, before=TURNS, parts=False):
 
 def test_arena_conversations_are_pairs_of_their_last_turns_and_ties_are_counted():
     rows = [arena(winner) for winner in ("model_a", "model_b", "tie", "tie (bothbad)", "both_bad")]
-    made, tally = read("arena", rows)
+    made, stats = read("arena", rows)
     assert made == [canonical("A", "B", prompt=TURNS), canonical("B", "A", prompt=TURNS)]
-    assert (tally.pairs, tally.ties) == (2, 3)
+    assert (stats.pairs, stats.ties) == (2, 3)
     assert read("arena", [arena("model_b", USER, parts=True)])[0] == [canonical("B", "A")]
 
 
@@ -420,9 +420,9 @@ def test_shp_leaves_out_votes_that_are_closer_than_a_ratio():
     row = {"history": "Why is the sky blue?", "human_ref_A": "A", "human_ref_B": "B", "labels": 1}
     rows = [{**row, "score_ratio": ratio, "human_ref_A": f"A{ratio}"} for ratio in (1.5, 2.0, 7.0)]
     assert len(read("shp", rows)[0]) == 3
-    made, tally = read("shp", rows, min_score_ratio=2)
+    made, stats = read("shp", rows, min_score_ratio=2)
     assert [pair["chosen"] for pair in made] == ["A2.0", "A7.0"]
-    assert "1 pairs whose score_ratio is below 2 left out" in tally.lines()
+    assert "1 pairs whose score_ratio is below 2 left out" in stats.lines()
     with pytest.raises(DataError, match="row 0: it has no column `score_ratio`"):
         read("shp", [row], min_score_ratio=2)
     with pytest.raises(DataError, match="row 0: its `score_ratio` is 'many', not a number"):
@@ -498,10 +498,10 @@ def test_bad_texts_are_named_by_row_or_dropped_and_counted(kind, old, new, reaso
     objective = ("better",) if kind == "safe_rlhf" else ()
     with pytest.raises(DataError, match=r"^data.jsonl, row 2: its .*; mend the row, or .* on_bad_row: drop$"):
         read(kind, [good, good, bad, good], objective=objective)
-    made, tally = read(kind, [good, good, bad, good], objective=objective, on_bad_row="drop")
+    made, stats = read(kind, [good, good, bad, good], objective=objective, on_bad_row="drop")
     assert len(made) == 3
-    assert tally.bad == {reason: 1}
-    assert any(reason in line for line in tally.lines())
+    assert stats.bad == {reason: 1}
+    assert any(reason in line for line in stats.lines())
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -519,8 +519,8 @@ def test_a_labelled_row_without_a_score_that_is_needed_is_bad(bad):
     worse = {**row, "chosen": {"response": "a", "h": bad}}
     with pytest.raises(DataError, match="row 1: it has no score of h for the chosen response, where no finite number"):
         read("amopo", [row, worse], chosen_scores=("h",))
-    made, tally = read("amopo", [row, worse], chosen_scores=("h",), on_bad_row="drop")
-    assert (len(made), dict(tally.bad)) == (1, {"missing score": 1})
+    made, stats = read("amopo", [row, worse], chosen_scores=("h",), on_bad_row="drop")
+    assert (len(made), dict(stats.bad)) == (1, {"missing score": 1})
     assert len(read("amopo", [row, worse], rejected_scores=("h",))[0]) == 2
 
 
@@ -534,15 +534,15 @@ def test_a_chosen_response_that_scores_lower_is_counted():
         "chosen_k": 3,
         "rejected_k": 3,
     }
-    _, tally = read("pairs", [row, {**row, "chosen": "c", "chosen_h": 4}])
-    assert (tally.below("h"), tally.below("k")) == (1, 0)
+    _, stats = read("pairs", [row, {**row, "chosen": "c", "chosen_h": 4}])
+    assert (stats.below("h"), stats.below("k")) == (1, 0)
 
 
 def test_only_numbers_are_flat_scores():
     row = {**GOOD["pairs"], "chosen_model": "gpt", "chosen_id": "x7", "chosen_k": "3", "rejected_k": None}
-    made, tally = read("pairs", [row])
+    made, stats = read("pairs", [row])
     assert made == [canonical("a", "b", [{"role": "user", "content": "p"}], {"h": 1, "k": 3}, {"h": 2})]
-    assert tally.names == ["h"]
+    assert stats.names == ["h"]
     null = {**GOOD["pairs"], "chosen_scores": None, "rejected_scores": {"h": 1}}
     assert read("pairs", [null])[0][0]["chosen_scores"] == {}
 
@@ -556,26 +556,26 @@ def test_an_objective_is_refused_where_a_label_orders():
 
 def test_duplicates_are_kept_and_counted():
     row = GOOD["pairs"]
-    made, tally = read("pairs", [row, {**row, "chosen": "c"}, row])
-    assert (len(made), tally.duplicates) == (3, 1)
+    made, stats = read("pairs", [row, {**row, "chosen": "c"}, row])
+    assert (len(made), stats.duplicates) == (3, 1)
 
 
 def test_bad_rated_rows():
     rows = [rated("A", 3, 4, 4, 2, 2), rated(" ", 4, 4, 4, 1, 1), rated("C", 1, 1, 4, 2, 0), rated("A", 2, 1, 1, 1, 1)]
     with pytest.raises(DataError, match=r"row 1: its `response` is an empty response"):
         read("helpsteer", rows, objective=("helpfulness",))
-    made, tally = read("helpsteer", rows, objective=("helpfulness",), on_bad_row="drop")
+    made, stats = read("helpsteer", rows, objective=("helpfulness",), on_bad_row="drop")
     assert [(row["chosen"], row["rejected"]) for row in made] == [("A", "C"), ("A", "C")]
-    assert (dict(tally.bad), tally.identical) == ({"empty response": 1}, 1)
+    assert (dict(stats.bad), stats.identical) == ({"empty response": 1}, 1)
     rows = [rated("A", 3, 4, 4, 2, 2), rated("B", 9, 4, 4, 1, 1)]
     settings = {"objective": ("helpfulness",), "chosen_scores": ("helpfulness",), "scales": {"helpfulness": (0.0, 4.0)}}
     with pytest.raises(DataError, match=r"row 1: its score of helpfulness, 9, is outside 0 to 4; .* score_scale"):
         read("helpsteer", rows, **settings)
     # The row that is bad is named, not the one that completes its group; and it is counted once, not once a pair.
     rows += [rated(f"R{score}", score, 1, 1, 1, 1) for score in (0, 1, 2)] + [rated("X", 1, 1, 1, 1, 1, prompt=" ")]
-    _, tally = read("helpsteer", rows, **settings, on_bad_row="drop")
-    assert tally.bad == {"score outside its scale": 1, "empty prompt": 1}
-    assert (tally.rows, tally.pairs) == (6, 6)
+    _, stats = read("helpsteer", rows, **settings, on_bad_row="drop")
+    assert stats.bad == {"score outside its scale": 1, "empty prompt": 1}
+    assert (stats.rows, stats.pairs) == (6, 6)
 
 
 SKY = "Why is the sky blue?"
@@ -743,7 +743,7 @@ def test_a_lone_surrogate_is_a_bad_row_of_its_own_kind(kind, old):
     str(caught.value).encode()
     dropping = source(on_bad_row="drop")
     assert list(dropping.pairs()) == []
-    assert dropping.tally.bad == {"invalid text": 1}
+    assert dropping.stats.bad == {"invalid text": 1}
 
 
 @pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "thinking"])
@@ -798,9 +798,9 @@ def test_a_score_that_orders_lies_in_its_known_scale(kind, score):
     rows = [rated("A", score, 1, 1, 1, 1), rated("B", 3, 1, 1, 1, 1), rated("C", 2, 1, 1, 1, 1)]
     with pytest.raises(DataError, match=f"row 0: its score of helpfulness, {score}, is outside 0 to 4"):
         read(kind, rows, objective=("helpfulness",))
-    pairs, tally = read(kind, rows, objective=("helpfulness",), on_bad_row="drop")
+    pairs, stats = read(kind, rows, objective=("helpfulness",), on_bad_row="drop")
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("B", "C")]
-    assert tally.bad == {"score outside its scale": 1}
+    assert stats.bad == {"score outside its scale": 1}
 
 
 @pytest.mark.parametrize("strength", [-100, 4])

@@ -12,17 +12,18 @@ import pytest
 from playwright.sync_api import sync_playwright
 from rich.console import Console
 
-from axolotl_mopo.config import ConfigError
-from axolotl_mopo.data.rows import fingerprint, user
-from axolotl_mopo.front.page import render
-from axolotl_mopo.front.plots import draw
-from axolotl_mopo.front.policies import Policy
-from axolotl_mopo.front.records import Objective
-from axolotl_mopo.front.report import notes, table, to_csv, to_json
-from axolotl_mopo.front.scoring import parse_scorer
-from axolotl_mopo.front.statistics import estimate, find_front
-from axolotl_mopo.front.store import Comparison
-from axolotl_mopo.records import Manifest
+from axolotl_mopo.config.model_files import Manifest
+from axolotl_mopo.data.conversations import user
+from axolotl_mopo.digests import fingerprint
+from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.evaluation.comparison import Comparison
+from axolotl_mopo.evaluation.page import render
+from axolotl_mopo.evaluation.plots import draw
+from axolotl_mopo.evaluation.policies import Policy
+from axolotl_mopo.evaluation.report import notes, table, to_csv, to_json
+from axolotl_mopo.evaluation.schema import Objective
+from axolotl_mopo.evaluation.scoring import parse_scorer
+from axolotl_mopo.evaluation.statistics import estimate, find_front
 
 HELPFUL = {"scorer": {}, "digest": "x", "lower_is_better": False}
 COST = {**HELPFUL, "lower_is_better": True}
@@ -249,7 +250,7 @@ def test_pictures_for_any_number_of_objectives(tmp_path, count):
 
 
 def test_better_is_to_the_right_and_up(four):
-    from axolotl_mopo.front.plots import _figure
+    from axolotl_mopo.evaluation.plots import _figure
 
     (axes,) = _figure(find_front(four)).axes
     assert not axes.xaxis.get_inverted()

@@ -7,9 +7,9 @@ from conftest import CONFIGS, build_model, ragged_pairs
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from axolotl_mopo.engine.attention import use_tree_attention
-from axolotl_mopo.engine.scoring import Scorer
-from axolotl_mopo.engine.trees import pack, pad
+from axolotl_mopo.logprobs.attention import use_tree_attention
+from axolotl_mopo.logprobs.computer import LogProbComputer
+from axolotl_mopo.logprobs.trees import pack, pad
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def sharded_scores(output_dtype, batch, packed, budget):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    scores = Scorer(model, budget)(model, batch)
+    scores = LogProbComputer(model, budget)(model, batch)
     (scores.logps * torch.linspace(-1, 1, len(scores.logps))).sum().backward()
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     return scores, {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}

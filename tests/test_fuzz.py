@@ -7,20 +7,22 @@ import os
 import time
 
 import pytest
+from axolotl_mopo.data.reading import Reading
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_config import AMOPO, MODPO
 from test_formats import GOOD, completion, rated
 
-from axolotl_mopo.config import BLOCKS, INTEGRATED, MARGINS, AdapterMargin, ConfigError, Directives, parse_block
+from axolotl_mopo.config import INTEGRATED, METHODS, SOURCES, Directives, parse_settings
+from axolotl_mopo.config.model_files import ADAPTER, MANIFEST, AdapterConfig, Manifest
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.pairing import PairReader
-from axolotl_mopo.data.reading import Reading
-from axolotl_mopo.data.rows import DataError
-from axolotl_mopo.margins.settling import check_margin
+from axolotl_mopo.errors import ConfigError, DataError
 from axolotl_mopo.plugin import MOPOPlugin
-from axolotl_mopo.records import ADAPTER, MANIFEST, AdapterConfig, Manifest, read_record
+from axolotl_mopo.records import read_record
+from axolotl_mopo.rewards import AdapterSource
+from axolotl_mopo.rewards.resolve import check_margin
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("ci", max_examples=300, derandomize=True, **COMMON)
@@ -32,7 +34,7 @@ WORDS = [
     *("length", "adapter", "reward_model", "callable", "source", "os:getcwd", "nowhere:f", "axolotl_mopo.responses"),
     *("user", "assistant", "role", "content", "N/A", "nan", "1e3", "raise", "drop", "after", "packed", "yes", "[key]"),
 ]
-KEYS = sorted({*WORDS, *(key for block in (*BLOCKS.values(), *MARGINS.values()) for key in block.model_fields)})
+KEYS = sorted({*WORDS, *(key for block in (*METHODS.values(), *SOURCES.values()) for key in block.model_fields)})
 # A path such as `/` is a folder like any other, whose files would all be read.
 TEXTS = st.one_of(st.sampled_from(WORDS), st.text(max_size=12).filter(lambda text: not set(text) & set("./~")))
 NUMBERS = st.one_of(
@@ -110,7 +112,7 @@ FULL_MODPO = {
         },
         "beta": 0.2,
         "loss_type": "hinge",
-        "max_tokens_per_step": 64,
+        "max_tokens_per_pass": 64,
     },
     "datasets": [{"path": "pairs.jsonl", "type": "axolotl_mopo.pairs", "max_pairs_per_prompt": 2}],
     "seed": 3,
@@ -149,7 +151,7 @@ def settled(cfg):
     method = given.get("rl")
     if method in ("modpo", "amopo"):
         block = {key: value for key, value in given[method].items() if value is not None}
-        assert in_force(block, parse_block(BLOCKS[method], cfg[method], method).model_dump())
+        assert in_force(block, parse_settings(METHODS[method], cfg[method], method).model_dump())
 
 
 @given(cfg=mutated(VALID, YAML, st.one_of(NAMES, st.integers(0, 3))))
@@ -235,7 +237,7 @@ def made(kind, rows, **options):
         assert str(error).startswith("data.jsonl")
         assert len(str(error)) > len("data.jsonl, row 0: ")
         return
-    reader.tally.lines()
+    reader.stats.lines()
     for pair in pairs:
         assert pair == type(pair).from_row(pair.to_row())
         assert isinstance(pair.prompt_key, int)
@@ -291,7 +293,7 @@ TEMPLATES = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PIECES), ma
 def test_an_arbitrary_template_is_taken_as_it_is_or_refused_at_once(template, key):
     started = time.process_time()
     try:
-        block = parse_block(Directives, {key: template}, "amopo.directives")
+        block = parse_settings(Directives, {key: template}, "amopo.directives")
     except ConfigError as error:
         assert f"`amopo.directives.{key}`" in str(error)
     else:
@@ -354,7 +356,7 @@ def test_an_arbitrary_adapter_gives_a_beta_or_is_refused(model, adapter, manifes
     else:
         assert all(adapter.get(key, value) == value for key, value in config.model_dump().items())
     try:
-        beta = check_margin(AdapterMargin(source="adapter", path=str(model)), "`modpo.margins.safer", {})
+        beta = check_margin(AdapterSource(source="adapter", path=str(model)), "`modpo.margins.safer", {})
     except ConfigError as error:
         assert str(error).startswith("`modpo.margins.safer.")
         assert str(model) in str(error)

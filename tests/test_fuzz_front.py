@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from test_front import comparison
 from test_fuzz import mutated, nested
 
-from axolotl_mopo.config import ConfigError
-from axolotl_mopo.front.page import render
-from axolotl_mopo.front.policies import find_policies
-from axolotl_mopo.front.records import Asking
-from axolotl_mopo.front.report import notes, table, to_csv, to_json
-from axolotl_mopo.front.statistics import find_front
-from axolotl_mopo.front.store import Comparison
+from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.evaluation.comparison import Comparison
+from axolotl_mopo.evaluation.page import render
+from axolotl_mopo.evaluation.policies import find_policies
+from axolotl_mopo.evaluation.report import notes, table, to_csv, to_json
+from axolotl_mopo.evaluation.schema import PromptChoice
+from axolotl_mopo.evaluation.statistics import find_front
 
 WORDS = [
     *(
@@ -156,7 +156,7 @@ def test_what_stands_beside_a_model_is_taken_as_it_is_or_refused(tmp_path_factor
         (policy,) = find_policies([str(folder)])
         assert policy.base == adapter["base_model_name_or_path"]
         assert policy.label.isprintable()
-        (turn,) = policy.asked([{"role": "user", "content": "Why?"}], Asking())
+        (turn,) = policy.asked([{"role": "user", "content": "Why?"}], PromptChoice())
         assert turn["content"].encode()
     except ConfigError as error:
         assert str(folder) in str(error) or "--dimension" in str(error)

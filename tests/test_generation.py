@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from axolotl_mopo.data.directives import integrated_directive
 from conftest import ROOT, SMOKE, build_model, save_adapter, save_reward_model
 from peft import PeftModel
 from test_received import tree
@@ -20,19 +21,19 @@ from transformers import (
     GenerationConfig,
 )
 
-from axolotl_mopo.config import AMoPOConfig, ConfigError, MODPOConfig
-from axolotl_mopo.data.directives import integrated_directive
-from axolotl_mopo.data.rows import DataError, user
-from axolotl_mopo.front.engines import TransformersEngine, adapter_rank, choose_engine, vllm_settings
-from axolotl_mopo.front.generating import Generation
-from axolotl_mopo.front.models import Models, generate, stop_tokens
-from axolotl_mopo.front.policies import Policy, find_policies, reference_policy
-from axolotl_mopo.front.prompts import Prompts, read_prompts
-from axolotl_mopo.front.records import Asking, Sampling
-from axolotl_mopo.front.scoring import Scoring, parse_scorer
-from axolotl_mopo.front.statistics import find_front
-from axolotl_mopo.front.store import Comparison
-from axolotl_mopo.manifest import write_manifest
+from axolotl_mopo.config import AMoPOConfig, MODPOConfig
+from axolotl_mopo.data.conversations import user
+from axolotl_mopo.errors import ConfigError, DataError
+from axolotl_mopo.evaluation.comparison import Comparison
+from axolotl_mopo.evaluation.engines import TransformersEngine, adapter_rank, choose_engine, vllm_settings
+from axolotl_mopo.evaluation.generating import Generation
+from axolotl_mopo.evaluation.models import Models, generate, stop_tokens
+from axolotl_mopo.evaluation.policies import Policy, find_policies, reference_policy
+from axolotl_mopo.evaluation.prompts import Prompts, read_prompts
+from axolotl_mopo.evaluation.schema import PromptChoice, Sampling
+from axolotl_mopo.evaluation.scoring import Scoring, parse_scorer
+from axolotl_mopo.evaluation.statistics import find_front
+from axolotl_mopo.training.manifest import write_manifest
 
 QUESTIONS = [
     "What is 2 plus 3?",
@@ -84,7 +85,7 @@ def generation(folder, policies, reference="known", prompts=PROMPTS, sampling=SA
         "folder": folder,
         "prompts": prompts,
         "sampling": sampling,
-        "asking": Asking(),
+        "asking": PromptChoice(),
         "engine": TransformersEngine(models, sampling),
         "models": models,
         "batch_size": 2,
@@ -581,15 +582,15 @@ def test_amopo_is_asked_as_it_was_trained(base, tmp_path):
     run = save_run(base, tmp_path / "amopo", 3, AMOPO)
     (policy,) = find_policies([str(run)])
     directive = integrated_directive(AMOPO.directives, AMOPO.dimensions, AMOPO.score_range)
-    assert policy.asked(user("Why?"), Asking()) == user(f"{directive}\n\nWhy?")
-    one = policy.asked(user("Why?"), Asking("helpfulness", 2))[0]["content"]
+    assert policy.asked(user("Why?"), PromptChoice()) == user(f"{directive}\n\nWhy?")
+    one = policy.asked(user("Why?"), PromptChoice("helpfulness", 2))[0]["content"]
     assert "whose helpfulness rates 2" in one
     with pytest.raises(ConfigError, match="--dimension or --score: amopo: unknown dimension beauty"):
-        policy.asked(user("Why?"), Asking("beauty"))
+        policy.asked(user("Why?"), PromptChoice("beauty"))
     compared = generation(tmp_path / "out", [policy])
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run).eval()
     row = compared.responses("amopo")[0]
-    asked = policy.asked(row["prompt"], Asking())
+    asked = policy.asked(row["prompt"], PromptChoice())
     assert row["logp"] == pytest.approx(logp_by_hand(tuned, AutoTokenizer.from_pretrained(base), row, asked), abs=1e-3)
 
 

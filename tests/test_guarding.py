@@ -8,10 +8,10 @@ import torch
 from conftest import Poison, host_trainer, rare_token, smoke_config
 from transformers import TrainerCallback
 
-from axolotl_mopo.guarding import LossError
+from axolotl_mopo.errors import LossError
 
 METHODS = ["amopo", "modpo"]
-BLOCKS = {
+METHODS = {
     "amopo": {"dimensions": ["helpfulness"]},
     "modpo": {
         "objective": "overall",
@@ -33,7 +33,7 @@ def config(tmp_path):
             gradient_accumulation_steps=2,
             eval_strategy="no",
             test_datasets=None,
-            **{method: {**BLOCKS[method], "on_bad_loss": on_bad_loss}},
+            **{method: {**METHODS[method], "on_bad_loss": on_bad_loss}},
             # The token's column of the head would be infinite as well.
             overrides_of_model_config={"tie_word_embeddings": False},
             **{"max_steps": 3, **overrides},

@@ -10,11 +10,11 @@ from test_engine import build_float64
 from torch import nn
 from transformers import CohereConfig, Gemma4Config, Gemma4ForConditionalGeneration, PhiConfig
 
-from axolotl_mopo.engine import log_softmax
-from axolotl_mopo.engine.attention import use_tree_attention
-from axolotl_mopo.engine.layout import choose_layout
-from axolotl_mopo.engine.scoring import Scorer
-from axolotl_mopo.engine.trees import Pair, pack, pad
+from axolotl_mopo.logprobs import log_softmax
+from axolotl_mopo.logprobs.attention import use_tree_attention
+from axolotl_mopo.logprobs.computer import LogProbComputer
+from axolotl_mopo.logprobs.layout import choose_layout
+from axolotl_mopo.logprobs.trees import Pair, pack, pad
 
 VOCABULARY = 97
 ROWS = 7
@@ -81,13 +81,13 @@ KINDS = ["plain", "tied", "bias", "cap", "lora", "lora elsewhere", "saved"]
 def test_the_head_answers_with_the_log_probs_of_its_logits(kind, checkpointing):
     model, base = build(kind)
     batch = pad(ragged_pairs(), 0)
-    expected = scores_and_gradients(model, Scorer(), batch)
+    expected = scores_and_gradients(model, LogProbComputer(), batch)
     if checkpointing:
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    assert_same(scores_and_gradients(model, Scorer(base), batch), expected)
-    assert_same(scores_and_gradients(model, Scorer(base, BUDGET), batch), expected)
+    assert_same(scores_and_gradients(model, LogProbComputer(base), batch), expected)
+    assert_same(scores_and_gradients(model, LogProbComputer(base, BUDGET), batch), expected)
     assert base.config.to_dict() == build(kind)[1].config.to_dict()
 
 
@@ -95,13 +95,13 @@ def test_the_head_answers_with_the_log_probs_of_its_logits(kind, checkpointing):
 @pytest.mark.parametrize("budget", [None, BUDGET], ids=["whole", "chunks"])
 def test_adapters_have_the_same_gradients_in_every_layout(budget, checkpointing):
     model, base = build("lora", build_float64("llama"))
-    expected = scores_and_gradients(model, Scorer(), pad(ragged_pairs(), 0))
+    expected = scores_and_gradients(model, LogProbComputer(), pad(ragged_pairs(), 0))
     use_tree_attention(base)
     if checkpointing:
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    assert_same(scores_and_gradients(model, Scorer(base, budget), pack(ragged_pairs())), expected)
+    assert_same(scores_and_gradients(model, LogProbComputer(base, budget), pack(ragged_pairs())), expected)
 
 
 def test_a_quantised_head_is_asked_as_a_module():
@@ -114,9 +114,9 @@ def test_a_quantised_head_is_asked_as_a_module():
         plain, expected, chunked = (
             scorer(each, batch).logps
             for scorer, each in (
-                (Scorer(), model),
-                (Scorer(), quantised),
-                (Scorer(quantised, BUDGET), quantised),
+                (LogProbComputer(), model),
+                (LogProbComputer(), quantised),
+                (LogProbComputer(quantised, BUDGET), quantised),
             )
         )
     assert (plain - expected).abs().max() > 1e-3
@@ -129,12 +129,12 @@ def test_no_more_logits_than_the_budget_are_there_at_once():
     batch = pad(ragged_pairs(), 0)
     rows = []
     model.lm_head.register_forward_hook(lambda head, args, logits: rows.append(args[0].shape[1]))
-    Scorer(model, BUDGET)(model, batch).logps.sum().backward()
+    LogProbComputer(model, BUDGET)(model, batch).logps.sum().backward()
     assert max(rows) == ROWS
     # One row so that the head runs at all, every chunk in the forward pass, and again in the backward pass.
     assert sum(rows) == 1 + 2 * len(batch["rows"])
     rows.clear()
-    Scorer(model, BUDGET * 100)(model, batch).logps.sum().backward()
+    LogProbComputer(model, BUDGET * 100)(model, batch).logps.sum().backward()
     assert rows == [len(batch["rows"])]
 
 
@@ -142,10 +142,10 @@ def test_the_model_returns_logits_again_when_it_was_scored():
     model, _ = build("cap")
     ids = torch.tensor([[5, 6, 7]])
     before = model(ids).logits
-    Scorer(model, BUDGET)(model, pad(ragged_pairs(), 0))
+    LogProbComputer(model, BUDGET)(model, pad(ragged_pairs(), 0))
     assert torch.equal(model(ids).logits, before)
     with pytest.raises(IndexError):
-        Scorer(model)(model, pad([Pair([[5]], [VOCABULARY + 3], [6])], 0))
+        LogProbComputer(model)(model, pad([Pair([[5]], [VOCABULARY + 3], [6])], 0))
     assert torch.equal(model(ids).logits, before)
     assert model.config.final_logit_softcapping == 5.0
 
@@ -168,10 +168,10 @@ def test_a_cap_in_the_config_of_a_text_model_within_is_applied_once():
     batch = pad(ragged_pairs(), 0)
     assert choose_layout(model, model, ragged_pairs()).inside
     with torch.no_grad():
-        expected = Scorer()(model, batch).logps
-        assert torch.allclose(Scorer(model, BUDGET)(model, batch).logps, expected, atol=1e-4)
+        expected = LogProbComputer()(model, batch).logps
+        assert torch.allclose(LogProbComputer(model, BUDGET)(model, batch).logps, expected, atol=1e-4)
         model.config.text_config.final_logit_softcapping = None
-        assert (Scorer()(model, batch).logps - expected).abs().max() > 1  # the cap matters
+        assert (LogProbComputer()(model, batch).logps - expected).abs().max() > 1  # the cap matters
 
 
 def test_an_architecture_that_changes_its_heads_logits_is_told():
@@ -179,7 +179,7 @@ def test_an_architecture_that_changes_its_heads_logits_is_told():
     layout = choose_layout(model, model, ragged_pairs())
     assert layout.packed
     assert not layout.inside
-    assert layout.why_not_inside == "it changes the head's logits (logit_scale)"
+    assert layout.why_not_fused_head == "it changes the head's logits (logit_scale)"
 
 
 def test_a_head_whose_answer_is_changed_unknown_to_us_is_found_out():
@@ -198,7 +198,7 @@ def test_a_head_whose_answer_is_changed_unknown_to_us_is_found_out():
     layout = choose_layout(model, model, ragged_pairs())
     assert layout.packed
     assert not layout.inside
-    assert "token log-probs differ" in layout.why_not_inside
+    assert "token log-probs differ" in layout.why_not_fused_head
 
 
 def test_scoring_reads_nothing_back_from_the_device():
@@ -207,7 +207,7 @@ def test_scoring_reads_nothing_back_from_the_device():
         model = build_model(CONFIGS["llama"], attention).to("meta")
         use_tree_attention(model)
         batch = {name: value.to("meta") for name, value in pack(ragged_pairs()).items()}
-        for scorer in (Scorer(), Scorer(model), Scorer(model, BUDGET)):
+        for scorer in (LogProbComputer(), LogProbComputer(model), LogProbComputer(model, BUDGET)):
             scores = scorer(model, batch)
             scores.logps.sum().backward()
             assert scores.logps.shape == batch["lengths"].shape

@@ -10,7 +10,7 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from conftest import ROOT
 from test_config import AMOPO, MODPO, changed, refusal
 
-from axolotl_mopo.config import _OTHER_METHODS_KEYS, WITHOUT_EFFECT
+from axolotl_mopo.config.host_keys import _OTHER_METHODS_KEYS, WITHOUT_EFFECT
 
 HOST = Path(axolotl.__file__).parent
 KEYS = yaml.safe_load((Path(__file__).parent / "host_keys.yaml").read_text())

@@ -14,10 +14,11 @@ from test_engine import assert_same, build_float64, score, scores_and_gradients
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig
 
-from axolotl_mopo.engine import TREE_BACKENDS, attention, carries_trees
-from axolotl_mopo.engine.attention import plain_implementation, use_plain_attention, use_tree_attention
-from axolotl_mopo.engine.layout import Layout, choose_layout, why_not_trees
-from axolotl_mopo.engine.trees import Pair, pack, pad
+from axolotl_mopo.config.host_keys import TREE_BACKENDS, carries_trees
+from axolotl_mopo.logprobs import attention
+from axolotl_mopo.logprobs.attention import plain_implementation, use_plain_attention, use_tree_attention
+from axolotl_mopo.logprobs.layout import Layout, choose_layout, why_not_trees
+from axolotl_mopo.logprobs.trees import Pair, pack, pad
 
 KERNELS = [name for name in TREE_BACKENDS if name != "eager"]
 FLASH = [name for name in KERNELS if name != "sdpa"]

@@ -12,9 +12,9 @@ from conftest import CONFIGS, build_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from axolotl_mopo.config import ConfigError
-from axolotl_mopo.margins.adapters import unchanged, with_adapter
-from axolotl_mopo.margins.fingerprint import policy_digests
+from axolotl_mopo.digests.weights import policy_digests
+from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.rewards.adapter_twin import unchanged, with_adapter
 
 IDS = torch.tensor([[5, 9, 3, 60, 4, 7]])
 POLICIES = {
@@ -24,7 +24,7 @@ POLICIES = {
     "lora-and-tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [4, 5, 6]},
     "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
 }
-MARGINS = {
+SOURCES = {
     "lora": {"target_modules": ["q_proj", "down_proj"]},
     "dora": {"target_modules": ["v_proj"], "use_dora": True},
     "whole-head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
@@ -61,7 +61,7 @@ def base(request, tmp_path_factory):
 def margins(base, tmp_path_factory):
     """The folders of margin adapters."""
     folders = {}
-    for name, settings in MARGINS.items():
+    for name, settings in SOURCES.items():
         folders[name] = str(tmp_path_factory.mktemp(name))
         model = adapted(base(), settings, seed=1)
         saved = name == "saved-embeddings"
@@ -101,7 +101,7 @@ def same(before, after):
     )
 
 
-@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("margin", SOURCES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_adapter_has_its_own_numbers_and_leaves_the_policy_alone(base, margins, policy, margin):
     model = policy_of(base, policy)
@@ -156,7 +156,7 @@ def test_an_adapter_beside_a_policy_of_four_bits(tmp_path):
     config = copy.deepcopy(CONFIGS["qwen2"])
     config.hidden_size, config.intermediate_size = 64, 128  # four-bit weights come in blocks of 64
     build_model(config).save_pretrained(tmp_path)
-    margin = adapted(AutoModelForCausalLM.from_pretrained(tmp_path), MARGINS["whole-head"], seed=1)
+    margin = adapted(AutoModelForCausalLM.from_pretrained(tmp_path), SOURCES["whole-head"], seed=1)
     margin.save_pretrained(path := str(tmp_path / "margin"))
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=torch.float32)
@@ -188,7 +188,7 @@ def test_a_forward_pass_that_is_wrapped_in_an_unknown_way_stops_the_run(base, ma
 def test_an_adapter_of_a_wider_model_is_refused_and_leaves_the_policy_alone(base, tmp_path):
     config = copy.deepcopy(CONFIGS["qwen2"])
     config.hidden_size = 64
-    adapted(build_model(config), MARGINS["lora"], seed=1).save_pretrained(tmp_path)
+    adapted(build_model(config), SOURCES["lora"], seed=1).save_pretrained(tmp_path)
     model = policy_of(base, "lora")
     before = everything(model)
     with (

@@ -20,13 +20,14 @@ from transformers import (
 )
 from warm import Process
 
-from axolotl_mopo.config import ConfigError
-from axolotl_mopo.data.collating import PairCollator
-from axolotl_mopo.data.rows import DataError
-from axolotl_mopo.engine.scoring import Scorer
-from axolotl_mopo.margins.adapters import with_adapter
-from axolotl_mopo.margins.fingerprint import model_files_digest, policy_digests, rows_digest
+from axolotl_mopo.digests import model_files_digest
+from axolotl_mopo.digests.rows import rows_digest
+from axolotl_mopo.digests.weights import policy_digests
+from axolotl_mopo.errors import ConfigError, DataError
+from axolotl_mopo.logprobs.computer import LogProbComputer
 from axolotl_mopo.plugin import MOPOPlugin
+from axolotl_mopo.rewards.adapter_twin import with_adapter
+from axolotl_mopo.training.collator import PairCollator
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def computed(trainer):
 def logps(model, rows, count=6):
     ((batch,),) = PairCollator(pad_token_id=0, packed=False)(list(rows.select(range(count))))["units"]
     with torch.no_grad():
-        return Scorer()(model.eval(), batch).logps.view(-1, 2)
+        return LogProbComputer()(model.eval(), batch).logps.view(-1, 2)
 
 
 @pytest.mark.parametrize("policy", [{}, LORA], ids=["full", "lora"])
@@ -206,7 +207,7 @@ def test_three_margins_are_clipped_then_normalised_then_scaled(build, functions)
     spread = (words[:, 0] - words[:, 1]).std(correction=0)
     assert torch.allclose(made[:, :, 0].double(), -2 * words / spread)
     assert (made[:, 0, 0] - made[:, 1, 0]).std(correction=0) == pytest.approx(2, rel=1e-5)
-    scores = torch.tensor([[row["chosen_margins"][0], row["rejected_margins"][0]] for row in rows])
+    scores = torch.tensor([[row["chosen_margin_rewards"][0], row["rejected_margin_rewards"][0]] for row in rows])
     assert torch.equal(made[:, :, 1], scores.clamp(1, 3))
     held_out = trainer._constants["evaluation"].margins
     row = trainer.eval_dataset[0]
@@ -316,7 +317,7 @@ def test_the_reference_is_never_ambiguous(build):
 def test_a_stale_cache_stops_the_run(build, tmp_path):
     from safetensors.torch import save_file
 
-    from axolotl_mopo.margins.cache import _digest
+    from axolotl_mopo.training.table_cache import _digest
 
     computed(build(name="one"))
     for path in (tmp_path / "cache").glob("*.safetensors"):

@@ -9,11 +9,10 @@ from conftest import CONFIGS, MIXTURES, SHAPE, SMOKE, build_model, host_trainer,
 from test_engine import score
 from transformers import AutoConfig, OPTConfig, PersimmonConfig
 
-from axolotl_mopo.config import ConfigError
-from axolotl_mopo.engine.layout import NoiseError, choose_layout
-from axolotl_mopo.engine.noise import turn_off_noise
-from axolotl_mopo.engine.trees import pad
-from axolotl_mopo.margins.implicit import separate_model
+from axolotl_mopo.errors import ConfigError, NoiseError
+from axolotl_mopo.logprobs.layout import choose_layout, turn_off_noise
+from axolotl_mopo.logprobs.trees import pad
+from axolotl_mopo.training.pair_logprobs import separate_model
 
 SMALL = {key: value for key, value in SHAPE.items() if key not in ("intermediate_size", "num_key_value_heads")}
 NOISY = {

@@ -7,9 +7,9 @@ import torch
 from conftest import Poison, host_trainer, smoke_config
 from datasets import Dataset
 
-from axolotl_mopo.data.lengths import with_lengths
-from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.errors import DataError
 from axolotl_mopo.losses import adaptive_weights, amopo_loss, modpo_loss
+from axolotl_mopo.training.prepared_rows import with_lengths
 
 LOGPS = (0.0, -1e-7, -0.7, -5000.0)
 LENGTHS = (1, 8000)
@@ -83,8 +83,8 @@ def pair(prompt, chosen, rejected, prompts):
         "prompt_input_ids": [list(range(5, 5 + number)) + prompt for number in range(prompts)],
         "chosen_input_ids": chosen,
         "rejected_input_ids": rejected,
-        "chosen_margins": [-1.0],
-        "rejected_margins": [-40.0],
+        "chosen_margin_rewards": [-1.0],
+        "rejected_margin_rewards": [-40.0],
     }
 
 

@@ -8,11 +8,11 @@ from conftest import CONFIGS, build_model, ragged_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axolotl_mopo.data.collating import PairCollator
-from axolotl_mopo.engine.attention import use_tree_attention
-from axolotl_mopo.engine.packing import lay_out, share_out, share_size
-from axolotl_mopo.engine.scoring import Scorer, joined
-from axolotl_mopo.engine.trees import Pair
+from axolotl_mopo.logprobs.attention import use_tree_attention
+from axolotl_mopo.logprobs.computer import LogProbComputer, joined
+from axolotl_mopo.logprobs.passes import lay_out, share_out, share_size
+from axolotl_mopo.logprobs.trees import Pair
+from axolotl_mopo.training.collator import PairCollator
 
 LENGTHS = st.integers(1, 30)
 SHAPES = st.lists(st.tuples(st.lists(LENGTHS, min_size=3, max_size=3), LENGTHS, LENGTHS), min_size=1, max_size=6)
@@ -71,7 +71,7 @@ def test_the_scores_of_all_passes_are_those_of_one(packed, max_tokens):
     model = build_model(CONFIGS["llama"], dtype=torch.float64)
     if packed:
         use_tree_attention(model)
-    pairs, scorer = ragged_pairs(), Scorer()
+    pairs, scorer = ragged_pairs(), LogProbComputer()
     ((whole,),) = collated(pairs, None, packed)
     expected = scorer(model, whole).logps.view(len(pairs), -1)
     units = collated(pairs, max_tokens, packed)

@@ -12,8 +12,8 @@ from conftest import prepare
 from datasets import Dataset
 from test_formats import ATTRIBUTES, completion, rated, read, reader
 
-from axolotl_mopo.data.rows import DataError
-from axolotl_mopo.data.store import PairStore
+from axolotl_mopo.data.pair_store import PairStore
+from axolotl_mopo.errors import DataError
 
 
 def helpsteer_rows(count, seed=0):
@@ -48,9 +48,9 @@ def rows():
 
 
 def test_no_pair_is_lost_and_none_is_made_twice(rows):
-    made, tally = read("helpsteer", rows, objective=("helpfulness",))
+    made, stats = read("helpsteer", rows, objective=("helpfulness",))
     pairs = [(row["chosen"], row["rejected"]) for row in made]
-    assert len(pairs) == len(set(pairs)) == tally.pairs
+    assert len(pairs) == len(set(pairs)) == stats.pairs
     assert set(pairs) == plain_pairs(rows, "helpfulness")
 
 
@@ -79,9 +79,9 @@ def chosen_of(made):
 def test_scores_of_unlike_scales_count_alike_in_a_mean():
     # Of 1..5 and of 1..10: (5, 1) is 1 and 0, (2, 6) is 0.25 and 0.56, (1, 10) is 0 and 1.
     rows = ultrafeedback_rows((5, 1.0), (2, 6.0), (1, 10.0))
-    made, tally = read("ultrafeedback", rows, objective=("helpfulness", "overall"))
+    made, stats = read("ultrafeedback", rows, objective=("helpfulness", "overall"))
     assert chosen_of(made) == [("r0", "r1"), ("r2", "r1")]
-    assert tally.ties == 1  # by their bare mean, r1 would be better than r0, and r2 than both
+    assert stats.ties == 1  # by their bare mean, r1 would be better than r0, and r2 than both
     same = read("ultrafeedback", rows, objective=("helpfulness", "overall"), score_scale=(1, 10))[0]
     assert chosen_of(same) == [("r1", "r0"), ("r2", "r0"), ("r2", "r1")]
 
@@ -97,7 +97,7 @@ def scored(*scores):
 
 def test_scores_of_unknown_scales_are_standardised_before_they_are_averaged():
     scores = [(0.0, 300.0), (1.0, 100.0), (0.8, 250.0), (None, 9.0), (0.2, None)]
-    made, tally = read("responses", scored(*scores), objective=("x", "y"))
+    made, stats = read("responses", scored(*scores), objective=("x", "y"))
     x, y = np.array([0.0, 1.0, 0.8, 0.2]), np.array([300.0, 100.0, 250.0, 9.0])
     order = [(a - x.mean()) / x.std() + (b - y.mean()) / y.std() for a, b in scores[:3]]
     expected = [
@@ -106,7 +106,7 @@ def test_scores_of_unknown_scales_are_standardised_before_they_are_averaged():
     ]
     assert chosen_of(made) == expected
     assert expected[0] == ("r1", "r0")  # and not as the bare sums, which y alone decides
-    assert (tally.rows, tally.unscored) == (5, 2)
+    assert (stats.rows, stats.unscored) == (5, 2)
     capped, _ = read("responses", scored(*scores), objective=("x", "y"), max_pairs_per_prompt=2)
     assert len(capped) == 2
     assert all(pair in made for pair in capped)
@@ -125,9 +125,9 @@ def test_responses_that_are_left_out_do_not_count_in_the_units():
     far = {**scored((1e6, -50.0))[0], "finished": False}
     assert read("responses", [*rows, far], objective=("x", "y"))[0] == expected
     bad = {**far, "finished": None, "response": " "}
-    made, tally = read("responses", [*rows, bad], objective=("x", "y"), on_bad_row="drop")
+    made, stats = read("responses", [*rows, bad], objective=("x", "y"), on_bad_row="drop")
     assert made == expected
-    assert tally.bad == {"empty response": 1}
+    assert stats.bad == {"empty response": 1}
 
 
 @pytest.mark.parametrize("scores", [[(1.0, 3.0), (1.0, 2.0)], [(1e308, 3.0), (-1e308, 2.0)]])
@@ -139,8 +139,8 @@ def test_a_score_that_has_no_unit_is_refused_in_a_mean_and_not_alone(scores):
 
 def test_sums_that_differ_by_rounding_alone_are_a_tie():
     rows = scored((0.1, 0.3), (0.2, 0.2), (0.3, 0.1))
-    _, tally = read("responses", rows, objective=("x", "y"))
-    assert tally.ties == 3
+    _, stats = read("responses", rows, objective=("x", "y"))
+    assert stats.ties == 3
 
 
 def test_a_store_gives_every_batch_of_rows_its_pairs(rows, tmp_path):
@@ -153,14 +153,14 @@ def test_a_store_gives_every_batch_of_rows_its_pairs(rows, tmp_path):
 
 def test_a_cap_keeps_pairs_that_the_seed_draws(rows):
     full, _ = read("helpsteer", rows, objective=("helpfulness",))
-    capped, tally = read("helpsteer", rows, objective=("helpfulness",), max_pairs_per_prompt=2)
+    capped, stats = read("helpsteer", rows, objective=("helpfulness",), max_pairs_per_prompt=2)
     other, _ = read("helpsteer", rows, objective=("helpfulness",), max_pairs_per_prompt=2, seed=7)
     per_prompt = Counter(row["prompt"][0]["content"] for row in full)
     assert Counter(row["prompt"][0]["content"] for row in capped) == {
         prompt: min(count, 2) for prompt, count in per_prompt.items()
     }
     assert all(row in full for row in capped)
-    assert tally.capped == len(full) - len(capped) > 100
+    assert stats.capped == len(full) - len(capped) > 100
     assert capped != other
     assert len(capped) == len(other)
     assert capped == read("helpsteer", rows, objective=("helpfulness",), max_pairs_per_prompt=2)[0]
@@ -168,9 +168,9 @@ def test_a_cap_keeps_pairs_that_the_seed_draws(rows):
 
 def test_labelled_pairs_of_a_prompt_are_capped_too():
     rows = [{"question": f"q{i % 3}", "response_j": f"j{i}", "response_k": f"k{i}"} for i in range(10)]
-    made, tally = read("stack_exchange_paired", rows, max_pairs_per_prompt=1)
+    made, stats = read("stack_exchange_paired", rows, max_pairs_per_prompt=1)
     assert Counter(row["prompt"][0]["content"] for row in made) == {"q0": 1, "q1": 1, "q2": 1}
-    assert (tally.rows, tally.pairs, tally.capped) == (10, 3, 7)
+    assert (stats.rows, stats.pairs, stats.capped) == (10, 3, 7)
 
 
 def test_agreement_counts_orders_that_neither_leaves_equal(rows):
@@ -178,12 +178,12 @@ def test_agreement_counts_orders_that_neither_leaves_equal(rows):
     made = [pair for _, pair in source.pairs()]
     names = ["helpfulness", "verbosity", "overall"]
     signs = [[1, *(np.sign(pair.chosen.scores[name] - pair.rejected.scores[name]) for name in names)] for pair in made]
-    matrix = source.tally.agreement(names)
+    matrix = source.stats.agreement(names)
     for i, j in itertools.product(range(4), repeat=2):
         both = [sign[i] * sign[j] for sign in signs if sign[i] * sign[j] != 0]
         assert math.isclose(matrix[i, j], sum(product > 0 for product in both) / len(both))
     assert matrix[0, 1] == 1  # helpfulness is the label
-    assert source.tally.below("verbosity") == sum(sign[2] < 0 for sign in signs)
+    assert source.stats.below("verbosity") == sum(sign[2] < 0 for sign in signs)
 
 
 def test_agreement_where_scores_come_and_go():
@@ -197,8 +197,8 @@ def test_agreement_where_scores_come_and_go():
     ]
     source = reader("pairs", rows)
     list(source.pairs())
-    matrix = source.tally.agreement(["x", "y", "z"])
-    assert source.tally.names == source.tally.score_names == ["x", "y"]
+    matrix = source.stats.agreement(["x", "y", "z"])
+    assert source.stats.names == source.stats.score_names == ["x", "y"]
     assert matrix[0, :3].tolist() == [1, 0.5, 1]
     assert matrix[1, 2] == 0
     assert np.isnan(matrix[3, :]).all()
@@ -209,9 +209,9 @@ def test_rows_without_responses_are_counted():
         {"instruction": "p", "completions": [completion("A", *"1111"), completion("B", *"5555")]},
         {"instruction": "q", "completions": []},
     ]
-    made, tally = read("ultrafeedback", rows, objective=("honesty",))
-    assert len(made) == tally.empty == 1
-    assert "1 rows without a response left out" in tally.lines()
+    made, stats = read("ultrafeedback", rows, objective=("honesty",))
+    assert len(made) == stats.empty == 1
+    assert "1 rows without a response left out" in stats.lines()
 
 
 def test_an_empty_group_column_is_named():

@@ -11,9 +11,9 @@ from transformers import AutoConfig
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from axolotl_mopo.engine.attention import use_tree_attention
-from axolotl_mopo.engine.scoring import Scorer, by_side
-from axolotl_mopo.engine.trees import Pair, pack
+from axolotl_mopo.logprobs.attention import use_tree_attention
+from axolotl_mopo.logprobs.computer import LogProbComputer, by_side
+from axolotl_mopo.logprobs.trees import Pair, pack
 from axolotl_mopo.losses import amopo_loss, modpo_loss
 
 
@@ -76,9 +76,9 @@ def test_modpo_with_one_objective_is_trls_dpo(rows, policy, tokenizer, tmp_path)
     use_tree_attention(policy)
     use_tree_attention(reference)
     packed = pack(pairs)
-    chosen, rejected = by_side(Scorer()(policy, packed), 1)
+    chosen, rejected = by_side(LogProbComputer()(policy, packed), 1)
     with torch.no_grad():
-        ref_chosen, ref_rejected = by_side(Scorer()(reference, packed), 1)
+        ref_chosen, ref_rejected = by_side(LogProbComputer()(reference, packed), 1)
     losses, _, _ = modpo_loss(
         *(side.logps[:, 0] for side in (chosen, rejected, ref_chosen, ref_rejected)),
         torch.zeros(len(rows), 0),
@@ -110,7 +110,7 @@ def test_amopo_with_one_plain_prompt_is_trls_simpo(rows, policy, tokenizer, tmp_
         prompt = batch["prompt_input_ids"][index][batch["prompt_attention_mask"][index].bool()].tolist()
         pairs.append(Pair([prompt], completion("chosen", index), completion("rejected", index)))
     use_tree_attention(policy)
-    chosen, rejected = by_side(Scorer()(policy, pack(pairs)), 1)
+    chosen, rejected = by_side(LogProbComputer()(policy, pack(pairs)), 1)
     losses, _ = amopo_loss(
         chosen.logps,
         rejected.logps,

@@ -16,10 +16,10 @@ from test_config import AMOPO, MODPO
 
 import axolotl_mopo
 from axolotl_mopo import MOPOPlugin
-from axolotl_mopo.config import ConfigError
-from axolotl_mopo.data.entries import DataSpec
+from axolotl_mopo.compat import check_hooks, tested_range, version_advice
 from axolotl_mopo.data.formats import FORMATS
-from axolotl_mopo.host import check_hooks, tested_range, version_advice
+from axolotl_mopo.data.spec import DataSpec
+from axolotl_mopo.errors import ConfigError
 
 
 def registered(cfg):
@@ -32,7 +32,7 @@ def registered(cfg):
 def test_register_turns_the_method_into_what_the_host_knows(cfg, trainer):
     once = registered(cfg)
     assert once["rl"] == "orpo"
-    assert once["trainer_cls"] == f"axolotl_mopo.trainers.{trainer}"
+    assert once["trainer_cls"] == f"axolotl_mopo.training.trainers.{trainer}"
     twice = registered(once)
     assert twice == once
 
@@ -128,7 +128,7 @@ def test_settings_that_change_the_rows_change_the_name_of_the_prepared_rows(base
     ("base", "changes"),
     [
         (AMOPO, {"amopo": {"beta": 1, "gamma": 0, "weighting": "uniform"}}),
-        (AMOPO, {"amopo": {"layout": "padded", "max_tokens_per_step": 4096, "logits_budget": 1}}),
+        (AMOPO, {"amopo": {"layout": "padded", "max_tokens_per_pass": 4096, "logits_budget": 1}}),
         (MODPO, {"modpo": {"weights": {"better": 0.9, "safer": 0.1}, "beta": 0.5}}),
     ],
 )
@@ -210,7 +210,7 @@ def test_the_plugin_leaves_the_trainers_unimported():
         "import sys, axolotl.integrations.base; before = set(sys.modules); from axolotl_mopo import MOPOPlugin; "
         "new = set(sys.modules) - before; "
         "assert not {name for name in new if name.startswith(('trl', 'axolotl.core'))}, new; "
-        "assert 'axolotl_mopo.trainers' not in sys.modules"
+        "assert 'axolotl_mopo.training.trainers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

@@ -16,10 +16,11 @@ from test_front import COST, HELPFUL, comparison
 from test_security import Seen
 
 from axolotl_mopo.cli import mopo
-from axolotl_mopo.config import ConfigError
+from axolotl_mopo.digests import digest
+from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.evaluation.comparison import Comparison, _partial_file
+from axolotl_mopo.evaluation.scoring import _content, parse_scorer
 from axolotl_mopo.files import Folder
-from axolotl_mopo.front.scoring import _content, digest, parse_scorer
-from axolotl_mopo.front.store import Comparison, _partial_file
 
 FOLDERS = yaml.safe_load((Path(__file__).parent / "broken" / "folders.yaml").read_text(encoding="utf-8"))
 REWARDS = {

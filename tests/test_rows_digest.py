@@ -7,7 +7,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axolotl_mopo.margins.fingerprint import rows_digest
+from axolotl_mopo.digests.rows import rows_digest
 
 TYPES = {"ids": pa.list_(pa.list_(pa.int32())), "flat": pa.list_(pa.int32()), "text": pa.string()}
 WIDE = {

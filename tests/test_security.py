@@ -18,7 +18,7 @@ from test_config import AMOPO, MODPO, changed, refusal
 from warm import python
 
 from axolotl_mopo import MOPOPlugin
-from axolotl_mopo.config import ConfigError
+from axolotl_mopo.errors import ConfigError
 
 SOURCES = sorted((ROOT / "axolotl_mopo").rglob("*.py"))
 CODE = {"eval", "exec", "compile", "__import__"}
@@ -153,7 +153,7 @@ def seen():
 
 
 EVIL = "../../evil"
-BLOCKS = {
+METHODS = {
     "amopo": {"dimensions": [EVIL]},
     "modpo": {
         "objective": EVIL,
@@ -163,7 +163,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("method", BLOCKS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_writes_only_where_the_yaml_says_and_calls_nobody(method, tmp_path, seen, monkeypatch):
     """Names are not paths: one that looks like a path out of the folders stays a name."""
     # The path of a socket in it must be short.
@@ -178,7 +178,7 @@ def test_a_run_writes_only_where_the_yaml_says_and_calls_nobody(method, tmp_path
         entry["score_scale"] = [0, 4]
     overrides = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "test_datasets": None}
     cfg = smoke_config(
-        method, tmp_path / "run", datasets=[entry], eval_strategy="no", **overrides, **{method: BLOCKS[method]}
+        method, tmp_path / "run", datasets=[entry], eval_strategy="no", **overrides, **{method: METHODS[method]}
     )
     with seen:
         trainer = host_trainer(cfg)
@@ -236,7 +236,7 @@ import sys
 import axolotl.core.training_args
 from axolotl.utils.dict import DictDefault
 from axolotl_mopo import MOPOPlugin
-from axolotl_mopo.config import ConfigError
+from axolotl_mopo.errors import ConfigError
 try:
     MOPOPlugin().get_training_args(DictDefault({"amopo": {"dimensions": ["a"]}}))
 except ValueError as error:

@@ -62,7 +62,7 @@ def configuration(base, folder, name, **changes):
         block["weights"] |= {"safer": 0.2, "good": 0.1}
         block["cache_dir"] = str(folder / f"cache-{name}")
     if "limited" in more:
-        block["max_tokens_per_step"] = LIMITS[method]
+        block["max_tokens_per_pass"] = LIMITS[method]
     cfg = twenty_steps(
         method,
         folder / name,

@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from axolotl_mopo.rewards.texts import both_sides, model_rewards
 from conftest import CONFIGS, build_model, save_reward_model
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed as zero
 
-from axolotl_mopo.config import RewardModelMargin
-from axolotl_mopo.margins.fingerprint import weights_digest
-from axolotl_mopo.margins.loading import load_whole
-from axolotl_mopo.margins.rewards import both_sides, model_rewards
+from axolotl_mopo.digests.weights import weights_digest
+from axolotl_mopo.rewards import RewardModelSource
+from axolotl_mopo.rewards.loading import load_whole
 
 SECOND_RANK = {"LOCAL_RANK": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 ZERO_3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
@@ -100,7 +100,7 @@ def test_what_cannot_be_loaded_leaves_the_sharding_of_the_policy_as_it_was(folde
 @pytest.mark.parametrize("sharding", ["second_rank", "zero_3"])
 def test_a_reward_model_scores_alike_however_the_policy_is_sharded(tokenizer, tmp_path, sharding, request):
     save_reward_model(tmp_path, tokenizer, ["helpful"])
-    margin = RewardModelMargin(source="reward_model", path=str(tmp_path), dtype="float32")
+    margin = RewardModelSource(source="reward_model", path=str(tmp_path), dtype="float32")
     rows = Dataset.from_list(
         [
             {"messages": MESSAGES, "chosen_text": text, "rejected_text": text[:3]}

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from axolotl_mopo.data.collating import PairCollator
-from axolotl_mopo.data.shipping import OneBufferBatch
+from axolotl_mopo.training.collator import PairCollator
+from axolotl_mopo.training.one_buffer import OneBufferBatch
 
 ROWS = [
     {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import host_trainer, smoke_config
 
-from axolotl_mopo.config import ConfigError
-from axolotl_mopo.margins.start import FILE_NAME, read_start
+from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.training.start import FILE_NAME, read_start
 
 
 @pytest.fixture(scope="module")

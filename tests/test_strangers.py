@@ -8,21 +8,22 @@ import time
 
 import pytest
 import torch
+from axolotl_mopo.rewards.texts import function_rewards, model_rewards
 from conftest import CONFIGS, SMOKE, build_model, save_reward_model
 from peft import LoraConfig, get_peft_model
 from test_data import ROW, prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_mopo.config import AdapterMargin, CallableMargin, ConfigError, RewardModelMargin
+from axolotl_mopo.config.model_files import AdapterConfig
 from axolotl_mopo.data import chat_templates
-from axolotl_mopo.data.rows import DataError, RowError
 from axolotl_mopo.data.tokenizing import ChatRenderer
-from axolotl_mopo.margins.adapters import with_adapter
-from axolotl_mopo.margins.functions import import_function
-from axolotl_mopo.margins.loading import load_whole
-from axolotl_mopo.margins.rewards import function_rewards, model_rewards
-from axolotl_mopo.margins.settling import check_margin
-from axolotl_mopo.records import AdapterConfig, read_record
+from axolotl_mopo.errors import ConfigError, DataError, RowError
+from axolotl_mopo.records import read_record
+from axolotl_mopo.rewards import AdapterSource, FunctionSource, RewardModelSource
+from axolotl_mopo.rewards.adapter_twin import with_adapter
+from axolotl_mopo.rewards.function import import_function
+from axolotl_mopo.rewards.loading import load_whole
+from axolotl_mopo.rewards.resolve import check_margin
 
 QUESTION = [{"role": "user", "content": "Why?"}]
 
@@ -130,7 +131,7 @@ def test_a_score_that_breaks_a_directive_is_told_with_data_set_and_row(tokenizer
 
 def test_a_reward_models_chat_template_is_named_with_the_row(tokenizer, tmp_path):
     save_reward_model(tmp_path, with_template(tokenizer, "{{ 1 / 0 }}"), ["a"])
-    margin = RewardModelMargin(source="reward_model", path=str(tmp_path), dtype="float32")
+    margin = RewardModelSource(source="reward_model", path=str(tmp_path), dtype="float32")
     with model_rewards(margin, torch.device("cpu")) as rewards, pytest.raises(DataError) as caught:
         rewards([QUESTION], ["Because."], [7])
     assert str(caught.value).startswith(f"{tmp_path}, row 7: the chat template refuses")
@@ -214,7 +215,7 @@ def test_a_function_that_ends_the_program_is_an_error(module):
     with pytest.raises(ConfigError, match=r"the function ends_at_import:f cannot be imported: SystemExit\(0\)"):
         import_function("ends_at_import:f")
     module("ends_when_called", "import sys\ndef f(prompts, responses):\n    sys.exit()\n")
-    rewards = function_rewards(CallableMargin(source="callable", function="ends_when_called:f"))
+    rewards = function_rewards(FunctionSource(source="callable", function="ends_when_called:f"))
     with pytest.raises(DataError, match=r"ends_when_called:f, .* of row 3 the first, raised SystemExit\(0?\)"):
         rewards([QUESTION], ["x"], [3])
 
@@ -225,7 +226,7 @@ def test_an_interrupt_of_the_user_passes(module, where):
     body = "raise KeyboardInterrupt\n"
     module(name, body if where == "at import" else f"def f(prompts, responses):\n    {body}")
     with pytest.raises(KeyboardInterrupt):
-        function_rewards(CallableMargin(source="callable", function=f"{name}:f"))([QUESTION], ["x"], [3])
+        function_rewards(FunctionSource(source="callable", function=f"{name}:f"))([QUESTION], ["x"], [3])
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_records_of_a_margins_adapter_that_are_wrong_are_named(tmp_path, file, c
     (tmp_path / file).unlink()
     os.mkfifo(tmp_path / file) if content is None else (tmp_path / file).write_text(content)
     with pytest.raises(ConfigError, match=r"`modpo\.margins\.a\.path` cannot be read: ") as caught:
-        check_margin(AdapterMargin(source="adapter", path=str(tmp_path)), "`modpo.margins.a")
+        check_margin(AdapterSource(source="adapter", path=str(tmp_path)), "`modpo.margins.a")
     assert words in str(caught.value)
 
 
@@ -266,7 +267,7 @@ def test_records_of_a_margins_adapter_that_are_wrong_are_named(tmp_path, file, c
 def test_a_reward_models_record_that_is_wrong_is_named(tmp_path, content, words):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"`modpo\.margins\.a\.path`.*config\.json") as caught:
-        check_margin(RewardModelMargin(source="reward_model", path=str(tmp_path)), "`modpo.margins.a")
+        check_margin(RewardModelSource(source="reward_model", path=str(tmp_path)), "`modpo.margins.a")
     assert words in str(caught.value)
 
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from axolotl_mopo.margins.cache import _digest
+from axolotl_mopo.training.table_cache import _digest
 
 CONTEXT = multiprocessing.get_context("fork")
 LIMIT = 3.0
@@ -26,7 +26,7 @@ def rank_of_two(rank, port, folder, answers):
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import InitProcessGroupKwargs
 
-    from axolotl_mopo.margins.cache import TableCache
+    from axolotl_mopo.training.table_cache import TableCache
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -62,7 +62,7 @@ def table(tmp_path):
     """A function that asks a cache for a table, and the table's file, which is there."""
     from accelerate import Accelerator
 
-    from axolotl_mopo.margins.cache import TableCache
+    from axolotl_mopo.training.table_cache import TableCache
 
     cache = TableCache(tmp_path, Accelerator(cpu=True))
 

@@ -11,12 +11,11 @@ from conftest import smoke_config
 from datasets import Dataset, load_dataset
 from test_tools import run
 
-from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data import tables
-from axolotl_mopo.data.files import data_fault, file_fault
-from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.data.file_checks import data_fault, file_fault
 from axolotl_mopo.data.tables import load_table
-from axolotl_mopo.front.prompts import read_prompts
+from axolotl_mopo.errors import ConfigError, DataError
+from axolotl_mopo.evaluation.prompts import read_prompts
 from axolotl_mopo.plugin import MOPOPlugin
 
 LINE = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n"

@@ -14,12 +14,13 @@ from conftest import ROOT, smoke_config
 from pydantic import ValidationError
 from test_config import AMOPO, changed, refusal
 
-from axolotl_mopo.config import AMoPOConfig, ConfigError, Directives, MOPOArgs, parse_block
+from axolotl_mopo.config import AMoPOConfig, Directives, MOPOArgs, parse_settings
+from axolotl_mopo.config.model_files import Manifest
+from axolotl_mopo.config.templates import dimension_values
 from axolotl_mopo.data import sandbox
-from axolotl_mopo.data.directives import inference_directive
-from axolotl_mopo.data.templates import dimension_values
+from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.plugin import MOPOPlugin
-from axolotl_mopo.records import Manifest, read_record
+from axolotl_mopo.records import read_record
 
 VALUES = dimension_values("honest_y", 3.333, ["honest_y", "wit"], (1, 5))
 
@@ -169,7 +170,7 @@ def test_a_model_that_cannot_be_asked_at_a_score_says_so():
         dimensions=["wit"], directives=Directives(dimension="{{ 1 / (score - 1.13) }}"), integrated=False
     )
     with pytest.raises(ValueError, match=r"cannot be rendered for wit at the score 1.13: float division by zero"):
-        inference_directive(block, "wit", 1.13)
+        block.inference_directive("wit", 1.13)
 
 
 @pytest.mark.parametrize(
@@ -274,4 +275,4 @@ def test_a_saved_model_names_no_file(folder):
     with pytest.raises(ValidationError, match="it names a file"):
         MOPOArgs(amopo={"dimensions": ["a"], "directives": {"dimension": named}})
     with pytest.raises(ConfigError, match="it names a file"):
-        parse_block(Directives, {"dimension": named}, "amopo.directives")
+        parse_settings(Directives, {"dimension": named}, "amopo.directives")

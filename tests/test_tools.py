@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from axolotl_mopo.data.directives import dimension_directive, integrated_directive
 from click.testing import CliRunner
 from conftest import prepare, smoke_config
 from datasets import Dataset, load_dataset
@@ -13,8 +14,7 @@ from transformers import AutoTokenizer
 
 from axolotl_mopo.cli import mopo
 from axolotl_mopo.config import Directives
-from axolotl_mopo.data.directives import dimension_directive, integrated_directive
-from axolotl_mopo.data.notes import notes
+from axolotl_mopo.evaluation.report import notes
 
 HELPFULNESS = ("--type", "helpsteer", "--objective", "helpfulness")
 

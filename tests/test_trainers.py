@@ -16,8 +16,8 @@ from conftest import LORA_WITH_DROPOUT, ROOT, host_trainer, smoke_config, stir
 from torch.overrides import TorchFunctionMode
 from transformers import MambaConfig, TrainerCallback
 
-from axolotl_mopo.config import ConfigError
-from axolotl_mopo.metrics import MetricWindow
+from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.training.metrics import MetricWindow
 
 FIXED = {"amopo": {"amopo": {"dimensions": ["helpfulness", "correctness"], "weighting": "uniform"}}, "modpo": {}}
 METHODS = ["amopo", "modpo"]
@@ -90,7 +90,7 @@ def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, host_lo
     """At 2000 several pairs share a pass, at 480 some are split by their prompts, at 1 every prompt stands alone."""
     common = {"max_steps": 1, "micro_batch_size": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 1e9}
     log, gradients = first_step(build(method, "whole", **common, **method_block(method, layout=layout)))
-    limited = build(method, "limited", **common, **method_block(method, layout=layout, max_tokens_per_step=limit))
+    limited = build(method, "limited", **common, **method_block(method, layout=layout, max_tokens_per_pass=limit))
     forwards = []
     limited.model.register_forward_pre_hook(lambda model, args, kwargs: forwards.append(kwargs), with_kwargs=True)
     other_log, other_gradients = first_step(limited)
@@ -101,7 +101,7 @@ def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, host_lo
     if limit > 1:
         assert all(kwargs["input_ids"].numel() <= limit for kwargs in forwards)
     if method == "amopo" and limit <= 480:
-        assert "are split by their prompts to keep to max_tokens_per_step" in host_log.text
+        assert "are split by their prompts to keep to max_tokens_per_pass" in host_log.text
     assert log.keys() == other_log.keys()
     for name in log.keys() - {"epoch"}:
         assert log[name] == pytest.approx(other_log[name], rel=1e-4, abs=1e-5), name
@@ -109,7 +109,7 @@ def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, host_lo
     assert limited.state.total_flos > 0
     whole, limited = (
         build(method, name, **method_block(method, layout=layout, **settings)).evaluate()
-        for name, settings in (("a", {}), ("b", {"max_tokens_per_step": limit}))
+        for name, settings in (("a", {}), ("b", {"max_tokens_per_pass": limit}))
     )
     assert whole["eval_loss"] == pytest.approx(limited["eval_loss"], rel=1e-5)
 
@@ -134,7 +134,7 @@ class Reads(TorchFunctionMode):
 
 
 @pytest.mark.parametrize(
-    ("method", "settings"), [("amopo", {}), ("amopo", {"max_tokens_per_step": 480}), ("modpo", {})]
+    ("method", "settings"), [("amopo", {}), ("amopo", {"max_tokens_per_pass": 480}), ("modpo", {})]
 )
 def test_a_step_waits_for_no_number(build, method, settings):
     trainer = build(method, max_steps=1, **method_block(method, **settings))
@@ -185,8 +185,8 @@ def test_the_hosts_own_log_softmax_is_in_use(build):
     """Axolotl puts its GPU kernel in the place of TRL's function when a model is loaded."""
     from axolotl.monkeypatch.trainer import utils as host
 
-    from axolotl_mopo.engine.log_softmax import selective_log_softmax
-    from axolotl_mopo.trainers import choose_log_softmax
+    from axolotl_mopo.logprobs.log_softmax import selective_log_softmax
+    from axolotl_mopo.training.base import choose_log_softmax
 
     assert build("amopo").scorer.log_softmax is choose_log_softmax(torch.device("cpu")) is selective_log_softmax
     assert choose_log_softmax(torch.device("cuda")) is host.selective_log_softmax

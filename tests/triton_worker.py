@@ -7,7 +7,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from axolotl.monkeypatch.trainer import utils
 
-from axolotl_mopo.engine.log_softmax import selective_log_softmax
+from axolotl_mopo.logprobs.log_softmax import selective_log_softmax
 
 
 def by_triton(logits, index):

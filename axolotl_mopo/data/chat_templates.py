@@ -13,8 +13,9 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from hashlib import sha256
 from typing import NoReturn
+
+from axolotl_mopo.digests import text_digest
 
 _CPU_SECONDS = 5
 _MEMORY = 1 << 30
@@ -25,7 +26,7 @@ _WAIT = 30.0
 _OUT_OF_MEMORY, _TOO_LONG = 3, 4
 _SOON = 0.01
 
-_refusals: dict[bytes, str | None] = {}
+_refusals: dict[str, str | None] = {}
 
 
 def check_chat_template(template: str, render: Callable[[], str]) -> None:
@@ -38,7 +39,7 @@ def check_chat_template(template: str, render: Callable[[], str]) -> None:
     Raises:
         ValueError: where that takes too much time or memory, or gives too long a text.
     """
-    key = sha256(template.encode("utf-8", "surrogatepass")).digest()
+    key = text_digest(template)
     if key not in _refusals:
         _refusals[key] = _tried(render) if sys.platform == "linux" else None
     if refusal := _refusals[key]:

@@ -5,35 +5,20 @@ what a strategy needs (the entry's keys of ours, the method's settings) is put a
 and that key joins the entry's `type`: rows prepared under other settings have another name and are never served.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, MutableMapping
 from copy import copy
 from glob import has_magic
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-
-from axolotl_mopo.config import (
-    ColumnMargin,
-    ConfigError,
-    DimensionsBlock,
-    Directives,
-    LengthMargin,
-    MethodConfig,
-    MODPOConfig,
-    RewardModelMargin,
-    TextMargin,
-    parse_block,
-)
-from axolotl_mopo.data.content import data_digest, data_paths, tokenizer_digest
-from axolotl_mopo.data.files import data_fault
+from axolotl_mopo.config import MethodConfig, RowSettings, parse_settings
+from axolotl_mopo.data.file_checks import data_digest, data_fault, data_paths
 from axolotl_mopo.data.formats import FORMATS, Format
 from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, ScoredOptions
-from axolotl_mopo.data.reading import Reading
-from axolotl_mopo.version import __version__
+from axolotl_mopo.data.spec import DataSpec
+from axolotl_mopo.digests import tokenizer_digest
+from axolotl_mopo.errors import ConfigError
 
 PREFIX = "axolotl_mopo."
 
@@ -41,93 +26,6 @@ _HOST_KEYS = ("path", "name", "split", "data_files", "revision", "ds_type", "tru
 _LARGEST_SCORE = 1e100
 _IGNORED_HOST_KEYS = ("shards", "shards_idx", "preprocess_shards")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.parquet)(?<!\.csv)")
-
-
-class AMoPOData(BaseModel):
-    """What AMoPO's settings mean for the rows, or those of another method with a prompt for every dimension."""
-
-    method: Literal["amopo"] = "amopo"
-    dimensions: list[str]
-    integrated: bool
-    score_range: tuple[float, float]
-    directives: Directives
-    directive_position: Literal["before", "after"]
-
-
-class MODPOData(BaseModel):
-    """What MODPO's settings mean for the rows, or those of another method with margins.
-
-    The weights do not matter here, so a sweep shares its prepared rows.
-    """
-
-    method: Literal["modpo"] = "modpo"
-    columns: dict[str, str]
-    """Margins that are scores of the data set, and the scores' names."""
-    lengths: dict[str, str]
-    """Margins that are lengths, and their units."""
-    texts: bool
-    """Whether a margin reads the texts."""
-
-
-class DataSpec(BaseModel):
-    """Everything that decides how the rows of one data set become training examples."""
-
-    model_config = ConfigDict(frozen=True)
-
-    where: str
-    """The entry in the YAML and its path, for messages."""
-    strategy: str
-    options: dict[str, Any]
-    objective: tuple[str, ...]
-    """What orders responses that no label orders."""
-    seed: int | None
-    """Set where it decides which pairs are kept."""
-    data: Annotated[AMoPOData | MODPOData, Field(discriminator="method")]
-    excess_length_strategy: str
-    """The host's own key; the host leaves it out of the name of prepared rows."""
-    content: tuple[str, str]
-    """Names of the local files that the data and the tokenizer are read from; the host knows them by their paths."""
-    reading_version: int = 2
-    """Changes where the same rows and options are read as other examples."""
-    version: str = __version__
-
-    @field_validator("options", mode="before")
-    @classmethod
-    def _plain(cls, options: Any) -> Any:
-        # Axolotl turns mappings within mappings into a kind of its own, which has every attribute that is asked for.
-        return json.loads(json.dumps(options))
-
-    @property
-    def key(self) -> str:
-        """A name made of the content."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
-    def format(self) -> Format:
-        """How the rows are laid out."""
-        return FORMATS[self.strategy]
-
-    @property
-    def scales(self) -> dict[str, tuple[float, float]]:
-        """AMoPO: the data set's own scale of every dimension, `score_range` where nothing says another."""
-        if not isinstance(self.data, AMoPOData):
-            return {}
-        if own := self.options.get("score_scale"):
-            return dict.fromkeys(self.data.dimensions, tuple(own))
-        return {name: self.format.scales.get(name, self.data.score_range) for name in self.data.dimensions}
-
-    @property
-    def reading(self) -> Reading:
-        """What is needed of the rows."""
-        names = _score_names(self.data)
-        return Reading(
-            self.format.options.model_validate(self.options),
-            self.objective,
-            chosen_scores=tuple(names),
-            rejected_scores=tuple(names) if isinstance(self.data, MODPOData) else (),
-            scales=self.scales,
-            **({} if self.seed is None else {"seed": self.seed}),
-        )
 
 
 def bind_entries(cfg: MutableMapping[str, Any], block: MethodConfig) -> None:
@@ -177,26 +75,44 @@ def _spec(
         raise ConfigError(f"`{where}.type` is {kind!r}; with `rl: {block.rl}` it must be one of {known}")
     _check_host_keys(entry, where, block.rl)
     format = FORMATS[strategy]
-    options = parse_block(format.options, {key: value for key, value in entry.items() if key not in _HOST_KEYS}, where)
+    options = parse_settings(
+        format.options, {key: value for key, value in entry.items() if key not in _HOST_KEYS}, where
+    )
     if isinstance(options, ScoredOptions) and options.score_scale:
         _check_scale(options.score_scale, where)
-    data = _data_settings(block)
-    if isinstance(data, MODPOData) and getattr(options, "score_scale", None):
+    settings = block.row_settings
+    scales = _scales(settings, options, format)
+    if not scales and getattr(options, "score_scale", None):
         raise ConfigError(
             f"`{where}.score_scale` has no effect with `rl: {block.rl}`, which has no directives; remove it"
         )
-    _check_scores(block, data, options, format, where, strategy)
+    _check_scores(block, settings, options, format, where, strategy)
     content = _check_files(entry, where), tokenizer
+    objective = _objective(block, options, format, where)
+    if objective and not format.read_responses:  # it picks the label that orders the pairs
+        options = options.model_copy(update={"objective": list(objective)})
     return DataSpec(
         where=f"{where} ({entry.get('path')})",
         strategy=strategy,
-        options=options.model_dump(mode="json"),
-        objective=_objective(block, options, format, where),
-        seed=_seed(cfg) if options.max_pairs_per_prompt else None,
-        data=data,
+        options=options,
+        objective=objective,
+        chosen_scores=tuple(settings.score_names),
+        rejected_scores=tuple(settings.rejected_score_names),
+        scales=scales,
+        settings=settings,
         excess_length_strategy=str(cfg.get("excess_length_strategy") or "drop").lower(),
         content=content,
+        seed=_seed(cfg) if options.max_pairs_per_prompt else 0,  # a seed that decides nothing changes no key
     )
+
+
+def _scales(settings: RowSettings, options: EntryOptions, format: Format) -> dict[str, tuple[float, float]]:
+    """The data set's own scale of every score that directives speak of: the entry's, the format's, or theirs."""
+    if settings.score_range is None:
+        return {}
+    if own := getattr(options, "score_scale", None):
+        return dict.fromkeys(settings.score_names, own)
+    return {name: format.scales.get(name, settings.score_range) for name in settings.score_names}
 
 
 def _check_files(entry: MutableMapping[str, Any], where: str) -> str:
@@ -258,20 +174,18 @@ def _objective(block: MethodConfig, options: EntryOptions, format: Format, where
     if not isinstance(options, ObjectiveOptions):
         return ()
     if options.objective is not None:
-        given = [options.objective] if isinstance(options.objective, str) else options.objective
-        if fault := format.objective_fault(given):
+        if fault := format.objective_fault(options.objectives):
             raise ConfigError(f"`{where}.objective`: {fault}")
-        return tuple(given)
-    if isinstance(block, MODPOConfig):
-        key, names = f"{block.rl}.objective", [block.objective]
-    else:
-        key, names = f"{block.rl}.dimensions", block.dimensions
+        return options.objectives
+    key, names = block.ordering
     if not (fault := format.objective_fault(names)):
         return tuple(names)
     if format.read_pair and format.read_responses:
         # Only the data's columns tell whether a label orders its pairs.
         return ()
-    raise ConfigError(f"`{where}.objective` is missing, and `{key}` does not say what orders the pairs: {fault}")
+    raise ConfigError(
+        f"`{where}.objective` is missing, and `{block.rl}.{key}` does not say what orders the pairs: {fault}"
+    )
 
 
 def _check_scale(scale: tuple[float, float], where: str) -> None:
@@ -284,28 +198,22 @@ def _check_scale(scale: tuple[float, float], where: str) -> None:
 
 
 def _check_scores(
-    block: MethodConfig,
-    data: AMoPOData | MODPOData,
-    options: EntryOptions,
-    format: Format,
-    where: str,
-    strategy: str,
+    block: MethodConfig, settings: RowSettings, options: EntryOptions, format: Format, where: str, strategy: str
 ) -> None:
     """Refuse scores that data of this kind never holds."""
-    names = _score_names(data)
     possible: Iterable[str] | None = format.scales or None
     if possible is None and not isinstance(options, ScoredOptions):
         possible = ()
-    if isinstance(data, AMoPOData) and (worse := [name for name in names if name in format.higher_is_worse]):
+    worse = [name for name in settings.score_names if name in format.higher_is_worse]
+    if settings.score_range and worse:
         raise ConfigError(
-            f"`{block.rl}.dimensions` has {', '.join(worse)}, of which more is worse in `{where}`, and directives ask "
-            "for the most; remove it, or give it a negative weight in a run of `rl: modpo`"
+            f"`{block.rl}.{settings.scores_key}` has {', '.join(worse)}, of which more is worse in `{where}`, and "
+            "directives ask for the most; remove it, or give it a negative weight in a run of `rl: modpo`"
         )
-    if possible is not None and (unknown := [name for name in names if name not in possible]):
-        key = "dimensions" if isinstance(data, AMoPOData) else "margins"
+    if possible is not None and (unknown := [name for name in settings.score_names if name not in possible]):
         raise ConfigError(
-            f"`{block.rl}.{key}` needs a score of {', '.join(unknown)} from `{where}`, but {strategy} holds "
-            f"{', '.join(possible) or 'no scores'}"
+            f"`{block.rl}.{settings.scores_key}` needs a score of {', '.join(unknown)} from `{where}`, but {strategy} "
+            f"holds {', '.join(possible) or 'no scores'}"
         )
 
 
@@ -316,24 +224,3 @@ def _seed(cfg: MutableMapping[str, Any]) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigError(f"`seed` is {seed!r}; it must be a whole number")
     return seed
-
-
-def _data_settings(block: MethodConfig) -> MODPOData | AMoPOData:
-    if isinstance(block, DimensionsBlock):
-        return AMoPOData(
-            dimensions=block.dimensions,
-            integrated=block.integrated,
-            score_range=block.score_range,
-            directives=block.directives,
-            directive_position=block.directive_position,
-        )
-    margins = block.margins.items()
-    return MODPOData(
-        columns={name: margin.field or name for name, margin in margins if isinstance(margin, ColumnMargin)},
-        lengths={name: margin.unit for name, margin in margins if isinstance(margin, LengthMargin)},
-        texts=any(isinstance(margin, RewardModelMargin | TextMargin) for _, margin in margins),
-    )
-
-
-def _score_names(data: AMoPOData | MODPOData) -> list[str]:
-    return data.dimensions if isinstance(data, AMoPOData) else list(data.columns.values())

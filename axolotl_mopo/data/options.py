@@ -1,11 +1,11 @@
 """What an entry of `datasets:` may say besides where its data is."""
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from axolotl_mopo.config import Block, Number
+from axolotl_mopo.config import Number, Settings
 
 
 def _scalar(value: Any) -> Any:
@@ -17,8 +17,11 @@ def _scalar(value: Any) -> Any:
 Scalar = Annotated[Any, BeforeValidator(_scalar)]
 
 
-class EntryOptions(Block):
+class EntryOptions(Settings):
     """The keys that every strategy knows."""
+
+    missing_score_hint: ClassVar[str] = ""
+    """How to fix a score that is needed and not found."""
 
     on_bad_row: Literal["raise", "drop"] = Field("raise", description="raise or drop")
     max_pairs_per_prompt: int | None = Field(None, ge=1, strict=True, description="a whole number of at least 1")
@@ -42,6 +45,8 @@ class ScoredOptions(EntryOptions):
 class PairsOptions(ScoredOptions):
     """The keys of `type: axolotl_mopo.pairs`."""
 
+    missing_score_hint: ClassVar = "; name their columns with field_chosen_scores and field_rejected_scores"
+
     field_prompt: str | None = Field(None, description="the column of the prompt or its messages")
     field_system: str | None = Field(None, description="the column of the system message")
     field_chosen: str = Field("chosen", description="the column of the preferred response")
@@ -62,6 +67,13 @@ class ObjectiveOptions(ScoredOptions):
             raise ValueError("the list is empty; name at least one")
         return objective
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The names in `objective`; empty if it is not given."""
+        if self.objective is None:
+            return ()
+        return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective)
+
 
 class ResponsesOptions(ObjectiveOptions):
     """The keys of `type: axolotl_mopo.responses`."""
@@ -73,6 +85,8 @@ class ResponsesOptions(ObjectiveOptions):
 
 class HelpSteer2Options(ObjectiveOptions):
     """The keys of `type: axolotl_mopo.helpsteer2`."""
+
+    missing_score_hint: ClassVar = "; name the file of the rated responses with ratings"
 
     ratings: str | None = Field(
         None, min_length=1, description="a file, folder or data set of the hub with HelpSteer2's rated responses"

@@ -5,7 +5,6 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cached_property
 from itertools import combinations, product
 from typing import Any, TypeVar
@@ -15,23 +14,23 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from axolotl_mopo.data.formats import Format, PairFunction, ResponsesFunction
+from axolotl_mopo.data.formats import PairFunction, ResponsesFunction
+from axolotl_mopo.data.formats.joined import Join
 from axolotl_mopo.data.formats.rated import mean
-from axolotl_mopo.data.reading import Reading
 from axolotl_mopo.data.rows import (
-    DataError,
     Message,
     PreferencePair,
     RatedResponse,
     Row,
-    RowError,
     check_pair,
     check_prompt,
     check_response,
-    fingerprint,
     rescale,
 )
-from axolotl_mopo.data.tally import Tally
+from axolotl_mopo.data.spec import DataSpec
+from axolotl_mopo.data.stats import RowStats
+from axolotl_mopo.digests import fingerprint
+from axolotl_mopo.errors import DataError, RowError
 
 T = TypeVar("T")
 Numbered = Iterator[tuple[int, PreferencePair]]
@@ -47,9 +46,7 @@ class PairReader:
 
     Args:
         table: the raw data set.
-        format: how its rows are laid out.
-        reading: what is needed of them.
-        where: the data set's name in messages.
+        spec: how its rows are read, and what is needed of them.
         check: refuses prompts, by a RowError, for reasons of the run.
 
     Raises:
@@ -61,48 +58,47 @@ class PairReader:
     def __init__(
         self,
         table: Dataset,
-        format: Format,
-        reading: Reading,
-        where: str,
+        spec: DataSpec,
         check: Callable[[list[Message]], None] | None = None,
     ) -> None:
-        self.table, self.format, self.reading, self.where, self.check = table, format, reading, where, check
-        self.tally = Tally()
+        self.table, self.spec, self.check = table, spec, check
+        self.stats = RowStats()
+        format, options, where = spec.format, spec.options, spec.where
         labelled = format.is_labelled(table.column_names)
-        if labelled and format.read_responses and getattr(reading.options, "objective", None):
+        if labelled and format.read_responses and getattr(options, "objective", None):
             raise DataError(f"{where}: its pairs are ordered by its own `{format.label_column}`; drop the `objective`")
-        if not labelled and not reading.objective:
+        if not labelled and not spec.objective:
             raise DataError(
                 f"{where}: its responses are rated and not ordered; name what orders them with objective: one or "
                 f"several of {'its scores' if format.objectives is None else ', '.join(format.objectives)}"
             )
         self._is_labelled = labelled
-        self._where = (reading.options.where or {}).items()
+        self._where = (options.where or {}).items()
         if absent := [name for name, _ in self._where if name not in table.column_names]:
             raise DataError(
                 f"{where}: `where` names the column {', '.join(absent)}, which is not there; its columns are "
                 f"{', '.join(table.column_names)}"
             )
-        if not labelled and getattr(reading.options, "ratings", None):
+        if not labelled and getattr(options, "ratings", None):
             raise DataError(f"{where}: its rows are rated themselves, so `ratings` has no effect; remove it")
+        self._join: Join | None = None
         if labelled:
             self._check_splits()
-            if format.join and reading.joined is None:
-                try:
-                    self.reading = replace(reading, joined=format.join(reading.options))
-                except DataError as error:
-                    raise DataError(f"{where}: {error}") from None
+            try:
+                self._join = format.join and format.join(options)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
 
     def pairs(self) -> Numbered:
-        """The pairs, counted in `tally`.
+        """The pairs, counted in `stats`.
 
         Raises:
             DataError: for a bad row, with its number, unless `on_bad_row` is `drop`.
         """
-        cap = self.reading.options.max_pairs_per_prompt
+        cap = self.spec.options.max_pairs_per_prompt
         pairs = self._read()
         for row, pair in pairs if cap is None else self._capped(pairs, cap):
-            self.tally.add(pair)
+            self.stats.add(pair)
             yield row, pair
 
     def _read(self) -> Numbered:
@@ -111,19 +107,19 @@ class PairReader:
     def _twin(self) -> "PairReader":
         """A reader of the same rows for a pass before this one, with counts of its own."""
         twin = copy.copy(self)
-        twin.tally = Tally()
+        twin.stats = RowStats()
         return twin
 
     def _check_splits(self) -> None:
-        column = self.format.split_column
+        column = self.spec.format.split_column
         if column not in self.table.column_names or column in dict(self._where):
             return
         batches = self._batches(self.table.select_columns([column]))
         found = sorted({str(value) for batch in batches for value in batch[column]})
         if len(found) > 1:
             raise DataError(
-                f"{self.where}: its rows belong to several splits, {', '.join(found[:9])}, which must not be mixed; "
-                f"name the one to read with where: {{{column}: {found[0]}}} (--where {column}={found[0]})"
+                f"{self.spec.where}: its rows belong to several splits, {', '.join(found[:9])}, which must not be "
+                f"mixed; name the one to read with where: {{{column}: {found[0]}}} (--where {column}={found[0]})"
             )
 
     def _is_left_out(self, row: Row) -> bool:
@@ -132,38 +128,40 @@ class PairReader:
             (f"rows whose `{name}` is not {wanted!r}" for name, wanted in self._where if not _is(row[name], wanted)),
             None,
         )
-        if what is None and self.format.left_out:
-            what = self.format.left_out(row, self.reading.options)
+        if what is None and self.spec.format.left_out:
+            what = self.spec.format.left_out(row, self.spec.options)
         if what is not None:
-            self.tally.left_out[what] += 1
+            self.stats.left_out[what] += 1
         return what is not None
 
     def _labelled(self) -> Numbered:
-        assert self.format.read_pair  # noqa: S101 (a format has one of both)
+        assert self.spec.format.read_pair  # noqa: S101 (a format has one of both)
         for number, row in self._rows("Reading pairs"):
-            pair = self._guard(number, self._read_labelled, self.format.read_pair, row)
+            pair = self._guard(number, self._read_labelled, self.spec.format.read_pair, row)
             if pair is not None:
                 yield number, pair
 
     def _read_labelled(self, read_pair: PairFunction, row: Row) -> PreferencePair | None:
         if self._is_left_out(row):
             return None
-        pair = read_pair(row, self.reading)
+        pair = read_pair(row, self.spec.options)
         if pair is None:
-            self.tally.ties += 1
+            self.stats.ties += 1
             return None
+        if self._join:
+            pair = self._join(row, pair)
         check_pair(pair)
         unrated = not (pair.chosen.scores and pair.rejected.scores)
-        if self.reading.joined is not None and (unrated or self.reading.missing(pair)):
-            self.tally.incomplete += 1
+        if self._join and (unrated or self.spec.missing(pair)):
+            self.stats.incomplete += 1
             return None
-        self.reading.check_scores(pair)
+        self.spec.check_scores(pair)
         if self.check:
             self.check(pair.prompt)
         return pair
 
     def _rated(self) -> Numbered:
-        group_column = self.format.group_column
+        group_column = self.spec.format.group_column
         sizes = self._group_sizes(group_column) if group_column else None
         waiting: dict[int, list[tuple[list[Message], list[RatedResponse]]]] = defaultdict(list)
         for number, row, prompt, responses in self._responses():
@@ -176,9 +174,9 @@ class PairReader:
 
     def _responses(self) -> Iterator[tuple[int, Row, list[Message], list[RatedResponse]]]:
         """Every row with its prompt and those of its responses that are neither bad nor left out."""
-        assert self.format.read_responses  # noqa: S101 (a format has one of both)
+        assert self.spec.format.read_responses  # noqa: S101 (a format has one of both)
         for number, row in self._rows("Reading responses"):
-            prompt, responses = self._guard(number, self._read_rated, self.format.read_responses, row) or ([], [])
+            prompt, responses = self._guard(number, self._read_rated, self.spec.format.read_responses, row) or ([], [])
             yield number, row, prompt, [each for each in responses if self._guard(number, self._accept, each)]
 
     def _read_rated(self, read: ResponsesFunction, row: Row) -> tuple[list[Message], list[RatedResponse]] | None:
@@ -188,12 +186,12 @@ class PairReader:
         check_prompt(prompt)
         if self.check:
             self.check(prompt)
-        self.tally.empty += not responses
+        self.stats.empty += not responses
         return prompt, responses
 
     def _accept(self, response: RatedResponse) -> bool:
         check_response(response, "response")
-        self.reading.check_scales(response)
+        self.spec.check_scales(response)
         for name, scale in self._known_scales.items():
             if (value := response.scores.get(name)) is not None:
                 rescale(value, scale, scale, name)
@@ -202,9 +200,9 @@ class PairReader:
     @cached_property
     def _known_scales(self) -> dict[str, tuple[float, float]]:
         """Where the scores that order responses must lie, as far as the entry or the format says it."""
-        own = getattr(self.reading.options, "score_scale", None)
-        scales = dict.fromkeys(self.reading.objective, own) if own else self.format.scales
-        return {name: scales[name] for name in self.reading.objective if name in scales}
+        own = getattr(self.spec.options, "score_scale", None)
+        scales = dict.fromkeys(self.spec.objective, own) if own else self.spec.format.scales
+        return {name: scales[name] for name in self.spec.objective if name in scales}
 
     @cached_property
     def _units(self) -> dict[str, tuple[float, float]]:
@@ -216,7 +214,7 @@ class PairReader:
         Raises:
             DataError: where a score of unknown scale has one value only.
         """
-        names, scales = self.reading.objective, self._known_scales
+        names, scales = self.spec.objective, self._known_scales
         if any(name not in scales for name in names):
             return self._standard_units()
         if len({scales[name] for name in names}) == 1:
@@ -224,7 +222,7 @@ class PairReader:
         return {name: (scales[name][0], scales[name][1] - scales[name][0]) for name in names}
 
     def _standard_units(self) -> dict[str, tuple[float, float]]:
-        values: dict[str, list[float]] = {name: [] for name in self.reading.objective}
+        values: dict[str, list[float]] = {name: [] for name in self.spec.objective}
         for _, _, _, responses in self._twin()._responses():
             for name, response in product(values, responses):
                 if (value := response.scores.get(name)) is not None:
@@ -236,41 +234,42 @@ class PairReader:
             zero, unit = float(values.mean()), float(values.std())
         if values.min() == values.max() or not 0 < unit < np.inf:
             raise DataError(
-                f"{self.where}: the score {name} lies between {values.min():g} and {values.max():g} for all responses, "
-                "so it cannot be averaged with others in units of its standard deviation; remove it from the objective"
+                f"{self.spec.where}: the score {name} lies between {values.min():g} and {values.max():g} for all "
+                "responses, so it cannot be averaged with others in units of its standard deviation; "
+                "remove it from the objective"
             )
         return zero, unit
 
     def _order(self, response: RatedResponse) -> float | None:
         """What orders a response: its score, or the mean of several in comparable units."""
-        if len(self.reading.objective) == 1:
-            return response.scores.get(self.reading.objective[0])
+        if len(self.spec.objective) == 1:
+            return response.scores.get(self.spec.objective[0])
         units = {
             name: (value - zero) / unit
             for name, (zero, unit) in self._units.items()
             if (value := response.scores.get(name)) is not None
         }
-        value = mean(units, self.reading.objective)
+        value = mean(units, self.spec.objective)
         # So that two sums that differ by rounding alone remain a tie.
         return None if value is None else round(value, 9)
 
     def _compare(self, number: int, prompt: list[Message], responses: list[RatedResponse]) -> Numbered:
         """Every two responses to a prompt as a pair, the one with the higher mean score chosen."""
-        self.tally.alone += len(responses) == 1
+        self.stats.alone += len(responses) == 1
         rated = [(self._order(response), response) for response in responses]
-        self.tally.unscored += sum(value is None for value, _ in rated)
+        self.stats.unscored += sum(value is None for value, _ in rated)
         scored = [(value, response) for value, response in rated if value is not None]
         for first, second in combinations(scored, 2):
             if first[0] == second[0]:
-                self.tally.ties += 1
+                self.stats.ties += 1
                 continue
             (_, chosen), (_, rejected) = (first, second) if first[0] > second[0] else (second, first)
             if chosen.text.strip() == rejected.text.strip():
-                self.tally.identical += 1
+                self.stats.identical += 1
                 continue
             pair = PreferencePair(prompt, chosen, rejected)
-            if self.reading.missing(pair):
-                self.tally.incomplete += 1
+            if self.spec.missing(pair):
+                self.stats.incomplete += 1
             else:
                 yield number, pair
 
@@ -284,15 +283,16 @@ class PairReader:
             if len(waiting[key]) < sizes[key]:
                 continue
             group = waiting.pop(key)
-            draw = random.Random(f"{self.reading.seed} {key}")  # noqa: S311 (no secret)
+            draw = random.Random(f"{self.spec.seed} {key}")  # noqa: S311 (no secret)
             kept = sorted(draw.sample(range(len(group)), min(cap, len(group))))
-            self.tally.capped += len(group) - len(kept)
+            self.stats.capped += len(group) - len(kept)
             yield from ((number, group[index]) for index in kept)
 
     def _group_sizes(self, group_column: str) -> Counter[int]:
         if group_column not in self.table.column_names:
             raise DataError(
-                f"{self.where}: it has no column `{group_column}`; its columns are {', '.join(self.table.column_names)}"
+                f"{self.spec.where}: it has no column `{group_column}`; its columns are "
+                f"{', '.join(self.table.column_names)}"
             )
         batches = self._batches(self.table.select_columns([group_column]))
         return Counter(fingerprint(prompt) for batch in batches for prompt in batch[group_column])
@@ -301,27 +301,28 @@ class PairReader:
         try:
             yield from table.iter(_BATCH)
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.where}: a text is not UTF-8 ({error}); convert the data") from None
+            raise DataError(f"{self.spec.where}: a text is not UTF-8 ({error}); convert the data") from None
 
     def _rows(self, title: str) -> Iterator[tuple[int, Row]]:
         """The rows and their numbers, counted."""
         with tqdm(total=len(self.table), desc=title, unit=" rows") as progress:
             for batch in self._batches(self.table):
                 for values in zip(*batch.values(), strict=True):
-                    self.tally.rows += 1
-                    yield self.tally.rows - 1, dict(zip(batch, values, strict=True))
-                progress.update(self.tally.rows - progress.n)
+                    self.stats.rows += 1
+                    yield self.stats.rows - 1, dict(zip(batch, values, strict=True))
+                progress.update(self.stats.rows - progress.n)
 
     def _guard(self, number: int, function: Callable[..., T | None], *args: Any) -> T | None:
         """Call `function`; a bad row is told with data set and number, or counted and left out."""
         try:
             return function(*args)
         except RowError as error:
-            if self.reading.options.on_bad_row == "raise":
+            if self.spec.options.on_bad_row == "raise":
                 raise DataError(
-                    f"{self.where}, row {number}: {error}; mend the row, or leave such rows out with on_bad_row: drop"
+                    f"{self.spec.where}, row {number}: {error}; fix the row, or leave such rows out with "
+                    "on_bad_row: drop"
                 ) from None
-            self.tally.bad[error.kind] += 1
+            self.stats.bad[error.kind] += 1
             return None
 
 

@@ -7,20 +7,15 @@ import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.loaders import load_tokenizer
 
-from axolotl_mopo.config import INTEGRATED, AMoPOConfig, ConfigError
-from axolotl_mopo.data.directives import (
-    Directive,
-    inference_directive,
-    training_directives,
-    user_template,
-    with_directive,
-    with_directive_in_template,
-)
-from axolotl_mopo.data.entries import DataSpec
+from axolotl_mopo.config import INTEGRATED, AMoPOConfig
+from axolotl_mopo.config.directives import Directive, user_template, with_directive_in_template
+from axolotl_mopo.data.conversations import user, with_directive
 from axolotl_mopo.data.pairing import PairReader
-from axolotl_mopo.data.rows import DataError, Message, user
+from axolotl_mopo.data.rows import Message
+from axolotl_mopo.data.spec import DataSpec
 from axolotl_mopo.data.strategies import directive_scores, raw_table
 from axolotl_mopo.data.tokenizing import ChatRenderer
+from axolotl_mopo.errors import ConfigError, DataError
 
 
 def preview(
@@ -57,12 +52,12 @@ def preview(
     else:
         messages, scores = user(question), dict.fromkeys(method.dimensions, method.score_range[1])
     try:
-        directive = inference_directive(method, dimension, score)
+        directive = method.inference_directive(dimension, score)
     except ValueError as error:
         raise ConfigError(f"--dimension or --score: {error}") from None
     inference = _prompt(dimension or INTEGRATED, messages, directive, renderer)
     try:
-        texts = training_directives(method, scores)
+        texts = method.training_directives(scores)
     except ValueError as error:
         raise DataError(f"`amopo.directives`: {error}") from None
     prompts = zip(method.prompt_names, texts, strict=True)
@@ -83,8 +78,8 @@ def _pair(cfg: Any, dataset: int, row: int) -> tuple[list[Message], dict[str, fl
         raise ConfigError(f"--dataset {dataset}: there are {len(cfg.datasets)} entries, counted from 0")
     _, _, key = cfg.datasets[dataset]["type"].partition("@")
     spec = DataSpec.model_validate(dict(cfg["mopo_data"][key]))
-    reader = PairReader(raw_table(cfg, spec), spec.format, spec.reading, spec.where)
+    reader = PairReader(raw_table(cfg, spec), spec)
     pair = next((pair for number, pair in reader.pairs() if number >= row), None)
     if pair is None:
-        raise DataError(f"{spec.where}: there is no pair from row {row} on, of {reader.tally.rows} rows")
+        raise DataError(f"{spec.where}: there is no pair from row {row} on, of {reader.stats.rows} rows")
     return pair.prompt, directive_scores(pair, spec)

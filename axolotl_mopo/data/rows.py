@@ -1,34 +1,18 @@
 """The canonical row, a preference pair with its scores, and what can be wrong with a raw one."""
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
+
+from axolotl_mopo.digests import fingerprint
+from axolotl_mopo.errors import RowError
 
 Message = dict[str, Any]
 """A turn of a conversation: `role` and `content`, both strings."""
 
 Row = Mapping[str, Any]
 """A row of a raw data set: column name to value."""
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the text names data set and row and says the mend."""
-
-
-class RowError(ValueError):
-    """What is wrong with a row, before it is known where the row stands.
-
-    Args:
-        message: the fault and its mend.
-        kind: the fault in two or three words, by which dropped rows are counted.
-    """
-
-    def __init__(self, message: str, kind: str = "malformed") -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -78,12 +62,6 @@ class PreferencePair:
     def prompt_key(self) -> int:
         """A 63-bit number that pairs of the same prompt share."""
         return fingerprint(self.prompt)
-
-
-def fingerprint(value: Any) -> int:
-    """A 63-bit number made of a JSON-like value, where a date counts as its text; the same on every machine."""
-    digest = hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def check_pair(pair: PreferencePair) -> None:
@@ -164,95 +142,6 @@ def text(row: Row, name: str, hint: str = "") -> str:
     if not isinstance(value, str):
         raise RowError(f"its `{name}` is no string, but {type(value).__name__}")
     return valid_text(value, name)
-
-
-def user(content: str) -> list[Message]:
-    """A conversation of one turn, the user's."""
-    return [{"role": "user", "content": content}]
-
-
-def messages(value: Any, name: str) -> list[Message]:
-    """The turns in a column that holds a string or messages.
-
-    A turn has `role` and `content`, or ShareGPT's `from` and `value`. A content is a string or a list of text parts.
-
-    Raises:
-        RowError: where it holds neither, or a text is not valid Unicode.
-    """
-    if isinstance(value, str):
-        return user(valid_text(value, name))
-    if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
-        raise RowError(f"its `{name}` is neither a string nor messages, but {type(value).__name__}")
-    return [_turn(turn, name) for turn in value]
-
-
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user"} | dict.fromkeys(
-    ("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"
-)
-
-
-_SHAREGPT_NAMES = ("human", "gpt", "chatgpt", "bing", "bard")
-"""Roles that no chat template means by these words."""
-_UNTRAINED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""What a turn may hold beside its content."""
-
-
-def answer(turn: Message, name: str) -> str:
-    """What the last turn in a column says.
-
-    Raises:
-        RowError: where it holds something else as well, which would not be trained on.
-    """
-    if kept := [key for key in _UNTRAINED if turn.get(key)]:
-        raise RowError(
-            f"the response in its `{name}` has `{kept[0]}`, which would be left out, as only its content is trained "
-            "on; write what matters there, or leave such rows out",
-            "response that is more than a text",
-        )
-    content: str = turn["content"]
-    return content
-
-
-def _turn(raw: Mapping[str, Any], name: str) -> Message:
-    # A table stores every key of any row's turns in all of them, as None where a turn has none.
-    turn = {key: value for key, value in raw.items() if value is not None}
-    if "role" not in turn and "from" in turn:
-        turn = _from_sharegpt(turn, name)
-    elif turn.get("role") in _SHAREGPT_NAMES:
-        turn["role"] = _SHAREGPT_ROLES[turn["role"]]
-    if isinstance(turn.get("content"), list):
-        turn["content"] = _joined_parts(turn["content"], name)
-    if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-        raise RowError(f"a turn of its `{name}` lacks a `role` or a `content` that is a string: {dict(raw)!r:.99}")
-    # What was text in a file may have become a date.
-    written = json.dumps(turn, default=str, ensure_ascii=False)
-    return json.loads(valid_text(written, name))
-
-
-def _from_sharegpt(turn: Message, name: str) -> Message:
-    role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
-    if role is None:
-        raise RowError(
-            f"a turn of its `{name}` is from {turn['from']!r:.40}; known are {', '.join(_SHAREGPT_ROLES)}",
-            "unknown role",
-        )
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    return rest | {"role": role} | ({"content": turn["value"]} if "value" in turn else {})
-
-
-def _joined_parts(parts: Sequence[Any], name: str) -> str:
-    """The text of a content that is a list of parts."""
-    texts = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise RowError(
-                f"a turn of its `{name}` holds a part of type {kind!r:.40} that is not a text; only texts are trained "
-                "on",
-                "content that is not text",
-            )
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def score(value: Any) -> float | None:

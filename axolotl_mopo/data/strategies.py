@@ -13,15 +13,18 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_mopo.data.directives import Directive, training_directives, with_directive
-from axolotl_mopo.data.entries import PREFIX, AMoPOData, DataSpec, MODPOData
-from axolotl_mopo.data.fitting import Render, TokenizedPair, fit
+from axolotl_mopo.config import RowSettings
+from axolotl_mopo.config.directives import Directive
+from axolotl_mopo.data.conversations import with_directive
+from axolotl_mopo.data.entries import PREFIX
 from axolotl_mopo.data.formats import FORMATS
+from axolotl_mopo.data.pair_store import PairStore
 from axolotl_mopo.data.pairing import PairReader
-from axolotl_mopo.data.rows import DataError, Message, PreferencePair, RowError, rescale
-from axolotl_mopo.data.store import PairStore
+from axolotl_mopo.data.rows import Message, PreferencePair, rescale
+from axolotl_mopo.data.spec import DataSpec
 from axolotl_mopo.data.tokenizing import ChatRenderer, ControlTokenCount, tokenize
-from axolotl_mopo.margins.rows import row_margins
+from axolotl_mopo.data.truncation import Render, TokenizedPair, fit
+from axolotl_mopo.errors import DataError, RowError
 
 LOG = get_logger("axolotl.mopo")
 
@@ -40,7 +43,7 @@ _COLUMNS = {
     "cut_prompt_tokens": Value("int32"),
     "cut_completion_tokens": Value("int32"),
 }
-_MARGINS = {"chosen_margins": List(Value("float64")), "rejected_margins": List(Value("float64"))}
+_MARGINS = {f"{side}_margin_rewards": List(Value("float64")) for side in ("chosen", "rejected")}
 _TEXTS = {"messages": Value("string"), "chosen_text": Value("string"), "rejected_text": Value("string")}
 
 
@@ -70,8 +73,8 @@ def _strategy(cfg: Mapping[str, Any], dataset_idx: int | None = None, *, key: st
     Returns:
         The transform of a batch of rows, and the arguments of the `datasets.map` that applies it. The rows hold token
         ids (`prompt_input_ids`: a list for each prompt; `chosen_input_ids`, `rejected_input_ids`), MODPO's margin
-        rewards that rows decide (`chosen_margins`, `rejected_margins`; `messages`, `chosen_text`, `rejected_text` where
-        a margin reads texts), for the host's length filter the strings `prompt` (the longest
+        rewards that rows decide (`chosen_margin_rewards`, `rejected_margin_rewards`), the texts where a margin reads
+        them (`messages`, `chosen_text`, `rejected_text`), for Axolotl's length filter the strings `prompt` (the longest
         one), `chosen`, `rejected`, and for the log `prompt_key`, `cut_prompt_tokens`, `cut_completion_tokens`.
     """
     spec = DataSpec.model_validate(dict(cfg["mopo_data"][key]))
@@ -81,13 +84,11 @@ def _strategy(cfg: Mapping[str, Any], dataset_idx: int | None = None, *, key: st
         # The host turns what is raised here into a warning; what its map raises stops the run.
         transform = partial(_refuse, message=str(error))
     arguments = {"batched": True, "with_indices": True, "remove_columns": "__all__"}
-    return transform, {**arguments, "features": Features(_columns(spec.data))}
+    return transform, {**arguments, "features": Features(_columns(spec.settings))}
 
 
-def _columns(data: AMoPOData | MODPOData) -> dict[str, Any]:
-    if isinstance(data, AMoPOData):
-        return _COLUMNS
-    return _COLUMNS | _MARGINS | (_TEXTS if data.texts else {})
+def _columns(settings: RowSettings) -> dict[str, Any]:
+    return _COLUMNS | ({} if settings.margins is None else _MARGINS) | (_TEXTS if settings.texts else {})
 
 
 def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
@@ -96,15 +97,15 @@ def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
         check = ChatRenderer(tokenizer).check_roles
     except DataError as error:
         raise DataError(f"{spec.where}: {error}") from None
-    reader = PairReader(raw_table(cfg, spec), spec.format, spec.reading, spec.where, check)
+    reader = PairReader(raw_table(cfg, spec), spec, check)
     folder = Path(cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH)
     control_tokens = ControlTokenCount(tokenizer)
     store = PairStore.write(control_tokens.watch(reader.pairs()), folder)
-    tally = reader.tally
-    LOG.info("%s: %s.", spec.where, "; ".join(tally.lines()))
-    if not tally.pairs:
-        mend = ", or order them by another `objective`" if "objective" in spec.options else ""
-        raise DataError(f"{spec.where}: no pair could be made of it: {'; '.join(tally.lines())}; mend the rows{mend}")
+    stats = reader.stats
+    LOG.info("%s: %s.", spec.where, "; ".join(stats.lines()))
+    if not stats.pairs:
+        mend = ", or order them by another `objective`" if hasattr(spec.options, "objective") else ""
+        raise DataError(f"{spec.where}: no pair could be made of it: {'; '.join(stats.lines())}; mend the rows{mend}")
     if control_tokens.pairs:
         LOG.warning(
             "%s: %s pairs contain control tokens of the tokenizer as text (%s), the first of them in row %d. They are "
@@ -114,7 +115,7 @@ def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
             ", ".join(f"{token} in {count:,}" for token, count in control_tokens.found.most_common(9)),
             control_tokens.first_row,
         )
-    below = {name: tally.below(name) for name in tally.names}
+    below = {name: stats.below(name) for name in stats.names}
     LOG.info(
         "%s: the chosen response scores lower than the rejected one on %s.",
         spec.where,
@@ -133,12 +134,13 @@ def raw_table(cfg: Mapping[str, Any], spec: DataSpec) -> Dataset:
 
 
 def directive_scores(pair: PreferencePair, spec: DataSpec) -> dict[str, float]:
-    """The chosen response's score of every dimension, on the scale that AMoPO's directives speak of."""
-    assert isinstance(spec.data, AMoPOData)  # noqa: S101
-    return {
-        name: rescale(pair.chosen.score(name), scale, spec.data.score_range, name)
-        for name, scale in spec.scales.items()
-    }
+    """The chosen response's score of every dimension, on the scale that directives speak of."""
+    target = spec.settings.score_range
+    return (
+        {}
+        if target is None
+        else {name: rescale(pair.chosen.score(name), scale, target, name) for name, scale in spec.scales.items()}
+    )
 
 
 def _refuse(batch: Mapping[str, list[Any]], indices: Sequence[int], *, message: str) -> Columns:
@@ -155,7 +157,7 @@ def _transform(
     sequence_len: int,
 ) -> Columns:
     renderer = ChatRenderer(tokenizer)
-    names = _columns(spec.data)
+    names = _columns(spec.settings)
     pairs = store.between(indices[0], indices[-1])
     if not pairs:
         return {name: [] for name in names}
@@ -172,7 +174,7 @@ def _transform(
     for (number, pair), render, (prompts, chosen, rejected) in zip(pairs, renders, texts, strict=True):
         whole = TokenizedPair(prompts, chosen, rejected, [next(ids) for _ in prompts], next(ids), next(ids))
         limits = (tokenizer, sequence_len, spec.excess_length_strategy)
-        rows.append(_row(pair, _located(spec, number, fit, whole, pair.prompt, render, *limits), spec.data))
+        rows.append(_row(pair, _located(spec, number, fit, whole, pair.prompt, render, *limits), spec.settings))
     return {name: [row[name] for row in rows] for name in names}
 
 
@@ -184,23 +186,21 @@ def _located(spec: DataSpec, number: int, function: Callable[..., Any], *args: A
         raise DataError(f"{spec.where}, row {number}: {error}") from None
 
 
-def _directives(pair: PreferencePair, spec: DataSpec) -> Sequence[Directive | None]:
-    """What each of the D prompts says beside the question; MODPO's one says nothing.
+def _directives(pair: PreferencePair, spec: DataSpec) -> Sequence[Directive]:
+    """What each of the D prompts says beside the question.
 
     Raises:
-        RowError: where a template cannot be rendered with the pair's scores.
+        RowError: if a template cannot be rendered with the pair's scores.
     """
-    if isinstance(spec.data, MODPOData):
-        return [None]
     scores = directive_scores(pair, spec)
     try:
-        return training_directives(spec.data, scores)
+        return spec.settings.training_directives(scores)
     except ValueError as error:
         raise RowError(str(error)) from None
 
 
-def _prompts(messages: list[Message], *, renderer: ChatRenderer, directives: Sequence[Directive | None]) -> list[str]:
-    return [renderer.prompt(messages if each is None else with_directive(messages, each)) for each in directives]
+def _prompts(messages: list[Message], *, renderer: ChatRenderer, directives: Sequence[Directive]) -> list[str]:
+    return [renderer.prompt(with_directive(messages, each)) for each in directives]
 
 
 def _texts(pair: PreferencePair, render: Render, renderer: ChatRenderer) -> tuple[list[str], str, str]:
@@ -208,7 +208,7 @@ def _texts(pair: PreferencePair, render: Render, renderer: ChatRenderer) -> tupl
     return render(pair.prompt), chosen, rejected
 
 
-def _row(pair: PreferencePair, tokens: TokenizedPair, data: AMoPOData | MODPOData) -> dict[str, Any]:
+def _row(pair: PreferencePair, tokens: TokenizedPair, settings: RowSettings) -> dict[str, Any]:
     row: dict[str, Any] = {
         "prompt": tokens.prompts[tokens.longest],
         "chosen": tokens.chosen,
@@ -220,10 +220,15 @@ def _row(pair: PreferencePair, tokens: TokenizedPair, data: AMoPOData | MODPODat
         "cut_prompt_tokens": tokens.cut_prompt_tokens,
         "cut_completion_tokens": tokens.cut_completion_tokens,
     }
-    if isinstance(data, MODPOData):
-        row["chosen_margins"] = row_margins(data, pair.chosen, len(tokens.chosen_ids))
-        row["rejected_margins"] = row_margins(data, pair.rejected, len(tokens.rejected_ids))
-        if data.texts:
-            row |= {"messages": json.dumps(pair.prompt), "chosen_text": pair.chosen.text}
-            row["rejected_text"] = pair.rejected.text
+    if settings.margins is not None:
+        for side, response, ids in (
+            ("chosen", pair.chosen, tokens.chosen_ids),
+            ("rejected", pair.rejected, tokens.rejected_ids),
+        ):
+            row[f"{side}_margin_rewards"] = [
+                source.row_reward(name, response, len(ids)) for name, source in settings.margins.items()
+            ]
+    if settings.texts:
+        row |= {"messages": json.dumps(pair.prompt), "chosen_text": pair.chosen.text}
+        row["rejected_text"] = pair.rejected.text
     return row

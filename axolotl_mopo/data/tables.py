@@ -7,8 +7,8 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.table import CastError
 
-from axolotl_mopo.data.files import data_fault
-from axolotl_mopo.data.rows import DataError
+from axolotl_mopo.data.file_checks import data_fault
+from axolotl_mopo.errors import DataError
 
 _KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 _GENERIC = "An error occurred while generating the dataset"

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from axolotl_mopo.data.chat_templates import check_chat_template
-from axolotl_mopo.data.rows import DataError, Message, PreferencePair, RowError
+from axolotl_mopo.data.rows import Message, PreferencePair
+from axolotl_mopo.errors import DataError, RowError
 
 
 class ChatRenderer:

@@ -28,10 +28,11 @@ from axolotl.cli.train import do_cli as axolotl_train
 from transformers import AutoTokenizer
 
 from axolotl_mopo.config import AMoPOConfig
-from axolotl_mopo.data.rows import user
+from axolotl_mopo.data.conversations import user
 from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
-from axolotl_mopo.front.models import Models, Sampling, SequenceScorer, generate, stop_tokens
-from axolotl_mopo.front.policies import Asking, Policy, find_policies
+from axolotl_mopo.evaluation.models import Models, SequenceScorer, generate, stop_tokens
+from axolotl_mopo.evaluation.policies import Asking, Policy, find_policies
+from axolotl_mopo.evaluation.schema import Sampling
 
 OUTPUT = Path("outputs/gallery/attributes")
 COMMON = {

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from axolotl_mopo.data.directives import training_directives
+
 from axolotl_mopo.config import AMoPOConfig
-from axolotl_mopo.data.directives import training_directives, with_directive
-from axolotl_mopo.data.rows import user
+from axolotl_mopo.data.conversations import user, with_directive
 
 ATTRIBUTES = ["informative", "polite", "brief", "careful", "vivid"]
 RANGE = (-4, 4)

@@ -19,9 +19,11 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from axolotl_mopo.engine.trees import Pair
+from axolotl_mopo.logprobs.trees import Pair
 from axolotl_mopo.plugin import MOPOTrainingArgs
-from axolotl_mopo.trainers import AMoPOTrainer, MODPOTrainer, MultiObjectiveTrainer
+from axolotl_mopo.training.amopo import AMoPOTrainer
+from axolotl_mopo.training.base import MultiObjectiveTrainer
+from axolotl_mopo.training.modpo import MODPOTrainer
 
 from .naive import amopo_step, modpo_step, pad_rows
 

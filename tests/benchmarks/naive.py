@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from axolotl_mopo.engine.trees import Pair
+from axolotl_mopo.logprobs.trees import Pair
 
 
 def pad_rows(pairs: Sequence[Pair], device: str) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from axolotl_mopo.engine.trees import Pair
+from axolotl_mopo.logprobs.trees import Pair
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Quantiles that `KINDS` records; between them lengths are interpolated."""

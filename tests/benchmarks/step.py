@@ -11,7 +11,7 @@ os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 
 import torch
 
-from axolotl_mopo.engine.trees import pack
+from axolotl_mopo.logprobs.trees import pack
 
 from .contestants import STEPS, cache_seconds
 from .measuring import Measurement, gemm_rate, measure

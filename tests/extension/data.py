@@ -1,8 +1,9 @@
 """A data set: HuggingFaceH4/stack-exchange-preferences, whose rows hold a question and its rated answers."""
 
+from axolotl_mopo.data.conversations import user
 from axolotl_mopo.data.formats import FORMATS, Format
 from axolotl_mopo.data.options import ObjectiveOptions
-from axolotl_mopo.data.rows import Message, RatedResponse, Row, column, score, text, user
+from axolotl_mopo.data.rows import Message, RatedResponse, Row, column, score, text
 
 
 def read_stack_exchange(row: Row) -> tuple[list[Message], list[RatedResponse]]:

@@ -4,10 +4,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from axolotl_mopo.config import MARGINS, TextMargin
+from axolotl_mopo.config import SOURCES
+from axolotl_mopo.rewards import TextSource
 
 
-class FreshMargin(TextMargin):
+class FreshMargin(TextSource):
     """The share of a response's runs of n words that it has not said before."""
 
     source: Literal["fresh"]
@@ -22,4 +23,4 @@ class FreshMargin(TextMargin):
         return len(set(runs)) / len(runs) if runs else 1.0
 
 
-MARGINS["fresh"] = FreshMargin
+SOURCES["fresh"] = FreshMargin

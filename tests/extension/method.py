@@ -4,10 +4,10 @@ from typing import ClassVar
 
 from pydantic import BaseModel, Field
 
-from axolotl_mopo.config import BLOCKS, DimensionsBlock, Number
+from axolotl_mopo.config import METHODS, DimensionsConfig, Number
 
 
-class TchebycheffConfig(DimensionsBlock):
+class TchebycheffConfig(DimensionsConfig):
     """The `tchebycheff:` block."""
 
     rl: ClassVar = "tchebycheff"
@@ -17,7 +17,7 @@ class TchebycheffConfig(DimensionsBlock):
     mu: Number = Field(0.1, gt=0, description="a positive number; the smaller, the more the worst dimension counts")
 
 
-BLOCKS["tchebycheff"] = TchebycheffConfig
+METHODS["tchebycheff"] = TchebycheffConfig
 
 
 class ExtensionArgs(BaseModel):

@@ -14,11 +14,10 @@ from axolotl_mopo.data.options import (
     ScoredOptions,
     SHPOptions,
 )
-from axolotl_mopo.data.reading import Reading
 from axolotl_mopo.data.rows import Message, PreferencePair, RatedResponse, Row
 
-PairFunction = Callable[[Row, Reading], PreferencePair | None]
-"""Reads a row that a label orders; None where the label is a tie."""
+PairFunction = Callable[[Row, Any], PreferencePair | None]
+"""Reads a row that a label orders, by the entry's options; None where the label is a tie."""
 
 ResponsesFunction = Callable[[Row], tuple[list[Message], list[RatedResponse]]]
 """Reads a prompt and its rated responses."""
@@ -46,8 +45,8 @@ class Format:
     """Scores of which less is better."""
     split_column: str | None = None
     """The column of labelled rows that says which split a row belongs to; rows of several splits are not mixed."""
-    join: Callable[[Any], Any] | None = None
-    """Loads, by the entry's options, what labelled rows are joined with; None where there is nothing to join."""
+    join: Callable[[Any], joined.Join | None] | None = None
+    """Loads, by the entry's options, what labelled rows are joined with; gives None if there is nothing to join."""
     objectives: tuple[str, ...] | None = ()
     """What may order the pairs; empty where the data's own label does, None where any score may."""
 
@@ -93,7 +92,7 @@ FORMATS: dict[str, Format] = {
         label_column="preference_strength",
         group_column="prompt",
         split_column="split",
-        join=joined.load_ratings,
+        join=joined.join_ratings,
         scales=_HELPSTEER,
         objectives=tuple(_HELPSTEER),
     ),

@@ -3,21 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-from axolotl_mopo.data.options import PairsOptions
-from axolotl_mopo.data.reading import Reading
-from axolotl_mopo.data.rows import (
-    Message,
-    PreferencePair,
-    RatedResponse,
-    Row,
-    RowError,
-    answer,
-    column,
-    messages,
-    score,
-    text,
-    valid_text,
-)
+from axolotl_mopo.data.conversations import answer, messages
+from axolotl_mopo.data.options import EntryOptions, PairsOptions
+from axolotl_mopo.data.rows import Message, PreferencePair, RatedResponse, Row, column, score, text, valid_text
+from axolotl_mopo.errors import RowError
 
 _PROMPTS = ("prompt", "messages")
 """The columns that hold a prompt, the first one before the second."""
@@ -30,7 +19,7 @@ _SYSTEMS = ("system", "system_prompt", "system_message")
 _NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")
 
 
-def read_pair(row: Row, reading: Reading) -> PreferencePair:
+def read_pair(row: Row, options: EntryOptions) -> PreferencePair:
     """A prompt or messages, a chosen and a rejected response, and scores, flat or nested.
 
     A response is a string, a message, or messages that end with it and may begin with the prompt. A system message may
@@ -39,7 +28,7 @@ def read_pair(row: Row, reading: Reading) -> PreferencePair:
     Raises:
         RowError: where a field is missing or has no usable value.
     """
-    options = cast(PairsOptions, reading.options)
+    options = cast(PairsOptions, options)
     before_chosen, chosen = _response(row, options.field_chosen, "field_chosen")
     before_rejected, rejected = _response(row, options.field_rejected, "field_rejected")
     name = options.field_prompt or _prompt_column(row, with_questions=not (before_chosen or before_rejected))

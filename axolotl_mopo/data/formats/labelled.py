@@ -2,31 +2,19 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import cast
 
-from axolotl_mopo.data.formats.joined import rating_key
-from axolotl_mopo.data.formats.rated import HELPSTEER_ATTRIBUTES, helpsteer_scores
-from axolotl_mopo.data.options import SHPOptions
-from axolotl_mopo.data.reading import Reading
-from axolotl_mopo.data.rows import (
-    Message,
-    PreferencePair,
-    RatedResponse,
-    Row,
-    RowError,
-    answer,
-    choice,
-    column,
-    messages,
-    score,
-    text,
-    user,
-)
-from axolotl_mopo.data.turns import marked_turns
+from axolotl_mopo.data.conversations import answer, marked_turns, messages, user
+from axolotl_mopo.data.formats.joined import RATED_COLUMNS
+from axolotl_mopo.data.formats.rated import helpsteer_scores
+from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, SHPOptions
+from axolotl_mopo.data.rows import Message, PreferencePair, RatedResponse, Row, choice, column, score, text
+from axolotl_mopo.errors import RowError
 
 SAFE_RLHF_SCALES = {"better": (0.0, 1.0), "safer": (0.0, 1.0), "safe": (0.0, 1.0), "severity_level": (0.0, 3.0)}
 
 
-def read_amopo(row: Row, reading: Reading) -> PreferencePair:
+def read_amopo(row: Row, options: EntryOptions) -> PreferencePair:
     """The AMoPO authors' file: each side is a mapping of `response` and its scores, which are strings there.
 
     Its prompts are HelpSteer2's, so turns may be marked inside the string.
@@ -43,34 +31,25 @@ def read_amopo(row: Row, reading: Reading) -> PreferencePair:
     return PreferencePair(turns, *sides)
 
 
-def read_helpsteer2_preference(row: Row, reading: Reading) -> PreferencePair | None:
+def read_helpsteer2_preference(row: Row, options: EntryOptions) -> PreferencePair | None:
     """HelpSteer2's preference part: `preference_strength` from -3 to 3, below 0 where the first is better.
 
     Its ratings come from another file that it is joined with, or from columns such as `helpfulness_1`; else there are
     no scores.
     """
-    prompt = text(row, "prompt")
-    turns = marked_turns(prompt)
+    turns = marked_turns(text(row, "prompt"))
     first_is_better = _first_is_better(row, "preference_strength")
     if first_is_better is None:
         return None
-    own = [name for name in row if name in _RATED_COLUMNS]
-    if own and reading.joined is not None:
-        raise RowError(f"it holds ratings itself, in `{own[0]}`; remove `ratings` from the entry")
-    responses = []
-    for number in (1, 2):
-        response = text(row, f"response_{number}")
-        scores = helpsteer_scores(row, f"_{number}") if own else {}
-        if reading.joined is not None:
-            scores = reading.joined.get(rating_key(prompt, response), {})
-        responses.append(RatedResponse(response, scores))
+    is_rated = any(name in RATED_COLUMNS for name in row)
+    responses = [
+        RatedResponse(text(row, f"response_{number}"), helpsteer_scores(row, f"_{number}") if is_rated else {})
+        for number in (1, 2)
+    ]
     return _ordered(turns, *responses, first_is_chosen=first_is_better)
 
 
-_RATED_COLUMNS = frozenset(f"{name}_{number}" for name in HELPSTEER_ATTRIBUTES for number in (1, 2))
-
-
-def read_helpsteer3(row: Row, reading: Reading) -> PreferencePair | None:
+def read_helpsteer3(row: Row, options: EntryOptions) -> PreferencePair | None:
     """HelpSteer3's preference part: `overall_preference` from -3 to 3, below 0 where the first is better."""
     prompt = messages(column(row, "context"), "context")
     first_is_better = _first_is_better(row, "overall_preference")
@@ -80,7 +59,7 @@ def read_helpsteer3(row: Row, reading: Reading) -> PreferencePair | None:
     return _ordered(prompt, *responses, first_is_chosen=first_is_better)
 
 
-def read_safe_rlhf(row: Row, reading: Reading) -> PreferencePair:
+def read_safe_rlhf(row: Row, options: EntryOptions) -> PreferencePair:
     """PKU-SafeRLHF: the objective, `better` or `safer`, picks the label.
 
     A response's scores are 1 or 0: whether it is the `better`, the `safer` one, and whether it is `safe`; and its
@@ -94,14 +73,14 @@ def read_safe_rlhf(row: Row, reading: Reading) -> PreferencePair:
         if (severity := f"response_{index}_severity_level") in row:
             scores["severity_level"] = score(row[severity])
         responses.append(RatedResponse(text(row, f"response_{index}"), scores))
-    (objective,) = reading.objective
+    (objective,) = cast(ObjectiveOptions, options).objectives
     return _ordered(user(text(row, "prompt")), *responses, first_is_chosen=first_is[objective])
 
 
 _HH_RLHF_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-def read_hh_rlhf(row: Row, reading: Reading) -> PreferencePair:
+def read_hh_rlhf(row: Row, options: EntryOptions) -> PreferencePair:
     """Anthropic's hh-rlhf: two dialogues in one string each; the last assistant turn is the response."""
     prompts, responses = [], []
     for name in ("chosen", "rejected"):
@@ -115,7 +94,7 @@ def read_hh_rlhf(row: Row, reading: Reading) -> PreferencePair:
     return PreferencePair(prompts[0], *responses)
 
 
-def read_shp(row: Row, reading: Reading) -> PreferencePair:
+def read_shp(row: Row, options: EntryOptions) -> PreferencePair:
     """Stanford Human Preferences: `labels` is 1 where A is preferred, 0 where B is."""
     first, second = (RatedResponse(text(row, f"human_ref_{name}"), {}) for name in "AB")
     return _ordered(user(text(row, "history")), first, second, first_is_chosen=choice(row, "labels", 1, 0))
@@ -139,7 +118,7 @@ def below_score_ratio(row: Row, options: SHPOptions) -> str | None:
 _ARENA_TIES = ("tie", "tie (bothbad)", "both_bad")
 
 
-def read_arena(row: Row, reading: Reading) -> PreferencePair | None:
+def read_arena(row: Row, options: EntryOptions) -> PreferencePair | None:
     """Chatbot Arena: two conversations, of which `winner` names the better one; their last turns are the responses."""
     if column(row, "winner") in _ARENA_TIES:
         return None
@@ -155,13 +134,13 @@ def read_arena(row: Row, reading: Reading) -> PreferencePair | None:
     return _ordered(prompts[0], *responses, first_is_chosen=choice(row, "winner", "model_a", "model_b"))
 
 
-def read_stack_exchange(row: Row, reading: Reading) -> PreferencePair:
+def read_stack_exchange(row: Row, options: EntryOptions) -> PreferencePair:
     """Stack Exchange, paired: `response_j` is the preferred one."""
     chosen, rejected = (RatedResponse(text(row, f"response_{name}"), {}) for name in "jk")
     return PreferencePair(user(text(row, "question")), chosen, rejected)
 
 
-def read_summaries(row: Row, reading: Reading) -> PreferencePair:
+def read_summaries(row: Row, options: EntryOptions) -> PreferencePair:
     """OpenAI's summarize_from_feedback, comparisons: a post (or a news article) and two summaries.
 
     The prompt is the bare post, as in arXiv 2310.03708's released code.

@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from axolotl_mopo.data.conversations import marked_turns, messages, user
 from axolotl_mopo.data.options import ResponsesOptions
-from axolotl_mopo.data.rows import Message, RatedResponse, Row, RowError, column, messages, score, text, user
-from axolotl_mopo.data.turns import marked_turns
+from axolotl_mopo.data.rows import Message, RatedResponse, Row, column, score, text
+from axolotl_mopo.errors import RowError
 
 HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 ULTRAFEEDBACK_ATTRIBUTES = ("instruction_following", "honesty", "truthfulness", "helpfulness")

@@ -1,0 +1,227 @@
+"""The YAML blocks of the methods: `modpo:` and `amopo:`."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self, get_args
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from axolotl_mopo.choices import AMoPOLossType, MODPOLossType, WeightingScheme
+from axolotl_mopo.config.directives import Directive, PromptSettings
+from axolotl_mopo.config.settings import Number, Settings, did_you_mean
+from axolotl_mopo.config.sources import SOURCES, TRAINING_KEYS, Margin, RewardSource
+
+
+class MethodConfig(Settings):
+    """What the block of every method may say of how a step is computed."""
+
+    rl: ClassVar[str]
+    """What `rl:` calls the method; its block has the same name."""
+    trainer: ClassVar[str]
+    """The dotted name of its trainer, which the host imports when it is needed."""
+
+    layout: Literal["packed", "padded"] | None = Field(
+        None, description="packed or padded; the cheapest that gives the model's numbers where omitted"
+    )
+    max_tokens_per_pass: int | None = Field(None, ge=1, strict=True, description="tokens of a pass, at least 1")
+    logits_budget: Number = Field(1.5, gt=0, description="GiB that logits may take, a positive number")
+    router_aux_loss_coef: Number | None = Field(
+        None, ge=0, description="a number of at least 0; 0.001 where omitted, for a mixture of experts"
+    )
+    on_bad_loss: Literal["raise", "skip"] = Field("raise", description="raise or skip")
+
+    @property
+    def row_settings(self) -> "RowSettings":
+        """The part of the settings that prepared rows depend on."""
+        raise NotImplementedError
+
+    @property
+    def ordering(self) -> tuple[str, list[str]]:
+        """The key and the names by which rated responses are ordered, unless the data-set entry names others."""
+        raise NotImplementedError
+
+
+class MarginColumns(Settings):
+    """The part of MODPO's settings that prepared rows depend on. A sweep shares rows, since weights are not part of it."""
+
+    margins: dict[str, Margin]
+    """The sources that rows decide by themselves, without clip, normalize and scale."""
+    texts: bool
+    """Whether a margin reads the texts."""
+
+    scores_key: ClassVar[str] = "margins"
+    """The key that names the scores."""
+    score_range: ClassVar[None] = None
+    """There are no directives, so scores are used as they are."""
+
+    @property
+    def score_names(self) -> list[str]:
+        """The scores that both responses of a pair must have."""
+        names = (source.score_name(margin) for margin, source in self.margins.items())
+        return [name for name in names if name is not None]
+
+    @property
+    def rejected_score_names(self) -> list[str]:
+        """The same."""
+        return self.score_names
+
+    def training_directives(self, scores: Mapping[str, float]) -> list[Directive]:
+        """The one prompt of a pair has no directive."""
+        return [Directive("", "")]
+
+
+RowSettings = PromptSettings | MarginColumns
+
+
+class MODPOConfig(MethodConfig):
+    """The `modpo:` block."""
+
+    rl: ClassVar = "modpo"
+    trainer: ClassVar = "axolotl_mopo.training.trainers.MODPOTrainer"
+
+    objective: str = Field(description="the name of what `chosen` over `rejected` means in the data")
+    weights: dict[str, Number] = Field(description="a mapping from the objective and every margin to its weight")
+    beta: Number = Field(0.1, gt=0, description="a positive number; 0.1 is the authors'")
+    loss_type: MODPOLossType = Field("sigmoid", description="sigmoid or hinge")
+    margins: dict[str, Margin] = Field({}, description="a mapping from a name to {source: ...}")
+    reference: Literal["initial", "base"] = Field("initial", description="initial or base")
+    cache_dir: str | None = Field(None, description="a folder for reference log-probs and margins")
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.objective not in self.weights:
+            raise ValueError(
+                f"weights has no entry for the objective {self.objective!r}; add `{self.objective}: 0.5`"
+                f"{did_you_mean(self.objective, self.weights)}"
+            )
+        for name in self.margins:
+            for side in ("chosen", "rejected"):
+                if f"{name}/{side}" in self.margins:
+                    raise ValueError(
+                        f"the log calls the {side} responses' rewards of the margin {name!r} {name}/{side}, which is "
+                        f"the name of another margin; rename one of the two"
+                    )
+        if self.objective in self.margins:
+            raise ValueError(
+                f"margins names the objective {self.objective!r} itself; a margin is the reward of another objective"
+            )
+        weighted, given = set(self.weights) - {self.objective}, set(self.margins)
+        if missing := sorted(weighted - given):
+            raise ValueError(
+                f"weights names {', '.join(missing)}, for which margins has no entry; add "
+                f"`{missing[0]}: {{source: column}}` under margins, or drop the weight"
+            )
+        if unweighted := sorted(given - weighted):
+            raise ValueError(
+                f"margins names {', '.join(unweighted)}, for which weights has no entry; add "
+                f"`{unweighted[0]}: 0.5` under weights, or drop the margin"
+            )
+        if self.objective_weight <= 0:
+            raise ValueError(
+                f"the weight of the objective {self.objective!r} is {self.objective_weight:g} but must be positive: "
+                "the loss divides by it; at weight 0 the optimal policy is that of the margins alone, so train that "
+                "one directly on their own preferences"
+            )
+        return self
+
+    @property
+    def objective_weight(self) -> float:
+        """w_k."""
+        return self.weights[self.objective]
+
+    @property
+    def margin_weights(self) -> list[float]:
+        """w_j, in the order of `margins`."""
+        return [self.weights[name] for name in self.margins]
+
+    @property
+    def row_settings(self) -> MarginColumns:
+        """The margins that rows decide, and whether rows must keep their texts."""
+        sources = self.margins.items()
+        unused = {key: RewardSource.model_fields[key].default for key in TRAINING_KEYS}
+        return MarginColumns(
+            margins={name: source.model_copy(update=unused) for name, source in sources if source.in_rows},
+            texts=any(source.needs_texts for _, source in sources),
+        )
+
+    @property
+    def ordering(self) -> tuple[str, list[str]]:
+        """The objective."""
+        return "objective", [self.objective]
+
+    @classmethod
+    def nested(cls, keys: list[Any], raw: Mapping[str, Any]) -> tuple[str, type[BaseModel], list[Any]] | None:
+        """See `Settings.nested`."""
+        if keys[:1] != ["margins"] or len(keys) < 3:
+            return None
+        _, name, *rest = keys
+        return f"margins.{name}", SOURCES[raw["margins"][name]["source"]], rest
+
+
+class DimensionsConfig(MethodConfig, PromptSettings):
+    """The settings of a method with one prompt for each dimension."""
+
+    @property
+    def row_settings(self) -> PromptSettings:
+        """The settings of the prompts."""
+        return PromptSettings(**{name: getattr(self, name) for name in PromptSettings.model_fields})
+
+    @property
+    def ordering(self) -> tuple[str, list[str]]:
+        """The dimensions."""
+        return "dimensions", self.dimensions
+
+
+class AMoPOConfig(DimensionsConfig):
+    """The `amopo:` block."""
+
+    rl: ClassVar = "amopo"
+    trainer: ClassVar = "axolotl_mopo.training.trainers.AMoPOTrainer"
+
+    beta: Number = Field(0.8, gt=0, description="a positive number; 0.8 is the authors'")
+    gamma: Number = Field(2.0, ge=0, description="a number of at least 0; 2.0 is the authors'")
+    loss_type: AMoPOLossType = Field("simpo", description="simpo or orpo")
+    weighting: WeightingScheme | dict[str, float] = "gaussian"
+    temperature: Number = Field(1.0, gt=0, description="a positive number; 1.0 is the paper's")
+    sft_coef: Number = Field(0.0, ge=0, description="a number of at least 0; 0.0 leaves the term out")
+
+    @field_validator("weighting", mode="before")
+    @classmethod
+    def _known_weighting(cls, weighting: Any) -> Any:
+        schemes = get_args(WeightingScheme)
+        if isinstance(weighting, Mapping):
+            for name, weight in weighting.items():
+                finite = isinstance(weight, int | float) and 0 <= weight <= sys.float_info.max
+                if isinstance(weight, bool) or not finite:
+                    raise ValueError(f"the weight of {name} is {weight!r}; it must be a finite number of at least 0")
+            total = sum(map(float, weighting.values()))
+            if abs(total - 1) > 1e-6:
+                raise ValueError(f"the weights sum to {total:g}; they must sum to 1")
+        elif weighting not in schemes:
+            raise ValueError(
+                f"unknown weighting {weighting!r}; use one of {', '.join(schemes)}, or {{dimension: weight, ...}}"
+                f"{did_you_mean(str(weighting), schemes)}"
+            )
+        return weighting
+
+    @model_validator(mode="after")
+    def _every_prompt_has_a_weight(self) -> Self:
+        if isinstance(self.weighting, dict) and set(self.weighting) != set(self.prompt_names):
+            raise ValueError(
+                f"weighting names {', '.join(self.weighting)}, but the prompts are {', '.join(self.prompt_names)}; "
+                "give each of them a weight"
+            )
+        return self
+
+
+METHODS: dict[str, type[MethodConfig]] = {method.rl: method for method in (MODPOConfig, AMoPOConfig)}
+"""The methods that `rl:` may name. Another package's plugin enters its own."""
+
+
+class MOPOArgs(BaseModel):
+    """The fields that the plugin adds to Axolotl's configuration."""
+
+    modpo: MODPOConfig | None = None
+    amopo: AMoPOConfig | None = None
+    mopo_data: dict[str, Any] | None = None
+    """What `axolotl_mopo.data.entries` learned of each data set; filled in by the plugin, not by the user."""

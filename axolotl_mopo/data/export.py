@@ -1,0 +1,109 @@
+"""A data set -> a file of canonical pairs, and a summary of what became of it."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from axolotl_mopo.data.pairing import PairReader
+from axolotl_mopo.data.rows import PreferencePair, RatedResponse
+from axolotl_mopo.data.stats import RowStats
+from axolotl_mopo.errors import DataError
+
+_BATCH = 1000
+
+
+def export_pairs(reader: PairReader, output: Path, attributes: Sequence[str] | None) -> None:
+    """Write the pairs of a data set; the file appears when all of them are in it.
+
+    Args:
+        reader: of the data set.
+        output: a `.jsonl` or a `.parquet` file.
+        attributes: the scores to keep; all where None.
+
+    Raises:
+        DataError: for a bad row, or where no pair is made or none holds an attribute.
+    """
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{output}: unknown kind of file; write .jsonl or .parquet")
+    if output.is_dir():
+        raise DataError(f"{output} is a folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".pairs-", dir=output.parent) as aside:
+        rows, table = Path(aside, "rows.jsonl"), Path(aside, "rows.parquet")
+        with rows.open("w", encoding="utf-8") as file:
+            for _, pair in reader.pairs():
+                file.write(json.dumps(_keep(pair, attributes).to_row(), ensure_ascii=False) + "\n")
+        _check(reader, attributes)
+        if output.suffix == ".parquet":
+            _to_parquet(rows, table, attributes or reader.stats.score_names)
+        (rows if output.suffix == ".jsonl" else table).replace(output)
+
+
+def summary(stats: RowStats, names: Sequence[str]) -> str:
+    """The counts, and how often the orders of the label and of the scores agree."""
+    lines = stats.lines()
+    if names:
+        heads = ["label", *names]
+        width = max(map(len, heads)) + 2
+        lines += [
+            "",
+            "How often two orders agree, in percent of the pairs that neither leaves equal (100: no conflict at all,",
+            "50: nothing in common):",
+            "".join(head.rjust(width) for head in ["", *heads]),
+        ]
+        for head, shares in zip(heads, stats.agreement(names), strict=True):
+            cells = ["-" if np.isnan(share) else f"{100 * share:.1f}" for share in shares]
+            lines.append("".join(cell.rjust(width) for cell in [head, *cells]))
+    return "\n".join(lines)
+
+
+def _keep(pair: PreferencePair, attributes: Sequence[str] | None) -> PreferencePair:
+    if attributes is None:
+        return pair
+    sides = (
+        RatedResponse(side.text, {name: side.scores.get(name) for name in attributes})
+        for side in (pair.chosen, pair.rejected)
+    )
+    return PreferencePair(pair.prompt, *sides)
+
+
+def _check(reader: PairReader, attributes: Sequence[str] | None) -> None:
+    stats = reader.stats
+    if not stats.pairs:
+        raise DataError(f"{reader.spec.where}: no pair could be made of it: {'; '.join(stats.lines())}")
+    if absent := [name for name in attributes or () if name not in stats.score_names]:
+        raise DataError(
+            f"{reader.spec.where}: no pair has a score of {', '.join(absent)}; found were "
+            f"{', '.join(stats.score_names) or 'no scores'}"
+        )
+
+
+def _to_parquet(rows: Path, output: Path, names: Sequence[str]) -> None:
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    columns: list[tuple[str, Any]] = [
+        ("prompt", pa.list_(message)),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+    ]
+    if names:
+        scores = pa.struct([(name, pa.float64()) for name in names])
+        columns += [("chosen_scores", scores), ("rejected_scores", scores)]
+    schema = pa.schema(columns)
+    with rows.open(encoding="utf-8") as file, pq.ParquetWriter(output, schema) as writer:
+        pairs = (_plain(json.loads(line)) for line in file)
+        while batch := list(islice(pairs, _BATCH)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    for message in row["prompt"]:
+        if extra := set(message) - {"role", "content"}:
+            raise DataError(f"a prompt's turn has {', '.join(sorted(extra))}, which Parquet cannot hold; write .jsonl")
+    return row

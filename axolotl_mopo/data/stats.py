@@ -1,0 +1,109 @@
+"""Counts of what became of a data set's rows, and how far its orders agree."""
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from axolotl_mopo.data.rows import PreferencePair
+from axolotl_mopo.digests import fingerprint
+
+_NO_SCORE = 2
+
+
+@dataclass
+class RowStats:
+    """What was read, made and left out."""
+
+    rows: int = 0
+    pairs: int = 0
+    ties: int = 0
+    unscored: int = 0
+    """Rated responses without a score that orders them."""
+    incomplete: int = 0
+    """Pairs of rated responses without another score that the run needs."""
+    identical: int = 0
+    """Pairs of rated responses that are one text."""
+    alone: int = 0
+    """Rated responses that are the only one to their prompt."""
+    empty: int = 0
+    """Rows of rated data without a response."""
+    capped: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Rows that the entry's own settings leave out, by what they are."""
+    bad: Counter[str] = field(default_factory=Counter)
+    """Rows (of rated data: responses) that were dropped, by what was wrong with them."""
+    _keys: array = field(default_factory=lambda: array("q"))
+    _orders: dict[str, bytearray] = field(default_factory=dict)
+
+    def add(self, pair: PreferencePair) -> None:
+        """Count a pair that is kept."""
+        self._keys.append(fingerprint([pair.prompt, pair.chosen.text, pair.rejected.text]))
+        for name in dict.fromkeys((*pair.chosen.scores, *pair.rejected.scores)):
+            chosen, rejected = pair.chosen.scores.get(name), pair.rejected.scores.get(name)
+            orders = self._orders.setdefault(name, bytearray())
+            orders.extend([_NO_SCORE] * (self.pairs - len(orders)))
+            if chosen is None or rejected is None:
+                orders.append(_NO_SCORE)
+            else:
+                orders.append(((chosen > rejected) - (chosen < rejected)) % 256)
+        self.pairs += 1
+
+    @property
+    def score_names(self) -> list[str]:
+        """The scores that at least one response holds, be they numbers or not."""
+        return list(self._orders)
+
+    @property
+    def duplicates(self) -> int:
+        """Pairs that were there before, prompt and both texts; they are kept."""
+        return len(self._keys) - len(np.unique(np.asarray(self._keys)))
+
+    @property
+    def names(self) -> list[str]:
+        """The scores that at least one pair has on both sides."""
+        return [name for name, orders in self._orders.items() if orders.count(_NO_SCORE) < len(orders)]
+
+    def below(self, name: str) -> int:
+        """Pairs whose chosen response scores lower than the rejected one."""
+        return int((self._signs(name) == -1).sum())
+
+    def agreement(self, names: Sequence[str]) -> np.ndarray:
+        """How often two orders agree, of the pairs that neither leaves equal; the label's is the first.
+
+        Returns:
+            [1 + len(names), 1 + len(names)] shares, NaN where no pair can be compared.
+        """
+        signs = np.stack([np.ones(self.pairs, dtype=np.int8), *(self._signs(name) for name in names)])
+        signs = np.where(signs == _NO_SCORE, 0, signs).astype(np.float64)
+        comparable = np.abs(signs) @ np.abs(signs).T
+        same = (comparable + signs @ signs.T) / 2
+        return np.divide(same, comparable, out=np.full_like(same, np.nan), where=comparable > 0)
+
+    def _signs(self, name: str) -> np.ndarray:
+        signs = np.full(self.pairs, _NO_SCORE, dtype=np.int8)
+        orders = np.frombuffer(bytes(self._orders.get(name, b"")), dtype=np.int8)
+        signs[: len(orders)] = orders
+        return signs
+
+    def lines(self) -> list[str]:
+        """One line for each number that is not 0, rows and pairs always."""
+        duplicates = self.duplicates
+        dropped = ", ".join(f"{count:,} {kind}" for kind, count in self.bad.most_common())
+        counts = [
+            (True, f"{self.rows:,} rows read"),
+            (True, f"{self.pairs:,} pairs made"),
+            *((count, f"{count:,} {what} left out") for what, count in self.left_out.most_common()),
+            (self.ties, f"{self.ties:,} ties left out"),
+            (self.unscored, f"{self.unscored:,} responses without a score that orders them left out"),
+            (self.incomplete, f"{self.incomplete:,} pairs without a score that is needed left out"),
+            (self.identical, f"{self.identical:,} pairs of one and the same text left out"),
+            (self.alone, f"{self.alone:,} responses that are the only one to their prompt left out"),
+            (self.empty, f"{self.empty:,} rows without a response left out"),
+            (self.capped, f"{self.capped:,} pairs left out by max_pairs_per_prompt"),
+            (duplicates, f"{duplicates:,} pairs are duplicates, and kept"),
+            (self.bad, f"{self.bad.total():,} bad rows or responses dropped: {dropped}"),
+        ]
+        return [line for shown, line in counts if shown]

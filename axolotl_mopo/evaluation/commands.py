@@ -1,0 +1,235 @@
+"""`axolotl mopo generate`, `score` and `front`."""
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+from click.core import ParameterSource
+from pydantic import ValidationError
+
+FAULTS = (OSError, ValueError, TimeoutError)
+"""What can be wrong with files, data and settings, our own errors among them; anything else shows its traceback."""
+
+T = TypeVar("T")
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--prompts", "source", required=True, help="A file, a folder or a data set of the hub.")
+@click.option("--out", type=_FOLDER, required=True, help="The folder of the comparison.")
+@click.option("--baseline", "baselines", multiple=True, help="A run to compare with, drawn apart; may be repeated.")
+@click.option("--reference", help="The model that the runs were trained from; `none` for no reference.")
+@click.option("--field", help="The prompts' column; by default prompt, messages, question or instruction.")
+@click.option("--limit", type=click.IntRange(min=1), help="Read no more distinct prompts than this.")
+@click.option("--split", default="train", show_default=True, help="A split, or a part such as train[:200].")
+@click.option("--name", help="The configuration of a data set of the hub.")
+@click.option("--data-files", multiple=True, help="Files in the data set; may be repeated.")
+@click.option("--revision", help="The revision of a data set of the hub.")
+@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Responses to each prompt.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0: the likeliest.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", default=42, show_default=True)
+@click.option("--dimension", help="AMoPO: ask for this dimension, and not for all together.")
+@click.option("--score", type=float, help="AMoPO: which score of the dimension to ask for; by default the best.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at a time.")
+@click.option("--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, float16.")
+@click.option(
+    "--generation-config",
+    type=click.Choice(["neutral", "model"]),
+    default="neutral",
+    show_default=True,
+    help="model: every model's own generation settings, its temperature and top-p among them.",
+)
+@click.option("--engine", type=click.Choice(["auto", "transformers", "vllm"]), default="auto", show_default=True)
+def generate(
+    runs: tuple[str, ...],
+    source: str,
+    out: Path,
+    baselines: tuple[str, ...],
+    reference: str | None,
+    field: str | None,
+    limit: int | None,
+    dimension: str | None,
+    score: float | None,
+    batch_size: int,
+    dtype: str,
+    engine: str,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    generation_config: Literal["neutral", "model"],
+    **table: Any,
+) -> None:
+    """Let every policy of RUNS answer the same prompts.
+
+    RUNS are sweeps' folders, runs' folders, checkpoints or models of the hub; NAME=PATH names one. Adapters of one base
+    model share it. What is there already is not generated again.
+    """
+    from axolotl_mopo.evaluation.engines import choose_engine
+    from axolotl_mopo.evaluation.generating import Generation
+    from axolotl_mopo.evaluation.models import Models
+    from axolotl_mopo.evaluation.policies import find_policies, reference_policy
+    from axolotl_mopo.evaluation.prompts import read_prompts
+    from axolotl_mopo.evaluation.schema import PromptChoice, Sampling
+
+    _refuse_with(generation_config == "model", "--generation-config model", "temperature", "top_p")
+    try:
+        sampling = _options(
+            Sampling,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            generation_config=generation_config,
+        )
+        policies = [*find_policies(runs), *find_policies(baselines, "baseline")]
+        compared = None if reference == "none" else reference_policy(policies, reference, click.echo)
+        prompts = read_prompts(source, field=field, limit=limit, **table)
+        models = Models(dtype)
+        Generation(
+            folder=out,
+            prompts=prompts,
+            sampling=sampling,
+            asking=_options(PromptChoice, dimension=dimension, score=score),
+            engine=choose_engine(engine, models, sampling),
+            models=models,
+            batch_size=batch_size,
+            say=click.echo,
+        ).run(policies, compared)
+    except FAULTS as error:
+        raise click.ClickException(str(error)) from None
+    repeated = f" ({prompts.repeated:,} rows repeat one)" if prompts.repeated else ""
+    click.echo(
+        f"{len(prompts.conversations):,} prompts{repeated}, {samples} responses to each, are in {out}.\n"
+        f"Next: axolotl mopo score {out} --scorer NAME=SOURCE"
+    )
+
+
+@click.command()
+@click.argument("folder", type=_FOLDER)
+@click.option(
+    "--scorer",
+    "scorers",
+    multiple=True,
+    required=True,
+    help="NAME=SOURCE[:ARGUMENT], or NAME={source: SOURCE, ...} with the keys of a margin in YAML; may be repeated. "
+    "Sources: reward_model:PATH, callable:package.module:function, length:words, adapter:PATH.",
+)
+@click.option("--lower-is-better", "lower", multiple=True, help="An objective of which less is better, as a cost.")
+@click.option("--higher-is-better", "higher", multiple=True, help="An objective of which more is better: the default.")
+@click.option("--replace", is_flag=True, help="Score objectives anew that another scorer scored.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Of implicit rewards.")
+@click.option("--dtype", default="auto", show_default=True, help="Of the weights, for implicit rewards.")
+def score(
+    folder: Path,
+    scorers: tuple[str, ...],
+    lower: tuple[str, ...],
+    higher: tuple[str, ...],
+    replace: bool,
+    batch_size: int,
+    dtype: str,
+) -> None:
+    """Score the responses in FOLDER: a column for every objective. What is scored already is not scored again."""
+    from axolotl_mopo.evaluation.comparison import Comparison
+    from axolotl_mopo.evaluation.models import Models
+    from axolotl_mopo.evaluation.scoring import Scoring, parse_scorer
+
+    try:
+        parsed = [parse_scorer(text) for text in scorers]
+        named = [name for name, _ in parsed]
+        if len(set(named)) < len(named) or set(lower) & set(higher) or {*lower, *higher} - set(named):
+            raise click.UsageError(
+                "every objective has one --scorer and one direction, and a direction belongs to a --scorer"
+            )
+        directions = {**dict.fromkeys(lower, True), **dict.fromkeys(higher, False)}
+        with Comparison.existing(folder) as comparison:
+            Scoring(comparison, Models(dtype), batch_size, click.echo).run(dict(parsed), directions, replace)
+    except FAULTS as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"{', '.join(named)}: scored. Next: axolotl mopo front {folder}")
+
+
+@click.command()
+@click.argument("folder", type=_FOLDER)
+@click.option("--objectives", help="Compare by these only: a,b,c.")
+@click.option("--reference-point", help="Where hypervolumes begin: a=0,b=-5; by default the worst means.")
+@click.option(
+    "--shown-prompts", type=click.IntRange(min=1), default=100, show_default=True, help="With responses, in the page."
+)
+def front(folder: Path, objectives: str | None, reference_point: str | None, shown_prompts: int) -> None:
+    """Compare the policies in FOLDER: which are on the Pareto front, and by how much.
+
+    Prints a table and writes front.csv, front.json, front.png, front.svg and front.html into FOLDER.
+    """
+    from rich.console import Console
+
+    from axolotl_mopo.evaluation.comparison import Comparison
+    from axolotl_mopo.evaluation.page import render
+    from axolotl_mopo.evaluation.plots import draw
+    from axolotl_mopo.evaluation.report import notes, table, to_csv, to_json
+    from axolotl_mopo.evaluation.statistics import find_front
+
+    try:
+        with Comparison.existing(folder) as comparison:
+            found = find_front(comparison, _objectives(objectives), _point(reference_point))
+            outputs = {
+                "front.csv": to_csv(found).encode(),
+                "front.json": to_json(found).encode(),
+                "front.html": render(found, comparison, shown_prompts).encode(),
+                **{f"front.{kind}": draw(found, kind) for kind in ("png", "svg")},
+            }
+            comparison.write_outputs(outputs)
+    except FAULTS as error:
+        raise click.ClickException(str(error)) from None
+    Console().print(table(found))
+    click.echo("\n".join(notes(found)))
+    click.echo(f"{folder}: front.html, front.png, front.svg, front.csv and front.json are written.")
+
+
+def _options(kind: type[T], **options: Any) -> T:
+    """Options as a record.
+
+    Raises:
+        click.UsageError: naming the first that is wrong.
+    """
+    from axolotl_mopo.records import explain
+
+    try:
+        return kind(**options)
+    except ValidationError as error:
+        raise click.UsageError(f"the options{explain(error)}") from None
+
+
+def _objectives(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if "" in names or len(set(names)) < len(names):
+        raise click.BadParameter(f"--objectives {text}: write a,b,c, every name once")
+    return names
+
+
+def _point(text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    try:
+        pairs = [(name.strip(), float(value)) for name, value in (part.split("=") for part in text.split(","))]
+    except ValueError:
+        raise click.BadParameter(f"--reference-point {text}: write a=0,b=-5") from None
+    if len(dict(pairs)) < len(pairs):
+        raise click.BadParameter(f"--reference-point {text}: an objective is named twice")
+    return dict(pairs)
+
+
+def _refuse_with(option_given: bool, option: str, *others: str) -> None:
+    """Refuse options that another one would leave without effect."""
+    context = click.get_current_context()
+    for other in others:
+        if option_given and context.get_parameter_source(other) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{other.replace('_', '-')} has no effect with {option}; leave one of both out")

@@ -1,0 +1,218 @@
+"""`axolotl mopo generate`: the responses of every policy, and their log-probs under it and under the reference."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
+from axolotl_mopo.digests import fingerprint, model_digest
+from axolotl_mopo.errors import ConfigError, DataError, RowError
+from axolotl_mopo.evaluation.comparison import Comparison
+from axolotl_mopo.evaluation.engines import Engine
+from axolotl_mopo.evaluation.models import CompletionLogps, Models
+from axolotl_mopo.evaluation.policies import Policy, check_distinct, require_weights
+from axolotl_mopo.evaluation.prompts import Prompts
+from axolotl_mopo.evaluation.schema import PromptChoice, Response, Sampling
+
+
+@dataclass
+class Generation:
+    """Fills a comparison with responses.
+
+    Args:
+        folder: of the comparison.
+        prompts: what is asked.
+        sampling: how responses are drawn.
+        asking: which of AMoPO's prompts to use.
+        engine: draws.
+        models: compute log-probs.
+        batch_size: prompts, or responses, at a time.
+        say: tells the user what was done.
+    """
+
+    folder: Path
+    prompts: Prompts
+    sampling: Sampling
+    asking: PromptChoice
+    engine: Engine
+    models: Models
+    batch_size: int
+    say: Callable[[str], None]
+
+    def run(self, policies: Sequence[Policy], reference: Policy | None) -> None:
+        """Generate what is missing.
+
+        Args:
+            policies: to compare.
+            reference: the model that they are compared with, if any.
+
+        Raises:
+            ConfigError: where a policy cannot be run, or the folder's responses were made otherwise.
+            DataError: where a prompt cannot be asked. Nothing is saved then.
+        """
+        if self.sampling.temperature == 0 and self.sampling.samples > 1:
+            raise ConfigError("--temperature 0 gives the same response every time; ask for --samples 1")
+        policies = [*policies, *([reference] if reference else [])]
+        check_distinct(policies)
+        for policy in policies:
+            require_weights(policy.whole, policy.name)
+            self._check_stops(policy, self.engine.check(policy, _tokenizer(policy.tokenizer)))
+        policies = [replace(policy, digest=model_digest(policy.path)) for policy in policies]
+        reference = policies[-1] if reference else None
+        asked = {policy.name: self._asked(policy) for policy in policies}
+        with Comparison.opened(self.folder) as comparison:
+            self._agree(comparison, policies, reference)
+            for policy in sorted(policies, key=lambda policy: policy.whole):
+                self._draw(comparison, policy, asked[policy.name])
+            self.engine.close()
+            for policy in sorted(policies, key=lambda policy: policy.whole):
+                self._score(comparison, "logp", policy, policy, asked[policy.name])
+            if reference:
+                for policy in policies:
+                    if self._vocabulary(policy) != self._vocabulary(reference):
+                        self.say(
+                            f"{policy.name} has another vocabulary than the reference, so its KL is not estimated."
+                        )
+                    else:
+                        self._score(comparison, "ref_logp", policy, reference, asked[policy.name])
+
+    def _agree(self, comparison: Comparison, policies: Sequence[Policy], reference: Policy | None) -> None:
+        comparison.agree(
+            prompts={"count": len(self.prompts.conversations), "digest": self.prompts.digest},
+            sampling=asdict(self.sampling),
+            asking=asdict(self.asking),
+            reference=reference and reference.path,
+        )
+        comparison.name_source(self.prompts.source)
+        for policy in policies:
+            comparison.add_policy(policy)
+        comparison.save_settings()
+
+    def _asked(self, policy: Policy) -> list[list[int]]:
+        """Every prompt as token ids."""
+        tokenizer = _tokenizer(policy.tokenizer)
+        try:
+            renderer = ChatRenderer(tokenizer)
+        except DataError as error:
+            raise DataError(f"{policy.name}: {error}") from None
+        limit = getattr(_config(policy.whole), "max_position_embeddings", None)
+        vocabulary = self._vocabulary(policy)
+        asked = []
+        for number, messages in enumerate(self.prompts.conversations):
+            where = f"{self.prompts.source}, prompt {number}, asked of {policy.name}"
+            try:
+                (ids,) = tokenize(tokenizer, [renderer.prompt(policy.asked(messages, self.asking))])
+            except RowError as error:
+                raise DataError(f"{where}: {error}") from None
+            if limit and len(ids) + self.sampling.max_new_tokens > limit:
+                raise DataError(
+                    f"{where}: its {len(ids)} tokens and --max-new-tokens {self.sampling.max_new_tokens} are more than "
+                    f"the {limit} that the model takes; leave the prompt out, or ask for shorter responses"
+                )
+            if max(ids) >= vocabulary:
+                raise DataError(
+                    f"{where}: the tokenizer in {policy.tokenizer} gives the token {max(ids)}, and {policy.whole} has "
+                    f"{vocabulary:,}; compare with a --reference of the same vocabulary, or with none"
+                )
+            asked.append(ids)
+        return asked
+
+    def _draw(self, comparison: Comparison, policy: Policy, asked: list[list[int]]) -> None:
+        """Generate the responses to prompts that have not all of them; a response is the same whenever it is drawn."""
+        rows = comparison.responses(policy.name)
+        self._check(rows, policy)
+        samples = Counter(row["prompt_id"] for row in rows)
+        done = {prompt for prompt, count in samples.items() if count == self.sampling.samples}
+        if len(done) < len(samples):
+            comparison.replace(policy.name, [row for row in rows if row["prompt_id"] in done])
+        missing = sorted(set(range(len(asked))) - done, key=lambda number: (-len(asked[number]), number))
+        if not missing:
+            self.say(f"{policy.name}: all {len(rows):,} responses are there.")
+            return
+        tokenizer = _tokenizer(policy.tokenizer)
+        with self.engine.running(policy, tokenizer) as draw:
+            for start in tqdm(range(0, len(missing), self.batch_size), desc=policy.name):
+                batch = missing[start : start + self.batch_size]
+                drawn = draw([asked[number] for number in batch], [self._seed(number) for number in batch])
+                comparison.append(policy.name, self._rows(batch, drawn, tokenizer))
+
+    def _check_stops(self, policy: Policy, stops: Sequence[int]) -> None:
+        if stops[-1] >= (vocabulary := self._vocabulary(policy)):
+            raise ConfigError(
+                f"{policy.name} has the stop token {stops[-1]}, and {policy.whole} has {vocabulary:,}; fix its "
+                "generation_config.json or its tokenizer"
+            )
+
+    def _check(self, rows: Sequence[Response], policy: Policy) -> None:
+        """Refuse responses that are not what was asked for."""
+        conversations, vocabulary = self.prompts.conversations, self._vocabulary(policy)
+        for row in rows:
+            prompt, sample = row["prompt_id"], row["sample"]
+            asked = prompt < len(conversations) and sample < self.sampling.samples
+            if not asked or row["prompt"] != conversations[prompt]:
+                fault = "is to no prompt and sample that is asked for"
+            elif max(row["token_ids"]) >= vocabulary:
+                fault = f"has the token {max(row['token_ids'])}, and {policy.whole} has {vocabulary:,}"
+            else:
+                continue
+            raise ConfigError(
+                f"the response of {policy.name} to prompt {prompt}, sample {sample}, in {self.folder} {fault}; remove "
+                "its line, or choose another --out"
+            )
+
+    def _seed(self, prompt: int) -> int:
+        return fingerprint([self.sampling.seed, self.prompts.conversations[prompt]])
+
+    def _rows(
+        self, batch: Sequence[int], drawn: list[list[tuple[list[int], bool]]], tokenizer: PreTrainedTokenizerBase
+    ) -> list[Response]:
+        return [
+            {
+                "prompt_id": prompt,
+                "sample": sample,
+                "prompt": self.prompts.conversations[prompt],
+                "response": str(tokenizer.decode(tokens, skip_special_tokens=True)),
+                "token_ids": tokens,
+                "finished": finished,
+            }
+            for prompt, responses in zip(batch, drawn, strict=True)
+            for sample, (tokens, finished) in enumerate(responses)
+        ]
+
+    def _score(
+        self, comparison: Comparison, column: str, policy: Policy, model: Policy, asked: list[list[int]]
+    ) -> None:
+        """Fill in the responses' log-probs under a model."""
+        rows = comparison.responses(policy.name)
+        if all(column in row for row in rows):
+            return
+        with self.models.running(model.path, model.base) as running:
+            scorer = CompletionLogps(running, (asked[rows[0]["prompt_id"]], rows[0]["token_ids"]))
+
+            def logps(part: list[Response]) -> list[float]:
+                return scorer([asked[row["prompt_id"]] for row in part], [row["token_ids"] for row in part])
+
+            title = f"{policy.name}, {column}"
+            values = comparison.compute(policy.name, column, model.digest, self.batch_size, logps, title)
+        comparison.add_column(policy.name, column, values, [model.digest])
+
+    @staticmethod
+    def _vocabulary(policy: Policy) -> int:
+        size: int = _config(policy.whole).vocab_size
+        return size
+
+
+@cache
+def _tokenizer(path: str) -> Any:
+    return AutoTokenizer.from_pretrained(path)
+
+
+@cache
+def _config(path: str) -> Any:
+    return AutoConfig.from_pretrained(path).get_text_config()

@@ -1,0 +1,47 @@
+"""A front as one HTML file that needs no network: hover for values, click a point for the responses behind it."""
+
+import json
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from axolotl_mopo.evaluation.comparison import Comparison
+from axolotl_mopo.evaluation.report import notes, to_json
+from axolotl_mopo.evaluation.statistics import Front
+
+# Responses are a model's text: nothing of them may become markup or code.
+_PAGES = Environment(loader=PackageLoader("axolotl_mopo.evaluation"), autoescape=True)
+
+
+def render(front: Front, comparison: Comparison, prompts: int) -> str:
+    """The page.
+
+    Args:
+        front: what to show.
+        comparison: holds the responses.
+        prompts: how many of them to show with their responses.
+    """
+    content = json.loads(to_json(front))
+    for policy, standing in zip(content["policies"], front.standings, strict=True):
+        policy["label"] = standing.policy.label
+        policy["responses"] = _responses(front, comparison, policy["name"], prompts)
+    content["conversations"] = _conversations(front, comparison, prompts)
+    lines = notes(front)
+    if prompts < front.prompts:
+        lines.append(f"The responses to the first {prompts:,} prompts are shown.")
+    return _PAGES.get_template("page.html.jinja").render(content=content, notes=lines)
+
+
+def _conversations(front: Front, comparison: Comparison, prompts: int) -> list[Any]:
+    rows = comparison.responses(front.standings[0].policy.name)
+    return [row["prompt"] for row in rows if row["sample"] == 0][:prompts]
+
+
+def _responses(front: Front, comparison: Comparison, policy: str, prompts: int) -> list[list[dict[str, Any]]]:
+    """For every prompt a policy's responses and their scores."""
+    shown: list[list[dict[str, Any]]] = [[] for _ in range(min(prompts, front.prompts))]
+    for row in comparison.responses(policy):
+        if row["prompt_id"] < len(shown):
+            scores = {name: row[name] for name in front.objectives}  # type: ignore[literal-required]
+            shown[row["prompt_id"]].append({"text": row["response"], "finished": row["finished"], "scores": scores})
+    return shown

@@ -1,0 +1,170 @@
+"""What `comparison.json` and the lines of responses must hold, whoever wrote them."""
+
+import math
+from typing import Annotated, Any, Literal, NotRequired, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    model_validator,
+    with_config,
+)
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
+
+from axolotl_mopo.config.model_files import Manifest
+from axolotl_mopo.data.rows import Message
+from axolotl_mopo.evaluation.names import Name, check_objectives, check_policies
+from axolotl_mopo.records import Record
+
+_LEAST_TEMPERATURE = 1e-3
+LARGEST = 1e30
+"""The largest magnitude of a number: means, intervals and the volume of several objectives must stay finite."""
+
+
+def check_number(value: float) -> float:
+    """Refuse a number that cannot be averaged and compared.
+
+    Raises:
+        ValueError: saying what it may be.
+    """
+    if not math.isfinite(value) or abs(value) > LARGEST:
+        raise ValueError(f"it is {value:g}; it must be a finite number, at most {LARGEST:g} in magnitude")
+    return value
+
+
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it has characters that cannot be printed")
+    return text
+
+
+def _check_temperature(temperature: float) -> float:
+    if 0 < temperature < _LEAST_TEMPERATURE:
+        raise ValueError(f"it must be 0, for the likeliest tokens, or at least {_LEAST_TEMPERATURE:g}")
+    return temperature
+
+
+Number = Annotated[float, AfterValidator(check_number)]
+Text = Annotated[str, AfterValidator(_check_printable)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Index = Annotated[int, Field(ge=0, lt=2**31)]
+
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", **_STRICT))
+class Sampling:
+    """How responses are drawn."""
+
+    samples: PositiveInt = 1
+    """Responses to each prompt."""
+    max_new_tokens: PositiveInt = 256
+    temperature: Annotated[float, Field(ge=0), AfterValidator(_check_temperature)] = 1.0
+    """0 takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: int = 42
+    generation_config: Literal["neutral", "model"] = "neutral"
+    """Whether the rest of the model's own generation settings (`top_k`, penalties, ...) is left out or kept."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether responses are drawn from the policy itself, so that log-ratios estimate its divergence."""
+        return self.temperature == 1 and self.top_p == 1 and self.generation_config == "neutral"
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", **_STRICT))
+class PromptChoice:
+    """Which of AMoPO's prompts to use: the integrated one, or one dimension's at a score, by default the best."""
+
+    dimension: Text | None = None
+    score: float | None = None
+
+
+class PromptsRecord(Record):
+    """What was asked."""
+
+    count: PositiveInt
+    digest: int
+
+
+class PolicyRecord(Record):
+    """A policy, without its name. See `axolotl_mopo.evaluation.policies.Policy`."""
+
+    path: Text
+    kind: Literal["policy", "baseline", "reference"]
+    base: Text | None = None
+    reference: Text | None = None
+    tokenizer: Text = ""
+    digest: Text = ""
+    manifest: Annotated[Manifest | None, BeforeValidator(lambda value: value or None)] = None
+
+
+class Objective(Record):
+    """What was scored."""
+
+    scorer: dict[str, Any]
+    digest: str
+    lower_is_better: bool
+
+
+class Settings(Record):
+    """`comparison.json`. What all responses have in common is None where there are no responses yet."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    policies: dict[Name, PolicyRecord] = Field(default_factory=dict)
+    objectives: dict[Name, Objective] = Field(default_factory=dict)
+    prompts: PromptsRecord | None = None
+    sampling: Sampling | None = None
+    asking: PromptChoice | None = None
+    reference: Text | None = None
+    source: Text | None = None
+    """Where the prompts came from, for people."""
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> Self:
+        check_policies(self.policies)
+        check_objectives(self.objectives)
+        if [policy.kind for policy in self.policies.values()].count("reference") > 1:
+            raise ValueError("several policies are of the kind reference; one may be")
+        return self
+
+
+def _turns(value: list[Message]) -> list[Message]:
+    for number, turn in enumerate(value):
+        for key in ("role", "content"):
+            if not isinstance(turn.get(key), str):
+                raise ValueError(f"turn {number} has no `{key}` that is a string")
+    return value
+
+
+@with_config(ConfigDict(extra="allow", **_STRICT))
+class Response(TypedDict):
+    """A line of a policy's file; every further key is an objective's score."""
+
+    prompt_id: Index
+    sample: Index
+    prompt: Annotated[list[Message], Field(min_length=1), AfterValidator(_turns)]
+    response: str
+    token_ids: Annotated[list[TokenId], Field(min_length=1)]
+    finished: bool
+    logp: NotRequired[Number]
+    ref_logp: NotRequired[Number]
+
+
+def response_key(row: Response) -> tuple[int, int]:
+    """What tells a response from the others of its policy: its prompt and its sample."""
+    return row["prompt_id"], row["sample"]
+
+
+@with_config(_STRICT)
+class Partial(TypedDict):
+    """A line of what is computed for a column, before all of it is there."""
+
+    prompt_id: Index
+    sample: Index
+    value: Number

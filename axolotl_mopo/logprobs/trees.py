@@ -1,0 +1,213 @@
+"""Token ids of preference pairs, or of single completions -> the inputs of one forward pass.
+
+`pack` lays the trie of a micro-batch's sequences into one row without padding; `pad` gives each sequence its own
+right-padded row, for models that cannot take trees. Both number the completions alike: pair by pair, within a pair
+prompt by prompt, the chosen one before the rejected one.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Tokens = NDArray[np.int64]
+
+
+class Completion(NamedTuple):
+    """Token ids of a prompt and its completion."""
+
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+
+    @property
+    def completions(self) -> "list[Completion]":
+        """Itself."""
+        return [self]
+
+
+class Pair(NamedTuple):
+    """Token ids of one preference pair: D prompts that share both completions."""
+
+    prompts: Sequence[Sequence[int]]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+
+    @property
+    def completions(self) -> list[Completion]:
+        """Prompt by prompt, the chosen one before the rejected one."""
+        return [Completion(prompt, side) for prompt in self.prompts for side in (self.chosen, self.rejected)]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which keys every query of a packed row sees: S runs of neighbouring queries, each with contiguous keys.
+
+    The keys of a segment end with the segment's own tokens, so its attention is causal from the bottom right.
+    """
+
+    key_index: Tensor
+    """Position in the row of every key, segment after segment, [K]."""
+    cu_seq_q: Tensor
+    """Where the queries of each segment begin, int32, [S + 1]."""
+    cu_seq_k: Tensor
+    """Where the keys of each segment begin, int32, [S + 1]."""
+    max_q: int
+    """Queries of the longest segment."""
+    max_k: int
+    """Keys of the longest segment."""
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+
+    def to(self, device: Any, non_blocking: bool = False) -> "Segments":
+        """A copy with its tensors on `device`."""
+        return replace(
+            self,
+            key_index=self.key_index.to(device, non_blocking=non_blocking),
+            cu_seq_q=self.cu_seq_q.to(device, non_blocking=non_blocking),
+            cu_seq_k=self.cu_seq_k.to(device, non_blocking=non_blocking),
+        )
+
+
+def pack(items: Sequence[Pair | Completion]) -> dict[str, Any]:
+    """All sequences of a micro-batch in one row [1, T], as a trie: a beginning that some of them share is there once.
+
+    Shared are the prompt of both completions of a pair, but also the system's turn of its D prompts, and prompts and
+    completions of pairs that stem from one group of responses.
+
+    Returns:
+        The model's inputs (`input_ids`, `position_ids`, `attention_mask`, `segments`, and `logits_to_keep`, the P
+        positions that predict a completion token); `targets` [P, K], the tokens that each of them predicts, where
+        completions branch more than one; and for the N completion tokens `predictors` [N] (which of the flattened
+        [P * K] log-probs are theirs), `completion_ids` [N] (whose token it is, of C completions) and `lengths` [C].
+    """
+    sequences = _sequences(items)
+    input_ids, positions, keys = [], [], []
+    paths: list[Tokens] = [np.empty(0, np.int64)] * len(sequences)  # where each token of a sequence lies in the row
+    size = 0
+    for number, shared, previous in _in_order([tokens for _, tokens in sequences]):
+        tokens = sequences[number][1]
+        inherited = paths[previous][:shared] if shared else paths[number][:0]
+        paths[number] = np.concatenate([inherited, np.arange(size, size + len(tokens) - shared)])
+        if shared < len(tokens):
+            input_ids.append(tokens[shared:])
+            positions.append(np.arange(shared, len(tokens)))
+            keys.append(paths[number])
+            size += len(tokens) - shared
+    query_lengths = [len(part) for part in input_ids]
+    key_lengths = [len(part) for part in keys]
+    row = np.concatenate(input_ids)
+    parents = np.concatenate([path[start - 1 : -1] for (start, _), path in zip(sequences, paths, strict=True)])
+    children = np.concatenate([path[start:] for (start, _), path in zip(sequences, paths, strict=True)])
+    kept, targets, predictors = _branches(parents, children, row)
+    return {
+        "input_ids": torch.from_numpy(row)[None],
+        "position_ids": torch.from_numpy(np.concatenate(positions))[None],
+        # transformers hands a 4-D mask on untouched, so none of size T x T is built; `segments` says who sees whom, and
+        # of the mask a mixture of experts alone reads something: how often each token counts, in how many sequences.
+        "attention_mask": torch.from_numpy(np.bincount(np.concatenate(paths)))[None, None, None],
+        "segments": Segments(
+            key_index=torch.from_numpy(np.concatenate(keys)),
+            cu_seq_q=_boundaries(query_lengths),
+            cu_seq_k=_boundaries(key_lengths),
+            max_q=max(query_lengths),
+            max_k=max(key_lengths),
+            query_lengths=tuple(query_lengths),
+            key_lengths=tuple(key_lengths),
+        ),
+        "logits_to_keep": torch.from_numpy(kept),
+        "targets": torch.from_numpy(targets),
+        "predictors": torch.from_numpy(predictors),
+        **_completions(sequences),
+    }
+
+
+def pad(items: Sequence[Pair | Completion], pad_token_id: int) -> dict[str, Any]:
+    """Every prompt-completion sequence in a row of its own, padded on the right to the longest [C, T].
+
+    Returns:
+        The model's inputs (`input_ids`, `attention_mask`, and `logits_to_keep`, the L positions between which any row
+        has completion tokens), `rows` [P], which of the flattened [C * L] kept positions predict, `targets` [P, 1], and
+        `predictors`, `completion_ids`, `lengths` as `pack` gives them.
+    """
+    sequences = _sequences(items)
+    width = max(len(tokens) for _, tokens in sequences)
+    first = min(start for start, _ in sequences) - 1
+    input_ids = np.full((len(sequences), width), pad_token_id)
+    attention_mask = np.zeros_like(input_ids)
+    for tokens, line, mask in zip((tokens for _, tokens in sequences), input_ids, attention_mask, strict=True):
+        line[: len(tokens)] = tokens
+        mask[: len(tokens)] = 1
+    kept = width - 1 - first
+    rows = [
+        np.arange(start - 1, len(tokens) - 1) - first + number * kept
+        for number, (start, tokens) in enumerate(sequences)
+    ]
+    targets = np.concatenate([tokens[start:] for start, tokens in sequences])
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attention_mask),
+        "logits_to_keep": torch.arange(first, width - 1),
+        "rows": torch.from_numpy(np.concatenate(rows)),
+        "targets": torch.from_numpy(targets)[:, None],
+        "predictors": torch.arange(len(targets)),
+        **_completions(sequences),
+    }
+
+
+def trie_size(pair: Pair) -> int:
+    """How many tokens the row of this pair alone has."""
+    sequences = [tokens for _, tokens in _sequences([pair])]
+    return sum(len(sequences[number]) - shared for number, shared, _ in _in_order(sequences))
+
+
+def _sequences(items: Sequence[Pair | Completion]) -> list[tuple[int, Tokens]]:
+    """Every prompt with its completion, and where the completion starts, in the order of completions."""
+    arrays: dict[int, Tokens] = {}  # a pair's prompts and completions are each used several times
+
+    def array(tokens: Sequence[int]) -> Tokens:
+        return arrays.setdefault(id(tokens), np.asarray(tokens, np.int64))
+
+    completions = [completion for item in items for completion in item.completions]
+    return [(len(one.prompt), np.concatenate([array(one.prompt), array(one.tokens)])) for one in completions]
+
+
+def _in_order(sequences: Sequence[Tokens]) -> Iterator[tuple[int, int, int]]:
+    """Sequences in the order of a trie's leaves: (which, how many tokens it shares with the one before, which that is).
+
+    In lexicographic order no earlier sequence shares more of its beginning with a sequence than the one before it.
+    """
+    # Big-endian bytes compare as the tokens do.
+    order = sorted(range(len(sequences)), key=[tokens.astype(">u4").tobytes() for tokens in sequences].__getitem__)
+    previous = order[0]
+    yield previous, 0, previous
+    for number in order[1:]:
+        length = min(len(sequences[previous]), len(sequences[number]))
+        differs = sequences[previous][:length] != sequences[number][:length]
+        yield number, int(differs.argmax()) if differs.any() else length, previous
+        previous = number
+
+
+def _branches(parents: Tokens, children: Tokens, row: Tokens) -> tuple[Tokens, Tokens, Tokens]:
+    """Positions that predict [P], the tokens that follow each [P, K], and where in [P * K] each child stands [N]."""
+    branches, first, branch_of = np.unique(children, return_index=True, return_inverse=True)
+    kept, kept_of = np.unique(parents[first], return_inverse=True)
+    by_parent = np.argsort(kept_of, kind="stable")
+    slots = np.empty_like(kept_of)
+    slots[by_parent] = np.arange(len(kept_of)) - np.searchsorted(kept_of[by_parent], kept_of[by_parent])
+    targets = np.zeros((len(kept), slots.max() + 1), np.int64)
+    targets[kept_of, slots] = row[branches]
+    return kept, targets, (kept_of * targets.shape[1] + slots)[branch_of]
+
+
+def _completions(sequences: Sequence[tuple[int, Tokens]]) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(tokens) - start for start, tokens in sequences])
+    return {"completion_ids": torch.arange(len(sequences)).repeat_interleave(lengths), "lengths": lengths}
+
+
+def _boundaries(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)

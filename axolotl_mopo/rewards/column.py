@@ -1,0 +1,32 @@
+"""`source: column`: a score that the data set has for both responses."""
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from axolotl_mopo.config.sources import RatedText, Responses, RewardSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ColumnSource(RewardSource):
+    """The reward is a score of the data set."""
+
+    source: Literal["column"]
+    field: str | None = Field(None, description="the name of the score in the data set; the margin's own where omitted")
+
+    in_rows: ClassVar = True
+    needs_scores: ClassVar = True
+
+    def score_name(self, margin: str) -> str:
+        """See `RewardSource`."""
+        return self.field or margin
+
+    def row_reward(self, margin: str, response: RatedText, tokens: int) -> float:
+        """See `RewardSource`."""
+        return response.score(self.score_name(margin))
+
+    def rewards(self, responses: Responses) -> "Tensor":
+        """See `RewardSource`."""
+        return responses.row_rewards(self)

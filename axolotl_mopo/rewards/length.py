@@ -1,0 +1,33 @@
+"""`source: length`: the shorter the response, the higher the reward."""
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from axolotl_mopo.config.sources import RatedText, Responses, RewardSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LengthSource(RewardSource):
+    """Minus the length of the response: minus one for every token, word or character.
+
+    It is the length penalty of the code that was released with arXiv 2310.03708.
+    """
+
+    source: Literal["length"]
+    unit: Literal["tokens", "words", "characters"] = Field("tokens", description="one of tokens, words, characters")
+
+    argument: ClassVar = "unit"
+    in_rows: ClassVar = True
+    negated: ClassVar = "the length"
+
+    def row_reward(self, margin: str, response: RatedText, tokens: int) -> float:
+        """See `RewardSource`."""
+        lengths = {"tokens": tokens, "words": len(response.text.split()), "characters": len(response.text)}
+        return -float(lengths[self.unit])
+
+    def rewards(self, responses: Responses) -> "Tensor":
+        """See `RewardSource`."""
+        return responses.row_rewards(self)

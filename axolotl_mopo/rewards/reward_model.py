@@ -1,0 +1,150 @@
+"""`source: reward_model`: the score of a sequence-classification model."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator
+
+from axolotl_mopo.config.model_files import ModelConfig, read_model_file
+from axolotl_mopo.config.settings import number
+from axolotl_mopo.data.rows import Message
+from axolotl_mopo.digests import model_digest
+from axolotl_mopo.errors import ConfigError, DataError, RowError
+from axolotl_mopo.log import warn
+from axolotl_mopo.rewards.text import Rewards, TextSource
+
+if TYPE_CHECKING:
+    import torch
+
+_WITHOUT_SCORES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+class RewardModelSource(TextSource):
+    """The score of a sequence-classification model, by its own tokenizer and chat template."""
+
+    source: Literal["reward_model"]
+    path: str = Field(description="a folder or a model of the hub")
+    head: int | str | None = Field(None, description="which score: an index, or a label of the model's config")
+    batch_size: int = Field(16, ge=1, strict=True, description="responses at a time, at least 1")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="float32, bfloat16 or float16")
+
+    argument: ClassVar = "path"
+
+    @field_validator("head", mode="before")
+    @classmethod
+    def _no_boolean(cls, head: Any) -> Any:
+        return number(head)
+
+    @property
+    def code(self) -> None:
+        """None: a model runs no code of others."""
+        return None
+
+    def resolve(self, where: str, run: Mapping[str, Any]) -> Self:
+        """Check the head against the config of a model that is on this machine; see `RewardSource`."""
+        folder = Path(self.path)
+        path = folder / "config.json"
+        if not path.exists():
+            if folder.exists():
+                raise ConfigError(
+                    f"{where}.path`: {folder} holds no config.json; give the folder of a whole reward model"
+                )
+            warn("%s.path`: %s is no folder here and is fetched from the model hub.", where, self.path)
+            return self
+        config = read_model_file(ModelConfig, path, f"{where}.path`")
+        kinds = config.architectures or []
+        if kinds and all(kind.endswith(_WITHOUT_SCORES) for kind in kinds):
+            raise ConfigError(
+                f"{where}.path`: {folder} is a {kinds[0]}, which has no head of scores; give a sequence-classification "
+                "model, or use `source: adapter` for an implicit reward"
+            )
+        labels = config.id2label or {"0": "LABEL_0", "1": "LABEL_1"}
+        if odd := [index for index in labels if not index.isdecimal()]:
+            raise ConfigError(f"{where}.path`: {path}, `id2label`: {odd[0]!r:.60} is not an index; correct the file")
+        try:
+            self._head({str(name): int(index) for index, name in labels.items()})
+        except ConfigError as error:
+            raise ConfigError(f"{where}.head`: {error}") from None
+        return self
+
+    def content_digest(self) -> str:
+        """A digest of the model's files."""
+        return model_digest(self.path)
+
+    @contextmanager
+    def opened(self, device: "torch.device") -> Iterator[Rewards]:
+        """The model in memory for a while; see `TextSource`.
+
+        Raises:
+            ConfigError: if its head or its chat template is not clear.
+            DataError: from the result, if a conversation cannot be written or is longer than the model takes, or a
+                reward is not finite.
+        """
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        from axolotl_mopo.data.tokenizing import render_chat
+        from axolotl_mopo.rewards.loading import load_whole
+
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
+        model = load_whole(AutoModelForSequenceClassification, self.path, getattr(torch, self.dtype))
+        head = self._head({str(name): index for name, index in (model.config.label2id or {}).items()})
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                f"the tokenizer of {self.path} has no chat template; use `source: callable` for such a model"
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+        model.to(device).eval()
+
+        def written(conversation: list[Message], number: int) -> str:
+            try:
+                return render_chat(tokenizer, conversation)
+            except RowError as error:
+                raise DataError(f"{self.path}, row {number}: {error}") from None
+
+        @torch.no_grad()
+        def rewards(prompts: list[list[Message]], responses: list[str], numbers: Sequence[int]) -> list[float]:
+            texts = [
+                written([*prompt, {"role": "assistant", "content": response}], number)
+                for prompt, response, number in zip(prompts, responses, numbers, strict=True)
+            ]
+            inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+            if (length := inputs["input_ids"].shape[1]) > limit:
+                raise DataError(f"{self.path} takes {limit} tokens; one of the rows {list(numbers)} has {length}")
+            values = model(**inputs.to(device)).logits[:, head].float().tolist()
+            if bad := [number for number, value in zip(numbers, values, strict=True) if not math.isfinite(value)]:
+                raise DataError(f"{self.path} gives row {bad[0]} a reward that is not finite")
+            return values
+
+        try:
+            yield rewards
+        finally:
+            model.to("meta")  # frees the memory, whoever still refers to the model
+
+    def _head(self, labels: Mapping[str, int]) -> int:
+        """The index of the score that `head` means.
+
+        Args:
+            labels: the scores' names and indices, from the model's config.
+
+        Raises:
+            ConfigError: if the model has no such score, or has several and none is chosen.
+        """
+        known = f"{self.path} has {len(labels)}: {', '.join(labels)}"
+        if self.head is None and len(labels) != 1:
+            raise ConfigError(f"several scores and no `head`; {known}")
+        if isinstance(self.head, str):
+            if self.head not in labels:
+                raise ConfigError(f"no score is called {self.head!r}; {known}")
+            return labels[self.head]
+        head = self.head or 0
+        if head not in labels.values():
+            raise ConfigError(f"there is no score {head}; {known}")
+        return head

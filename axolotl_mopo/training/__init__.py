@@ -1,0 +1,1 @@
+"""The trainers of the two methods and what they are made of."""

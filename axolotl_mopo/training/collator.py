@@ -1,0 +1,47 @@
+"""Prepared rows -> one collated batch on the CPU, whose tensors travel together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from axolotl_mopo.logprobs.passes import lay_out, split_into_passes
+from axolotl_mopo.logprobs.trees import Pair
+from axolotl_mopo.training.one_buffer import OneBufferBatch
+
+
+@dataclass
+class PairCollator:
+    """Collates B rows into `groups` of passes, `size` (B), and the rows' numbers, `pair_index` [B], if they have some.
+
+    A group is the list of the passes that complete its pairs: one pass of whole pairs, or several that split one pair.
+
+    Args:
+        pad_token_id: fills padded rows.
+        packed: whether passes are packed trees or padded rows.
+        max_tokens: of a pass, padding included; None for a single pass.
+    """
+
+    pad_token_id: int
+    packed: bool = True
+    max_tokens: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> OneBufferBatch:
+        """One batch of B pairs."""
+        pairs = [read_tokens(row) for row in rows]
+        batch = OneBufferBatch(
+            groups=[
+                [lay_out(pairs, one, self.packed, self.pad_token_id) for one in group]
+                for group in split_into_passes(pairs, self.max_tokens, self.packed)
+            ],
+            size=len(pairs),
+        )
+        if "pair_index" in rows[0]:
+            batch["pair_index"] = torch.tensor([row["pair_index"] for row in rows])
+        return batch
+
+
+def read_tokens(row: Mapping[str, Any]) -> Pair:
+    """The token ids of a prepared row."""
+    return Pair(row["prompt_input_ids"], row["chosen_input_ids"], row["rejected_input_ids"])

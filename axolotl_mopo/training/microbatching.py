@@ -1,0 +1,216 @@
+"""How a micro-batch is trained: pass by pass, with the loss and the gradients of a single pass over all its pairs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import Trainer
+
+from axolotl_mopo.logprobs.computer import CompletionLogProbs, LogProbComputer, joined
+from axolotl_mopo.logprobs.passes import PassCounts
+
+Collated = dict[str, Any]
+"""A batch of `PairCollator`."""
+Inputs = Mapping[str, Any]
+"""The inputs of one pass, as `lay_out` makes them."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The b pairs of a micro-batch that some passes compute, or one pair's prompts that one pass computes."""
+
+    pairs: Tensor
+    """Their numbers in the micro-batch, [b]."""
+    size: int
+    """Pairs of the whole micro-batch."""
+    prompts: tuple[int, int] | None
+    """The first of the prompts and one past the last, where a pass computes a part of one pair; None for all."""
+    rows: Tensor | None
+    """The numbers of the prepared rows, [b]; None where rows have no numbers."""
+
+
+Losses = Callable[[CompletionLogProbs, Part], Tensor]
+"""Log-probs of completions and the part that they are of -> losses of its pairs, [b]."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Passes that complete a part of the micro-batch, and how the loss is made of them."""
+
+    passes: Sequence[Inputs]
+    part: Part
+    losses: Losses | None = None
+    """None for those of the method, which are recorded."""
+    aux_weight: float | None = None
+    """How many pairs the load-balancing loss counts for; None for as many as there are."""
+
+
+class MicrobatchMixin(Trainer):
+    """Runs the passes that `PairCollator` lays out, in training and in evaluation. A child gives the losses."""
+
+    logprob_computer: LogProbComputer
+    pass_counts: PassCounts
+    aux_loss_coef: float
+    """Of the load-balancing loss of a mixture of experts; 0 if the model has none."""
+    args: Any
+    model: Any
+    optimizer: Any
+
+    def pair_losses(self, logprobs: CompletionLogProbs, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method: log-probs of all completions of b pairs -> losses [b] and metrics, each [b]."""
+        raise NotImplementedError
+
+    def prompt_losses(self, whole: CompletionLogProbs, part: Part) -> Losses:
+        """What gives the loss of some of a pair's prompts, if its prompts do not fit into one pass.
+
+        Args:
+            whole: of all completions of the pair, without gradient.
+            part: the pair.
+        """
+        raise NotImplementedError
+
+    def record(self, metrics: Mapping[str, Tensor], part: Part) -> None:
+        """Take metrics of b pairs, each [b]: `loss` and those of the method; every pair comes once."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Collated | list[Forward],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """What the parts in `inputs` contribute to the mean loss over the pairs of their micro-batch.
+
+        Args:
+            model: as it is run.
+            inputs: a collated batch, or what `training_step` has made of a part of it.
+            return_outputs: gives an empty mapping beside the loss; there are no outputs.
+            num_items_in_batch: is not used, since the loss is a mean over pairs.
+        """
+        forwards = inputs if isinstance(inputs, list) else _forwards(inputs)
+        contributions = []
+        for forward in forwards:
+            part = forward.part
+            logprobs, aux_loss = self._run(model, forward.passes)
+            losses = forward.losses(logprobs, part) if forward.losses else self._recorded(logprobs, part, aux_loss)
+            contributions.append(losses.sum())
+            if aux_loss is not None:
+                weight = len(part.pairs) if forward.aux_weight is None else forward.aux_weight
+                contributions.append(self.aux_loss_coef * weight * aux_loss)
+        loss = torch.stack(contributions).sum() / forwards[0].part.size
+        return (loss, {}) if return_outputs else loss
+
+    def _run(self, model: nn.Module, passes: Sequence[Inputs]) -> tuple[CompletionLogProbs, Tensor | None]:
+        """The log-probs of some passes' completions, and the mean of their load-balancing losses, if there are any."""
+        if not self.aux_loss_coef:
+            return joined([self.logprob_computer(model, one) for one in passes]), None
+        parts, aux_losses = zip(*(self.logprob_computer.with_aux_loss(model, one) for one in passes), strict=True)
+        return joined(parts), torch.stack([loss for loss in aux_losses if loss is not None]).mean()
+
+    def _recorded(self, logprobs: CompletionLogProbs, part: Part, aux_loss: Tensor | None) -> Tensor:
+        losses, metrics = self.pair_losses(logprobs, part)
+        if aux_loss is not None:
+            metrics["aux_loss"] = aux_loss.expand_as(losses)
+        self.record({"loss": losses, **metrics}, part)
+        return losses
+
+    def training_step(
+        self, model: nn.Module, inputs: Collated, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward, one part after the other; ranks exchange gradients with the last one."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # schedule-free ones keep two sets of weights
+        *forwards, last = self._training_forwards(model, self._prepare_inputs(inputs))
+        state, loss = self.accelerator.gradient_state, torch.zeros((), device=self.args.device)
+        synchronised = state.sync_gradients
+        for forward in forwards:
+            with self._without_exchange(model):
+                state._set_sync_gradients(False)
+                loss += self._backward(model, forward, num_items_in_batch)
+            state._set_sync_gradients(synchronised)
+        return loss + self._backward(model, last, num_items_in_batch)
+
+    def _backward(self, model: nn.Module, forward: Forward, num_items_in_batch: Tensor | int | None) -> Tensor:
+        inputs: Any = [forward]  # transformers hands it on to `compute_loss`
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _without_exchange(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Keep gradients on this rank for a while, unless they stay there anyway or each of them is exchanged."""
+        state, deepspeed = self.accelerator.gradient_state, DistributedType.DEEPSPEED
+        exchanged = state.plugin_kwargs.get("sync_each_batch") or self.accelerator.distributed_type == deepspeed
+        return self.accelerator.no_sync(model) if state.sync_gradients and not exchanged else nullcontext()
+
+    def _training_forwards(self, model: nn.Module, inputs: Collated) -> list[Forward]:
+        """What to run forward and backward one after the other, as much on every rank.
+
+        A pair that is split needs the log-probs of all its prompts for the loss of each, so it is first run as a whole,
+        without gradient.
+        """
+        forwards = _forwards(inputs)
+        whole = [forward for forward in forwards if len(forward.passes) == 1]
+        split = [forward for forward in forwards if len(forward.passes) > 1]
+        parts = sum(len(forward.passes) for forward in split)
+        dummy_parts, dummy_forwards = self.pass_counts.missing(parts, len(whole) + parts)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for forward in split:
+                whole += self._split(model, forward, inputs)
+            self._run_dummies(model, inputs, dummy_parts)
+        dummy = Forward(inputs["groups"][-1][-1:], forwards[-1].part, _no_losses, aux_weight=0)
+        return whole + [dummy] * dummy_forwards
+
+    def _split(self, model: nn.Module, forward: Forward, inputs: Collated) -> list[Forward]:
+        """One forward for each pass of a split pair."""
+        logprobs, aux_loss = self._run(model, forward.passes)
+        self._recorded(logprobs, forward.part, aux_loss)
+        losses = self.prompt_losses(logprobs, forward.part)
+        share = 1 / len(forward.passes)
+        return [Forward([one], _part(inputs, one), losses, aux_weight=share) for one in forward.passes]
+
+    def _run_dummies(self, model: nn.Module, inputs: Collated, passes: int) -> None:
+        """Dummy forward passes, while another rank makes real ones."""
+        for _ in range(passes):
+            self.logprob_computer(model, inputs["groups"][-1][-1])
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Collated, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss and metrics of an evaluation batch; there are no predictions to gather."""
+        inputs = self._prepare_inputs(inputs)
+        (dummies,) = self.pass_counts.missing(sum(map(len, inputs["groups"])))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+            self._run_dummies(model, inputs, dummies)
+        return loss, None, None
+
+    def floating_point_ops(self, inputs: Collated) -> int:
+        """transformers' estimate, of all passes."""
+        flops = super().floating_point_ops
+        return sum(flops(one) for group in inputs["groups"] for one in group)
+
+    def _track_num_input_tokens(self, inputs: Collated) -> None:
+        for group in inputs["groups"]:
+            for one in group:
+                super()._track_num_input_tokens({"input_ids": one["input_ids"]})
+
+
+def _forwards(inputs: Collated) -> list[Forward]:
+    """All of a collated batch: one forward for each group of passes."""
+    return [Forward(passes, _part(inputs, passes[0], whole=True)) for passes in inputs["groups"]]
+
+
+def _part(inputs: Collated, one: Inputs, whole: bool = False) -> Part:
+    """The part of a collated batch that a pass computes, or with `whole` the whole pairs that it is a part of."""
+    rows = inputs.get("pair_index")
+    pairs = one["pairs"]
+    return Part(pairs, inputs["size"], None if whole else one["prompts"], None if rows is None else rows[pairs])
+
+
+def _no_losses(logprobs: CompletionLogProbs, part: Part) -> Tensor:
+    """Nothing, with a gradient of zeros."""
+    return logprobs.logps * 0

@@ -1,0 +1,121 @@
+"""Log-probs of the rows' completions under a model: the reference's, and those that implicit rewards are made of."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, tqdm
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from axolotl_mopo.errors import ConfigError, NoiseError
+from axolotl_mopo.logprobs.attention import plain_implementation, use_tree_attention
+from axolotl_mopo.logprobs.computer import LogProbComputer
+from axolotl_mopo.logprobs.layout import choose_layout, turn_off_noise
+from axolotl_mopo.logprobs.passes import PassCounts
+from axolotl_mopo.rewards.loading import load_whole
+from axolotl_mopo.training.collator import PairCollator, read_tokens
+
+
+@dataclass(frozen=True)
+class PairLogProbs:
+    """A model and how pairs of a single prompt are scored by it.
+
+    Args:
+        model: as it is run, possibly wrapped.
+        computer: computes the log-probs of its batches.
+        collator: makes them.
+        accelerator: gives device and precision.
+        pass_counts: keeps the ranks together.
+        batch_size: rows at a time.
+    """
+
+    model: nn.Module
+    computer: LogProbComputer
+    collator: PairCollator
+    accelerator: Accelerator
+    pass_counts: PassCounts
+    batch_size: int
+
+    @torch.no_grad()
+    def logps(self, rows: Dataset, title: str | None) -> Tensor:
+        """Log-probs [N, 2] of the chosen and the rejected completions of N rows, without gradient, in float32.
+
+        Args:
+            rows: prepared rows, as many on every rank.
+            title: of the progress bar; None shows none.
+        """
+        pinned = self.accelerator.device.type == "cuda"
+        loader = DataLoader(rows, batch_size=self.batch_size, collate_fn=self.collator, pin_memory=pinned)
+        quiet = title is None or not self.accelerator.is_main_process
+        return torch.cat([self._batch_logps(batch) for batch in tqdm(loader, desc=title, disable=quiet)])
+
+    def of(self, model: Any) -> "PairLogProbs":
+        """Another model of the same architecture, scored in the same way."""
+        base = None if self.computer.base is None else model
+        return replace(self, model=model, computer=replace(self.computer, base=base))
+
+    def _batch_logps(self, batch: Mapping[str, Any]) -> Tensor:
+        device = self.accelerator.device
+        batch = send_to_device(batch, device, non_blocking=True)
+        passes = [one for group in batch["groups"] for one in group]
+        logps = torch.empty(batch["size"], 2, device=device)
+        (dummies,) = self.pass_counts.missing(len(passes))
+        with self.accelerator.autocast():
+            for one in passes + passes[-1:] * dummies:
+                scores = self.computer(self.model, one)
+                logps[one["pairs"]] = scores.logps.view(-1, 2).float()
+        return logps
+
+
+def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
+    """The base model alone, where the model has adapters."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+
+
+@contextmanager
+def separate_model(
+    path: str, like: PreTrainedModel, dtype: torch.dtype, policy: PairLogProbs, rows: Dataset
+) -> Iterator[PairLogProbs]:
+    """A whole model of its own, loaded for a while.
+
+    Args:
+        path: a folder or a model of the hub.
+        like: the policy's model, whose attention it gets.
+        dtype: of its weights.
+        policy: how the policy is scored.
+        rows: prepared rows, one of which tries the layout.
+
+    Yields:
+        How it is scored.
+    """
+    model = load_whole(AutoModelForCausalLM, path, dtype, attn_implementation=plain_implementation(like))
+    model.to(policy.accelerator.device)
+    if model.config.vocab_size != like.config.vocab_size:
+        raise ValueError(
+            f"{path} has a vocabulary of {model.config.vocab_size} tokens and the policy one of "
+            f"{like.config.vocab_size}; an implicit reward needs the policy's own tokenizer"
+        )
+    turn_off_noise(model)
+    model.eval()
+    try:
+        layout = choose_layout(model, model, [read_tokens(rows[0])])
+    except NoiseError as error:
+        raise ConfigError(f"{path} cannot give rewards: {error}; turn it off in its own config.json") from None
+    if layout.packed:
+        use_tree_attention(model)
+    try:
+        yield replace(
+            policy,
+            model=model,
+            computer=replace(policy.computer, base=model if layout.fused_head else None),
+            collator=replace(policy.collator, packed=layout.packed),
+        )
+    finally:
+        model.to("meta")  # frees the memory, whoever still refers to the model
