@@ -5,6 +5,7 @@ The face of the package: the plugin, and the strategies that a data set's `type:
 
 from typing import TYPE_CHECKING, Any
 
+import axolotl_mopo.rewards  # noqa: F401 (enters the reward sources into their table)
 from axolotl_mopo.version import __version__
 
 if TYPE_CHECKING:

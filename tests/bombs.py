@@ -85,7 +85,7 @@ def main(way):
 
     def by_model(template):
         path.write_text(json.dumps({"method": "amopo", "dimensions": ["a"], "directives": {"integrated": template}}))
-        return read_record(Manifest, path).dimensions_block()
+        return read_record(Manifest, path).prompt_settings()
 
     take = by_yaml if way == "yaml" else by_model
     json.dump([taken(lambda template=template: take(template)) for template in BOMBS], sys.stdout)

@@ -29,7 +29,7 @@ class NotingCollator(PairCollator):
     def __call__(self, rows):
         batch = super().__call__(rows)
         self.pairs += batch["size"]
-        self.units.append([len(unit) for unit in batch["units"]])
+        self.units.append([len(unit) for unit in batch["groups"]])
         return batch
 
 

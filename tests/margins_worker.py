@@ -11,7 +11,7 @@ from conftest import host_trainer
 def main(config: str, point: str = "") -> None:
     """Hang at the nth table's `score` or in the middle of its `write`, or say at last how many there were of each."""
     trainer = host_trainer(json.loads(Path(config).read_text()))
-    from axolotl_mopo import trainers
+    from axolotl_mopo.training import modpo
     from axolotl_mopo.training.precompute import Precomputation
     from axolotl_mopo.training.table_cache import TableCache
 
@@ -27,8 +27,8 @@ def main(config: str, point: str = "") -> None:
         time.sleep(600)
 
     class Hanging(Precomputation):
-        def _spread_over_ranks(self, title, rows, score):
-            return hang() if reach("score") else super()._spread_over_ranks(title, rows, score)
+        def _over_ranks(self, title, rows, score):
+            return hang() if reach("score") else super()._over_ranks(title, rows, score)
 
     class HangingCache(TableCache):
         def _write(self, name, values):
@@ -37,7 +37,7 @@ def main(config: str, point: str = "") -> None:
                 hang()
             super()._write(name, values)
 
-    trainers.Precomputation, trainers.TableCache = Hanging, HangingCache
+    modpo.Precomputation, modpo.TableCache = Hanging, HangingCache
     trainer.precompute(trainer.model)
     print(json.dumps(counts), flush=True)
 

@@ -89,7 +89,9 @@ def main(jobs):
     """Do the jobs in a JSON file, each the arguments of `train`; what a job says goes beside its result."""
     PluginManager.get_instance().register("axolotl_mopo.MOPOPlugin")
     import axolotl.core.builders  # noqa: F401 (made for the plugins of a run, which are the same for all jobs)
-    import axolotl_mopo.training.trainers  # noqa: F401
+
+    import axolotl_mopo.training.amopo
+    import axolotl_mopo.training.modpo  # noqa: F401
 
     for job in json.loads(Path(jobs).read_text()):
         said = f"{job['result']}.log{os.environ['RANK']}"

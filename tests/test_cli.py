@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from axolotl_mopo.data.directives import dimension_directive
 from conftest import ROOT, SMOKE, axolotl, build_model, smoke_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -90,7 +89,7 @@ def test_train_amopo(tmp_path):
     assert manifest["dimensions"] == ["helpfulness", "correctness", "instruction_following"]
     assert manifest["score_range"] == [1, 5]
     assert manifest["directives"]["dimension"] == Directives().dimension
-    directive = dimension_directive(Directives(), "correctness", 5, manifest["dimensions"], (1, 5))
+    directive = Directives().for_one("correctness", 5, manifest["dimensions"], (1, 5))
     assert manifest["inference"]["correctness"] == f"{directive}\n\n{{question}}"
     assert list(manifest["inference"]) == ["integrated", *manifest["dimensions"]]
 

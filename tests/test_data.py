@@ -7,16 +7,13 @@ from types import SimpleNamespace
 import pytest
 from axolotl.utils.data.rl import _drop_long_sequences
 from axolotl.utils.schemas.enums import RLType
-from axolotl_mopo.data.directives import dimension_directive, integrated_directive
-from axolotl_mopo.data.reading import Reading
 from conftest import SMOKE, prepare
 from datasets import Dataset, load_dataset
 
 from axolotl_mopo.config import Directives
-from axolotl_mopo.data.formats import FORMATS
-from axolotl_mopo.data.options import PairsOptions
 from axolotl_mopo.data.pairing import PairReader
 from axolotl_mopo.data.rows import PreferencePair, RatedResponse
+from axolotl_mopo.data.spec import DataSpec
 from axolotl_mopo.data.tokenizing import ControlTokenCount
 from axolotl_mopo.errors import DataError
 from axolotl_mopo.logprobs.trees import trie_size
@@ -31,7 +28,6 @@ ROW = {
     "chosen_scores": {"helpfulness": 4, "correctness": 3},
     "rejected_scores": {"helpfulness": 1, "correctness": 0},
 }
-READING = Reading(PairsOptions())
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -53,9 +49,9 @@ def test_every_dimension_has_a_prompt_of_its_own(tokenizer):
     (row,) = prepare([ROW], tokenizer, dimensions=["helpfulness", "correctness"])
     dimensions, score_range = ["helpfulness", "correctness"], (0, 4)
     directives = [
-        integrated_directive(Directives(), dimensions, score_range),
-        dimension_directive(Directives(), "helpfulness", 4, dimensions, score_range),
-        dimension_directive(Directives(), "correctness", 3, dimensions, score_range),
+        Directives().for_all(dimensions, score_range),
+        Directives().for_one("helpfulness", 4, dimensions, score_range),
+        Directives().for_one("correctness", 3, dimensions, score_range),
     ]
     prompts, chosen, rejected = texts(row, tokenizer)
     # No directive piles up on another, and both responses stand under the same prompts.
@@ -71,8 +67,8 @@ def test_directives_after_the_question_let_all_prompts_share_it(tokenizer):
         for position in ("before", "after")
     )
     directives = [
-        integrated_directive(Directives(), ["helpfulness"], (0, 4)),
-        dimension_directive(Directives(), "helpfulness", 4, ["helpfulness"], (0, 4)),
+        Directives().for_all(["helpfulness"], (0, 4)),
+        Directives().for_one("helpfulness", 4, ["helpfulness"], (0, 4)),
     ]
     assert texts(after, tokenizer)[0] == [CHAT.format(f"{question}\n\n{directive}") for directive in directives]
     assert pair_lengths(Dataset.from_list([before, after])).std() <= 4  # the same tokens, but for the seams
@@ -207,7 +203,7 @@ def test_a_conversation_keeps_its_turns_and_the_last_one_carries_the_directive(t
     (row,) = prepare([{**ROW, "prompt": messages}], tokenizer, integrated=False)
     earlier = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi.")]
     start = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in earlier)
-    directive = dimension_directive(Directives(), "helpfulness", 4, ["helpfulness"], (0, 4))
+    directive = Directives().for_one("helpfulness", 4, ["helpfulness"], (0, 4))
     question = f"{directive}\n\nWhich is bigger?"
     assert texts(row, tokenizer)[0] == [start + CHAT.format(question)]
 
@@ -411,7 +407,8 @@ def test_columns_of_mixed_kinds_in_a_jsonl_file_are_read_as_what_they_are(tmp_pa
     ]
     path = tmp_path / "mixed.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    source = PairReader(load_dataset("json", data_files=str(path), split="train"), FORMATS["pairs"], READING, "mixed")
+    table = load_dataset("json", data_files=str(path), split="train")
+    source = PairReader(table, DataSpec(where="mixed", strategy="pairs", options={}))
     one, two = [pair for _, pair in source.pairs()]
     assert one == two
     assert one.prompt == [{"role": "user", "content": "q"}]
@@ -422,7 +419,8 @@ def test_a_turn_may_hold_a_date(tmp_path):
     path = tmp_path / "dated.jsonl"
     turn = {"role": "user", "content": "q", "at": "2024-05-01T10:00:00"}
     path.write_text(json.dumps({"messages": [turn], "chosen": "a", "rejected": "b"}))
-    source = PairReader(load_dataset("json", data_files=str(path), split="train"), FORMATS["pairs"], READING, "dated")
+    table = load_dataset("json", data_files=str(path), split="train")
+    source = PairReader(table, DataSpec(where="dated", strategy="pairs", options={}))
     ((_, pair),) = source.pairs()
     json.dumps(pair.to_row())
     assert pair.prompt[0]["at"].startswith("2024-05-01")

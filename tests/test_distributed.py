@@ -100,7 +100,7 @@ def test_ddp_trains_as_one_process_does(runs, name):
     for key, parameter in one["parameters"].items():
         assert torch.allclose(parameter, two["parameters"][key], atol=1e-4), key
     if name.endswith("limited"):
-        ours, theirs = (each["units"] for each in ran(runs, name))
+        ours, theirs = (each["groups"] for each in ran(runs, name))
         assert {sum(a) > sum(b) for a, b in zip(ours, theirs, strict=True) if sum(a) != sum(b)} == {True, False}
         if "amopo" in name:
             split = {(max(a) > 1, max(b) > 1) for a, b in zip(ours, theirs, strict=True)}

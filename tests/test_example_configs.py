@@ -52,7 +52,7 @@ def test_an_example_passes_the_hosts_validation(path, checkout):
     validated = validate_config(cfg, capabilities=ON_GPUS, env_capabilities={"torch_version": "2.13.0"})
     if cfg.plugins:
         assert validated[method]
-        assert validated.trainer_cls.lower() == f"axolotl_mopo.training.trainers.{method}trainer"
+        assert validated.trainer_cls.lower() == f"axolotl_mopo.training.{method}.{method}trainer"
     unknown = set(yaml.safe_load(path.read_text())) - set(validated)
     assert not unknown, f"the host dropped {unknown}"
 

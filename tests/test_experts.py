@@ -81,7 +81,7 @@ def trainers(base, tmp_path_factory):
 @pytest.fixture
 def trainers_module(trainers):
     """Our trainers, which may be imported once Axolotl has built one."""
-    from axolotl_mopo import trainers as module
+    from axolotl_mopo.training import base as module
 
     return module
 
@@ -121,13 +121,13 @@ def test_split_passes_balance_each_of_theirs_and_weigh_them_by_pairs(trainers):
     trainer = trainers["amopo"]
     rows = [trainer.train_dataset[index] for index in (5, 2, 7)]
     batch = PairCollator(0, True, 400)(rows)
-    shape = [[len(one["pairs"]) for one in unit] for unit in batch["units"]]
+    shape = [[len(one["pairs"]) for one in unit] for unit in batch["groups"]]
     assert max(map(len, shape)) > 1  # a pair that is split by its prompts
     without, *_ = step(trainer, 0, max_tokens=400)
     loss, _, metrics = step(trainer, 0.5, max_tokens=400)
     aux_losses = 0
     use_tree_attention(trainer.model)
-    for unit in batch["units"]:
+    for unit in batch["groups"]:
         own = [LogProbComputer().with_aux_loss(trainer.model, one)[1].item() for one in unit]
         aux_losses += len(unit[0]["pairs"]) * sum(own) / len(own)
     assert loss - without == pytest.approx(0.5 * aux_losses / 3, abs=1e-5)

@@ -11,7 +11,6 @@ from transformers import set_seed
 
 from axolotl_mopo import MOPOPlugin
 from axolotl_mopo.errors import ConfigError
-from axolotl_mopo.rewards.function import function_digest
 
 TCHEBYCHEFF = {"dimensions": ["helpfulness", "correctness"], "mu": 0.5}
 
@@ -63,11 +62,11 @@ def test_a_new_source_gives_modpo_its_margin(tmp_path):
 
     from extension.margin import FreshMargin
 
-    assert FreshMargin(source="fresh", n=2).rewards([[]] * 3, ["a b a b", "a b c", "a"]) == [2 / 3, 1, 1]
-    by_hand = [2 * r for r in FreshMargin(source="fresh", n=1).rewards([], trainer.train_dataset["chosen_text"])]
+    assert FreshMargin(source="fresh", n=2).compute([[]] * 3, ["a b a b", "a b c", "a"]) == [2 / 3, 1, 1]
+    by_hand = [2 * r for r in FreshMargin(source="fresh", n=1).compute([], trainer.train_dataset["chosen_text"])]
     assert trainer._constants["train"].margins[:, 0, 0].tolist() == pytest.approx(by_hand)
     one, other, scaled = (
-        function_digest(FreshMargin(source="fresh", **keys)) for keys in ({}, {"n": 4}, {"scale": 2, "batch_size": 1})
+        FreshMargin(source="fresh", **keys).content_digest() for keys in ({}, {"n": 4}, {"scale": 2, "batch_size": 1})
     )
     assert one == scaled != other  # so the cache keeps rewards of other settings apart, and only those
 

@@ -384,7 +384,7 @@ def test_another_padding_token(build, method):
     trainer = build(method, special_tokens={"pad_token": "<|pad|>"}, **{method: {**block, "layout": "padded"}})
     assert trainer.processing_class.pad_token == "<|pad|>"
     batch = next(iter(trainer.get_train_dataloader()))
-    assert any((part["input_ids"] == 1024).any() for unit in batch["units"] for part in unit)
+    assert any((part["input_ids"] == 1024).any() for unit in batch["groups"] for part in unit)
     trainer.train()
 
 

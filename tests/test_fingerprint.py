@@ -19,7 +19,7 @@ from axolotl_mopo.logprobs.attention import use_tree_attention
 from axolotl_mopo.logprobs.computer import LogProbComputer
 from axolotl_mopo.logprobs.passes import PassCounts
 from axolotl_mopo.training.collator import PairCollator
-from axolotl_mopo.training.pair_logprobs import PairScorer
+from axolotl_mopo.training.pair_logprobs import PairLogProbs
 from axolotl_mopo.training.precompute import Precomputation
 from axolotl_mopo.training.table_cache import TableCache
 
@@ -183,7 +183,7 @@ def compute(folder, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(cpu=True, mixed_precision=precision)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        scorer = PairScorer(
+        scorer = PairLogProbs(
             model, LogProbComputer(base), PairCollator(0, packed=False), accelerator, PassCounts(False), 2
         )
         margins = {"b": {"source": "adapter", "beta": 0.2, **margin}}
@@ -215,7 +215,7 @@ def test_precision_attention_configuration_and_an_older_release_miss_the_tables(
     changed, missed = compute(margin, load(config=config))
     assert missed == (1 if kind == "whole" else 2)  # whole models bring their own configuration
     assert not torch.allclose(changed.reference, first.reference, atol=1e-3)
-    monkeypatch.setattr("axolotl_mopo.training.precompute._VERSION", 1)
+    monkeypatch.setattr("axolotl_mopo.training.precompute._VERSION", 2)
     assert compute(margin, load())[1] == made
 
 

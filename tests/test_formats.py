@@ -3,22 +3,30 @@
 import re
 
 import pytest
-from axolotl_mopo.data.reading import Reading
 from datasets import Dataset
 
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.pairing import PairReader
+from axolotl_mopo.data.spec import DataSpec
 from axolotl_mopo.errors import DataError
 
 USER = [{"role": "user", "content": "Why is the sky blue?"}]
 
 
 def reader(kind, rows, objective=(), chosen_scores=(), rejected_scores=(), scales=None, seed=42, **options):
-    format = FORMATS[kind]
-    reading = Reading(
-        format.options.model_validate(options), objective, chosen_scores, rejected_scores, scales or {}, seed
+    if kind == "safe_rlhf":
+        options["objective"] = objective
+    spec = DataSpec(
+        where="data.jsonl",
+        strategy=kind,
+        options=options,
+        objective=objective,
+        chosen_scores=chosen_scores,
+        rejected_scores=rejected_scores,
+        scales=scales or {},
+        seed=seed,
     )
-    return PairReader(Dataset.from_list(rows), format, reading, "data.jsonl")
+    return PairReader(Dataset.from_list(rows), spec)
 
 
 def read(kind, rows, **settings):
@@ -549,9 +557,10 @@ def test_only_numbers_are_flat_scores():
 
 def test_an_objective_is_refused_where_a_label_orders():
     row = {"prompt": "p", "response_1": "One", "response_2": "Two", "preference_strength": 1}
-    reading = Reading(FORMATS["helpsteer2"].options(objective="verbosity"), ("verbosity",))
+    options = {"objective": "verbosity"}
+    spec = DataSpec(where="data.jsonl", strategy="helpsteer2", options=options, objective=("verbosity",))
     with pytest.raises(DataError, match="ordered by its own `preference_strength`; drop the `objective`"):
-        PairReader(Dataset.from_list([row]), FORMATS["helpsteer2"], reading, "data.jsonl")
+        PairReader(Dataset.from_list([row]), spec)
 
 
 def test_duplicates_are_kept_and_counted():
@@ -728,12 +737,13 @@ def test_a_lone_surrogate_is_a_bad_row_of_its_own_kind(kind, old):
     else:
         bad = replaced(good, old, LONE)
     objectives = {"safe_rlhf": ("better",), "helpsteer": ("overall",), "ultrafeedback": ("overall",)}
-    settings = {"objective": objectives.get(kind, ("nice",) if kind == "responses" else ())}
-    format = FORMATS[kind]
+    objective = objectives.get(kind, ("nice",) if kind == "responses" else ())
 
     def source(**options):
-        reading = Reading(format.options.model_validate(options), **settings)
-        return PairReader(Table(bad), format, reading, "data.jsonl")
+        if kind == "safe_rlhf":
+            options["objective"] = objective
+        spec = DataSpec(where="data.jsonl", strategy=kind, options=options, objective=objective)
+        return PairReader(Table(bad), spec)
 
     name = r"its `\w+` holds the lone surrogate '\\ud800', which is not valid Unicode text; remove it, or replace it"
     with pytest.raises(DataError, match=f"^data.jsonl, row 0: {name}") as caught:

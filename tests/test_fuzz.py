@@ -7,7 +7,6 @@ import os
 import time
 
 import pytest
-from axolotl_mopo.data.reading import Reading
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,11 +17,12 @@ from axolotl_mopo.config import INTEGRATED, METHODS, SOURCES, Directives, parse_
 from axolotl_mopo.config.model_files import ADAPTER, MANIFEST, AdapterConfig, Manifest
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.pairing import PairReader
+from axolotl_mopo.data.spec import DataSpec
 from axolotl_mopo.errors import ConfigError, DataError
 from axolotl_mopo.plugin import MOPOPlugin
 from axolotl_mopo.records import read_record
 from axolotl_mopo.rewards import AdapterSource
-from axolotl_mopo.rewards.resolve import check_margin
+from axolotl_mopo.rewards.resolve import resolve_source
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("ci", max_examples=300, derandomize=True, **COMMON)
@@ -225,13 +225,16 @@ class Rows:
 
 def made(kind, rows, **options):
     """Read rows as a run does: pairs, or a refusal; checked."""
-    format = FORMATS[kind]
     objective = (OBJECTIVES[kind],) if kind in OBJECTIVES else ()
     needed = {"amopo": ("h",), "pairs": ("h",), "helpsteer": ("helpfulness",)}.get(kind, ())
     scales = dict.fromkeys(needed, (0.0, 4.0))
-    reading = Reading(format.options.model_validate(options), objective, needed, scales=scales)
+    if kind == "safe_rlhf":
+        options["objective"] = objective
+    spec = DataSpec(
+        where="data.jsonl", strategy=kind, options=options, objective=objective, chosen_scores=needed, scales=scales
+    )
     try:
-        reader = PairReader(Rows(rows), format, reading, "data.jsonl")
+        reader = PairReader(Rows(rows), spec)
         pairs = [pair for _, pair in reader.pairs()]
     except DataError as error:
         assert str(error).startswith("data.jsonl")
@@ -335,7 +338,7 @@ def test_an_arbitrary_record_of_a_model_is_taken_as_it_is_or_refused(model, cont
         return
     assert in_force(content, manifest.model_dump())
     try:
-        block = manifest.dimensions_block()
+        block = manifest.prompt_settings()
     except ValueError:  # of pydantic, which names the key
         return
     known = {} if block is None else type(block).model_fields
@@ -356,7 +359,7 @@ def test_an_arbitrary_adapter_gives_a_beta_or_is_refused(model, adapter, manifes
     else:
         assert all(adapter.get(key, value) == value for key, value in config.model_dump().items())
     try:
-        beta = check_margin(AdapterSource(source="adapter", path=str(model)), "`modpo.margins.safer", {})
+        beta = resolve_source(AdapterSource(source="adapter", path=str(model)), "`modpo.margins.safer", {}).beta
     except ConfigError as error:
         assert str(error).startswith("`modpo.margins.safer.")
         assert str(model) in str(error)

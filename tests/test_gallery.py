@@ -56,7 +56,7 @@ def test_the_host_takes_every_methods_keys(number):
         validated = validate_config(cfg)
         assert not known - set(validated), name
         if method in ("amopo", "modpo"):
-            assert validated.trainer_cls.lower() == f"axolotl_mopo.training.trainers.{method}trainer"
+            assert validated.trainer_cls.lower() == f"axolotl_mopo.training.{method}.{method}trainer"
 
 
 def test_a_table_has_means_and_spreads_over_the_seeds():

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from axolotl_mopo.data.directives import integrated_directive
 from conftest import ROOT, SMOKE, build_model, save_adapter, save_reward_model
 from peft import PeftModel
 from test_received import tree
@@ -581,7 +580,7 @@ def test_what_was_drawn_otherwise_is_not_mixed(compared, sweep, tmp_path):
 def test_amopo_is_asked_as_it_was_trained(base, tmp_path):
     run = save_run(base, tmp_path / "amopo", 3, AMOPO)
     (policy,) = find_policies([str(run)])
-    directive = integrated_directive(AMOPO.directives, AMOPO.dimensions, AMOPO.score_range)
+    directive = AMOPO.directives.for_all(AMOPO.dimensions, AMOPO.score_range)
     assert policy.asked(user("Why?"), PromptChoice()) == user(f"{directive}\n\nWhy?")
     one = policy.asked(user("Why?"), PromptChoice("helpfulness", 2))[0]["content"]
     assert "whose helpfulness rates 2" in one

@@ -82,7 +82,7 @@ def computed(trainer):
 
 
 def logps(model, rows, count=6):
-    ((batch,),) = PairCollator(pad_token_id=0, packed=False)(list(rows.select(range(count))))["units"]
+    ((batch,),) = PairCollator(pad_token_id=0, packed=False)(list(rows.select(range(count))))["groups"]
     with torch.no_grad():
         return LogProbComputer()(model.eval(), batch).logps.view(-1, 2)
 
@@ -317,12 +317,12 @@ def test_the_reference_is_never_ambiguous(build):
 def test_a_stale_cache_stops_the_run(build, tmp_path):
     from safetensors.torch import save_file
 
-    from axolotl_mopo.training.table_cache import _digest
+    from axolotl_mopo.digests.weights import table_digest
 
     computed(build(name="one"))
     for path in (tmp_path / "cache").glob("*.safetensors"):
         values = load_file(path)["values"] - 3
-        save_file({"values": values}, path, {"sha256": _digest(path.stem, values)})
+        save_file({"values": values}, path, {"sha256": table_digest(path.stem, values)})
     with pytest.raises(RuntimeError, match=r"policy's log-probs differ from the reference's by .* a foreign file in"):
         build(name="two").train()
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from axolotl_mopo.logprobs.attention import use_tree_attention
 from axolotl_mopo.logprobs.computer import LogProbComputer, joined
-from axolotl_mopo.logprobs.passes import lay_out, share_out, share_size
+from axolotl_mopo.logprobs.passes import lay_out, pass_tokens, split_into_passes
 from axolotl_mopo.logprobs.trees import Pair
 from axolotl_mopo.training.collator import PairCollator
 
@@ -38,7 +38,7 @@ def tokens_of(one):
 def test_every_prompt_of_every_pair_is_in_one_pass_of_no_more_tokens_than_allowed(shapes, max_tokens, packed):
     pairs = random_pairs(shapes)
     seen = []
-    for unit in share_out(pairs, max_tokens, packed):
+    for unit in split_into_passes(pairs, max_tokens, packed):
         for share in unit:
             first, end = share.prompts or (0, 3)
             seen += [(number, prompt) for number in share.pairs for prompt in range(first, end)]
@@ -52,15 +52,15 @@ def test_every_prompt_of_every_pair_is_in_one_pass_of_no_more_tokens_than_allowe
 @pytest.mark.parametrize("packed", [True, False])
 def test_sizes_are_those_of_the_batches(packed):
     pairs = ragged_pairs()
-    for unit in share_out(pairs, 30, packed):
+    for unit in split_into_passes(pairs, 30, packed):
         for share in unit:
             if len(share.pairs) == 1:
                 one = lay_out(pairs, share, packed, 0)
-                assert share_size(pairs[share.pairs[0]], share, packed) == tokens_of(one)
+                assert pass_tokens(pairs[share.pairs[0]], share, packed) == tokens_of(one)
 
 
 def test_without_a_limit_there_is_one_pass():
-    ((share,),) = share_out(ragged_pairs(), None, True)
+    ((share,),) = split_into_passes(ragged_pairs(), None, True)
     assert share.pairs == [0, 1, 2]
     assert share.prompts is None
 
@@ -86,4 +86,4 @@ def collated(pairs, max_tokens, packed):
         {"prompt_input_ids": pair.prompts, "chosen_input_ids": pair.chosen, "rejected_input_ids": pair.rejected}
         for pair in pairs
     ]
-    return PairCollator(0, packed, max_tokens)(rows)["units"]
+    return PairCollator(0, packed, max_tokens)(rows)["groups"]

@@ -28,11 +28,11 @@ def registered(cfg):
     return cfg
 
 
-@pytest.mark.parametrize(("cfg", "trainer"), [(AMOPO, "AMoPOTrainer"), (MODPO, "MODPOTrainer")])
+@pytest.mark.parametrize(("cfg", "trainer"), [(AMOPO, "amopo.AMoPOTrainer"), (MODPO, "modpo.MODPOTrainer")])
 def test_register_turns_the_method_into_what_the_host_knows(cfg, trainer):
     once = registered(cfg)
     assert once["rl"] == "orpo"
-    assert once["trainer_cls"] == f"axolotl_mopo.training.trainers.{trainer}"
+    assert once["trainer_cls"] == f"axolotl_mopo.training.{trainer}"
     twice = registered(once)
     assert twice == once
 
@@ -210,7 +210,7 @@ def test_the_plugin_leaves_the_trainers_unimported():
         "import sys, axolotl.integrations.base; before = set(sys.modules); from axolotl_mopo import MOPOPlugin; "
         "new = set(sys.modules) - before; "
         "assert not {name for name in new if name.startswith(('trl', 'axolotl.core'))}, new; "
-        "assert 'axolotl_mopo.training.trainers' not in sys.modules"
+        "assert 'axolotl_mopo.training.base' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

@@ -19,7 +19,7 @@ from axolotl_mopo.cli import mopo
 from axolotl_mopo.digests import digest
 from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.evaluation.comparison import Comparison, _partial_file
-from axolotl_mopo.evaluation.scoring import _content, parse_scorer
+from axolotl_mopo.evaluation.scoring import parse_scorer
 from axolotl_mopo.files import Folder
 
 FOLDERS = yaml.safe_load((Path(__file__).parent / "broken" / "folders.yaml").read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def broken(folder, case, judge):
     name = case.get("file", "comparison.json")
     if "SOURCE" in name:
         _, margin = parse_scorer(judge)
-        source = digest([margin.model_dump(mode="json"), _content(margin)])
+        source = digest([margin.model_dump(mode="json"), margin.content_digest()])
         name = _partial_file("a", "long", source, Comparison(folder).responses("a"))
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from axolotl_mopo.rewards.texts import both_sides, model_rewards
 from conftest import CONFIGS, build_model, save_reward_model
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
@@ -14,6 +13,7 @@ from transformers.integrations import deepspeed as zero
 from axolotl_mopo.digests.weights import weights_digest
 from axolotl_mopo.rewards import RewardModelSource
 from axolotl_mopo.rewards.loading import load_whole
+from axolotl_mopo.training.precompute import both_sides
 
 SECOND_RANK = {"LOCAL_RANK": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 ZERO_3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
@@ -109,7 +109,7 @@ def test_a_reward_model_scores_alike_however_the_policy_is_sharded(tokenizer, tm
     )
 
     def table():
-        with model_rewards(margin, torch.device("cpu")) as rewards:
+        with margin.opened(torch.device("cpu")) as rewards:
             return both_sides(rewards, rows, [0, 1], 2, "rewards", quiet=True)
 
     expected = table()

@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from axolotl_mopo.rewards.texts import function_rewards, model_rewards
 from conftest import CONFIGS, SMOKE, build_model, save_reward_model
 from peft import LoraConfig, get_peft_model
 from test_data import ROW, prepare
@@ -23,7 +22,7 @@ from axolotl_mopo.rewards import AdapterSource, FunctionSource, RewardModelSourc
 from axolotl_mopo.rewards.adapter_twin import with_adapter
 from axolotl_mopo.rewards.function import import_function
 from axolotl_mopo.rewards.loading import load_whole
-from axolotl_mopo.rewards.resolve import check_margin
+from axolotl_mopo.rewards.resolve import resolve_source
 
 QUESTION = [{"role": "user", "content": "Why?"}]
 
@@ -132,7 +131,7 @@ def test_a_score_that_breaks_a_directive_is_told_with_data_set_and_row(tokenizer
 def test_a_reward_models_chat_template_is_named_with_the_row(tokenizer, tmp_path):
     save_reward_model(tmp_path, with_template(tokenizer, "{{ 1 / 0 }}"), ["a"])
     margin = RewardModelSource(source="reward_model", path=str(tmp_path), dtype="float32")
-    with model_rewards(margin, torch.device("cpu")) as rewards, pytest.raises(DataError) as caught:
+    with margin.opened(torch.device("cpu")) as rewards, pytest.raises(DataError) as caught:
         rewards([QUESTION], ["Because."], [7])
     assert str(caught.value).startswith(f"{tmp_path}, row 7: the chat template refuses")
 
@@ -215,8 +214,11 @@ def test_a_function_that_ends_the_program_is_an_error(module):
     with pytest.raises(ConfigError, match=r"the function ends_at_import:f cannot be imported: SystemExit\(0\)"):
         import_function("ends_at_import:f")
     module("ends_when_called", "import sys\ndef f(prompts, responses):\n    sys.exit()\n")
-    rewards = function_rewards(FunctionSource(source="callable", function="ends_when_called:f"))
-    with pytest.raises(DataError, match=r"ends_when_called:f, .* of row 3 the first, raised SystemExit\(0?\)"):
+    source = FunctionSource(source="callable", function="ends_when_called:f")
+    with (
+        source.opened(None) as rewards,
+        pytest.raises(DataError, match=r"ends_when_called:f, .* of row 3 the first, raised SystemExit\(0?\)"),
+    ):
         rewards([QUESTION], ["x"], [3])
 
 
@@ -225,8 +227,9 @@ def test_an_interrupt_of_the_user_passes(module, where):
     name = f"interrupted_{where.replace(' ', '_')}"
     body = "raise KeyboardInterrupt\n"
     module(name, body if where == "at import" else f"def f(prompts, responses):\n    {body}")
-    with pytest.raises(KeyboardInterrupt):
-        function_rewards(FunctionSource(source="callable", function=f"{name}:f"))([QUESTION], ["x"], [3])
+    source = FunctionSource(source="callable", function=f"{name}:f")
+    with pytest.raises(KeyboardInterrupt), source.opened(None) as rewards:
+        rewards([QUESTION], ["x"], [3])
 
 
 @pytest.mark.parametrize(
@@ -252,7 +255,7 @@ def test_records_of_a_margins_adapter_that_are_wrong_are_named(tmp_path, file, c
     (tmp_path / file).unlink()
     os.mkfifo(tmp_path / file) if content is None else (tmp_path / file).write_text(content)
     with pytest.raises(ConfigError, match=r"`modpo\.margins\.a\.path` cannot be read: ") as caught:
-        check_margin(AdapterSource(source="adapter", path=str(tmp_path)), "`modpo.margins.a")
+        resolve_source(AdapterSource(source="adapter", path=str(tmp_path)), "`modpo.margins.a")
     assert words in str(caught.value)
 
 
@@ -267,7 +270,7 @@ def test_records_of_a_margins_adapter_that_are_wrong_are_named(tmp_path, file, c
 def test_a_reward_models_record_that_is_wrong_is_named(tmp_path, content, words):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"`modpo\.margins\.a\.path`.*config\.json") as caught:
-        check_margin(RewardModelSource(source="reward_model", path=str(tmp_path)), "`modpo.margins.a")
+        resolve_source(RewardModelSource(source="reward_model", path=str(tmp_path)), "`modpo.margins.a")
     assert words in str(caught.value)
 
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from axolotl_mopo.training.table_cache import _digest
+from axolotl_mopo.digests.weights import table_digest
 
 CONTEXT = multiprocessing.get_context("fork")
 LIMIT = 3.0
@@ -108,7 +108,7 @@ def test_a_table_that_cannot_be_used_is_computed_again(table, break_, tmp_path):
         save_file({"other": PLANTED["values"]}, path)
     elif break_ == "not finite":
         values = torch.tensor([[1.0, 2.0], [math.nan, 4.0]])
-        save_file({"values": values}, path, {"sha256": _digest("name", values)})
+        save_file({"values": values}, path, {"sha256": table_digest("name", values)})
     elif break_ == "cut":
         path.write_bytes(path.read_bytes()[:-3])
     elif break_ == "a link":

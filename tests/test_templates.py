@@ -14,10 +14,9 @@ from conftest import ROOT, smoke_config
 from pydantic import ValidationError
 from test_config import AMOPO, changed, refusal
 
-from axolotl_mopo.config import AMoPOConfig, Directives, MOPOArgs, parse_settings
+from axolotl_mopo.config import AMoPOConfig, Directives, MOPOArgs, parse_settings, sandbox
 from axolotl_mopo.config.model_files import Manifest
 from axolotl_mopo.config.templates import dimension_values
-from axolotl_mopo.data import sandbox
 from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.plugin import MOPOPlugin
 from axolotl_mopo.records import read_record
@@ -271,7 +270,7 @@ def test_a_saved_model_names_no_file(folder):
     named = {"file": str(folder / "in" / "x.jinja")}
     path.write_text(json.dumps({"method": "amopo", "dimensions": ["a"], "directives": {"dimension": named}}))
     with pytest.raises(ValueError, match="it names a file, which only the YAML of a run may do"):
-        read_record(Manifest, path).dimensions_block()
+        read_record(Manifest, path).prompt_settings()
     with pytest.raises(ValidationError, match="it names a file"):
         MOPOArgs(amopo={"dimensions": ["a"], "directives": {"dimension": named}})
     with pytest.raises(ConfigError, match="it names a file"):

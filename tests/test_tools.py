@@ -4,7 +4,6 @@ import json
 
 import pytest
 import yaml
-from axolotl_mopo.data.directives import dimension_directive, integrated_directive
 from click.testing import CliRunner
 from conftest import prepare, smoke_config
 from datasets import Dataset, load_dataset
@@ -14,7 +13,7 @@ from transformers import AutoTokenizer
 
 from axolotl_mopo.cli import mopo
 from axolotl_mopo.config import Directives
-from axolotl_mopo.evaluation.report import notes
+from axolotl_mopo.training.warnings import row_warnings
 
 HELPFULNESS = ("--type", "helpsteer", "--objective", "helpfulness")
 
@@ -243,12 +242,12 @@ def test_directives_shows_what_a_row_is_trained_with(config, tmp_path, tokenizer
 
 def test_directives_for_a_question(config, tmp_path):
     path = config("amopo")
-    integrated = integrated_directive(Directives(), DIMENSIONS, (1, 5))
+    integrated = Directives().for_all(DIMENSIONS, (1, 5))
     inference = json.loads(shown(path, "--question", "Why?", "--json", tmp_path=tmp_path))["inference"]
     assert inference["messages"] == [{"role": "user", "content": f"{integrated}\n\nWhy?"}]
     assert inference["user_template"].replace("{question}", "Why?") == f"{integrated}\n\nWhy?"
     chosen = ("--question", "Why?", "--dimension", "correctness", "--score", "3")
-    directive = dimension_directive(Directives(), "correctness", 3, DIMENSIONS, (1, 5))
+    directive = Directives().for_one("correctness", 3, DIMENSIONS, (1, 5))
     text = shown(path, *chosen, tmp_path=tmp_path)
     assert text.endswith(
         f"=== inference: correctness\n<|im_start|>user\n{directive}\n\nWhy?<|im_end|>\n<|im_start|>assistant\n\n"
@@ -326,9 +325,9 @@ def prepared_rows(keys, cut_prompts=0, cut_completions=0):
 
 
 def test_notes_on_what_was_cut_and_on_prompts_in_both_sets():
-    assert list(notes(prepared_rows(range(5)), prepared_rows(range(5, 9)))) == []
-    assert list(notes(prepared_rows(range(5)), None)) == []
-    said = list(notes(prepared_rows(range(5), cut_prompts=3), prepared_rows([1, 4, 7], cut_completions=1)))
+    assert list(row_warnings(prepared_rows(range(5)), prepared_rows(range(5, 9)))) == []
+    assert list(row_warnings(prepared_rows(range(5)), None)) == []
+    said = list(row_warnings(prepared_rows(range(5), cut_prompts=3), prepared_rows([1, 4, 7], cut_completions=1)))
     assert said[0].startswith("3 of 5 training pairs have prompts that were cut to fit into sequence_len, by 20 tokens")
     assert said[1].startswith("1 of 3 evaluation pairs have completions that were cut")
     assert said[2].startswith("2 of 3 evaluation pairs have a prompt that is in the training set as well")

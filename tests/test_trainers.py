@@ -96,7 +96,7 @@ def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, host_lo
     other_log, other_gradients = first_step(limited)
     assert len(forwards) > 2
     if limit == 480 and layout == "packed":
-        units = [len(unit) for batch in limited.get_train_dataloader() for unit in batch["units"]]
+        units = [len(unit) for batch in limited.get_train_dataloader() for unit in batch["groups"]]
         assert {1, 2} <= set(units)
     if limit > 1:
         assert all(kwargs["input_ids"].numel() <= limit for kwargs in forwards)
@@ -188,7 +188,9 @@ def test_the_hosts_own_log_softmax_is_in_use(build):
     from axolotl_mopo.logprobs.log_softmax import selective_log_softmax
     from axolotl_mopo.training.base import choose_log_softmax
 
-    assert build("amopo").scorer.log_softmax is choose_log_softmax(torch.device("cpu")) is selective_log_softmax
+    assert (
+        build("amopo").logprob_computer.log_softmax is choose_log_softmax(torch.device("cpu")) is selective_log_softmax
+    )
     assert choose_log_softmax(torch.device("cuda")) is host.selective_log_softmax
 
 

@@ -18,7 +18,9 @@ class MethodConfig(Settings):
     rl: ClassVar[str]
     """What `rl:` calls the method; its block has the same name."""
     trainer: ClassVar[str]
-    """The dotted name of its trainer, which the host imports when it is needed."""
+    """The dotted name of its trainer, which Axolotl imports when it is needed."""
+
+    renamed: ClassVar = {"max_tokens_per_step": "max_tokens_per_pass"}
 
     layout: Literal["packed", "padded"] | None = Field(
         None, description="packed or padded; the cheapest that gives the model's numbers where omitted"
@@ -42,7 +44,7 @@ class MethodConfig(Settings):
 
 
 class MarginColumns(Settings):
-    """The part of MODPO's settings that prepared rows depend on. A sweep shares rows, since weights are not part of it."""
+    """The part of MODPO's settings that prepared rows depend on: not the weights, so that a sweep shares its rows."""
 
     margins: dict[str, Margin]
     """The sources that rows decide by themselves, without clip, normalize and scale."""

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -26,6 +26,9 @@ class Settings(BaseModel):
     """A mapping in the YAML: unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Keys of older versions, and what they are called now."""
 
     @classmethod
     def nested(cls, keys: list[Any], raw: Mapping[str, Any]) -> tuple[str, type[BaseModel], list[Any]] | None:
@@ -82,6 +85,8 @@ def _explain(kind: type[Settings], raw: Mapping[str, Any], path: str, error: dic
     field = fields.model_fields.get(str(keys[0])) if keys else None
     expected = f"; expected {field.description}" if field and field.description else ""
     match error["type"]:
+        case "extra_forbidden" if new := getattr(fields, "renamed", {}).get(str(keys[-1])):
+            return f"{where} was renamed to `{new}`; rename the key"
         case "extra_forbidden":
             known = ", ".join(fields.model_fields)
             return f"{where} is not a known key{did_you_mean(str(keys[-1]), fields.model_fields)}; known are {known}"

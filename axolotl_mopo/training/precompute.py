@@ -244,7 +244,7 @@ class _PairResponses:
 
         def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
             with source.opened(device) as rewards:
-                return _both_sides(rewards, rows, numbers, source.batch_size, self.title, quiet)
+                return both_sides(rewards, rows, numbers, source.batch_size, self.title, quiet)
 
         settings = source.model_dump(mode="json", exclude={*TRAINING_KEYS, "batch_size", "path"})
         content = {"texts": rows_digest(self.rows, _TEXTS), "settings": settings, "source": source.content_digest()}
@@ -263,7 +263,7 @@ class _PairResponses:
         return self.precomputation.separate_logps(self.title, reference, self.rows, self.rows_key)
 
 
-def _both_sides(
+def both_sides(
     rewards: Rewards, rows: Dataset, numbers: Sequence[int], batch_size: int, title: str, quiet: bool
 ) -> Tensor:
     """The rewards of both responses of N prepared rows, [N, 2]."""

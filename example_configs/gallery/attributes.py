@@ -30,9 +30,9 @@ from transformers import AutoTokenizer
 from axolotl_mopo.config import AMoPOConfig
 from axolotl_mopo.data.conversations import user
 from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
-from axolotl_mopo.evaluation.models import Models, SequenceScorer, generate, stop_tokens
-from axolotl_mopo.evaluation.policies import Asking, Policy, find_policies
-from axolotl_mopo.evaluation.schema import Sampling
+from axolotl_mopo.evaluation.models import CompletionLogps, Models, generate, stop_tokens
+from axolotl_mopo.evaluation.policies import Policy, find_policies
+from axolotl_mopo.evaluation.schema import PromptChoice, Sampling
 
 OUTPUT = Path("outputs/gallery/attributes")
 COMMON = {
@@ -155,9 +155,9 @@ class Judge:
 
     def __call__(self, policy: Policy) -> dict[str, float]:
         """Preference accuracies, and the attributes of generated responses."""
-        askings = [Asking()]
+        askings = [PromptChoice()]
         if policy.manifest.get("integrated") is False:
-            askings = [Asking(name) for name in self.attributes]
+            askings = [PromptChoice(name) for name in self.attributes]
         each = [self._rewards(policy, asking) for asking in askings]
         rewards = [statistics.fmean(values) for values in zip(*each, strict=True)]
         accuracies = {name: self._accuracy(name, rewards) for name in self.attributes}
@@ -173,7 +173,7 @@ class Judge:
             **{f"shown {name}": value for name, value in attributes.items()},
         }
 
-    def _rewards(self, policy: Policy, asking: Asking) -> list[float]:
+    def _rewards(self, policy: Policy, asking: PromptChoice) -> list[float]:
         """The reward by which the policy was trained, of every row's two responses in turn."""
         prompts = [self._prompt(policy, asking, row["prompt"]) for row in self.rows for _ in row["both"]]
         texts = [(row["prompt"], text) for row in self.rows for text in row["both"]]
@@ -188,7 +188,7 @@ class Judge:
         self, path: str, base: str | None, prompts: list[list[int]], completions: list[list[int]]
     ) -> list[float]:
         with self.models.running(path, base) as model:
-            score = SequenceScorer(model, (prompts[0], completions[0]))
+            score = CompletionLogps(model, (prompts[0], completions[0]))
             parts = range(0, len(prompts), BATCH)
             return [logp for at in parts for logp in score(prompts[at : at + BATCH], completions[at : at + BATCH])]
 
@@ -200,14 +200,14 @@ class Judge:
         ]
         return statistics.fmean(more * margin > 0 for more, margin in margins if more)
 
-    def _responses(self, policy: Policy, asking: Asking) -> list[str]:
+    def _responses(self, policy: Policy, asking: PromptChoice) -> list[str]:
         prompts = [self._prompt(policy, asking, user(question)) for question in self.questions]
         with self.models.running(policy.path, policy.base) as model:
             stops = stop_tokens(model.generation_config, self.tokenizer)
             drawn = generate(model, prompts, SAMPLING, stops, seed=0)
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for each in drawn for ids in each]
 
-    def _prompt(self, policy: Policy, asking: Asking, messages: list[Any]) -> list[int]:
+    def _prompt(self, policy: Policy, asking: PromptChoice, messages: list[Any]) -> list[int]:
         (ids,) = tokenize(self.tokenizer, [self.renderer.prompt(policy.asked(messages, asking))])
         return ids
 

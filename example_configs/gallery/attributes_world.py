@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from axolotl_mopo.data.directives import training_directives
-
 from axolotl_mopo.config import AMoPOConfig
 from axolotl_mopo.data.conversations import user, with_directive
 
@@ -100,7 +98,7 @@ class World:
             if number % 2:
                 block = self.rng.choice(settings)
                 scores = {name: self.rng.randint(1, 5) for name in block.dimensions}
-                messages = with_directive(messages, self.rng.choice(training_directives(block, scores)))
+                messages = with_directive(messages, self.rng.choice(block.training_directives(scores)))
             yield {"messages": [*messages, assistant(self.response())]}
 
     def rows(self, questions: Sequence[str], count: int) -> Iterator[dict[str, Any]]:

@@ -104,7 +104,7 @@ def _ours(model: Any, pairs: Sequence[Pair], method: str, device: str, *, layout
         trainer.precompute(model)
     model.train()
     batch = send_to_device(trainer.data_collator(list(trainer.train_dataset)), device)
-    tokens = sum(one["input_ids"].numel() for unit in batch["units"] for one in unit)
+    tokens = sum(one["input_ids"].numel() for unit in batch["groups"] for one in unit)
     return Contestant(f"ours, {layout}", lambda: trainer.compute_loss(model, batch), tokens)
 
 

@@ -14,7 +14,7 @@ class FreshMargin(TextSource):
     source: Literal["fresh"]
     n: int = Field(3, ge=1, description="words in a run, at least 1")
 
-    def rewards(self, prompts: list[list[dict]], responses: list[str]) -> list[float]:
+    def compute(self, prompts: list[list[dict]], responses: list[str]) -> list[float]:
         """One reward for each response."""
         return [self._fresh(response.lower().split()) for response in responses]
 

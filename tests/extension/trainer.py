@@ -8,7 +8,7 @@ from torch import Tensor
 
 from axolotl_mopo.logprobs.computer import CompletionLogProbs, by_side
 from axolotl_mopo.training.base import MultiObjectiveTrainer
-from axolotl_mopo.training.microbatching import Batch, Losses
+from axolotl_mopo.training.microbatching import Losses, Part
 from extension.method import TchebycheffConfig
 
 
@@ -27,25 +27,25 @@ class TchebycheffTrainer(MultiObjectiveTrainer):
   year      = {2024}
 }"""
 
-    def pair_losses(self, scores: CompletionLogProbs, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def pair_losses(self, logprobs: CompletionLogProbs, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """mu * log sum_d exp(loss_d / mu), and for the log the loss of every dimension."""
         mu, names = self.method.mu, self.method.prompt_names
-        losses = self._losses(scores, len(names))
+        losses = self._losses(logprobs, len(names))
         return mu * torch.logsumexp(losses / mu, -1), {f"losses/{name}": losses[:, d] for d, name in enumerate(names)}
 
-    def prompt_losses(self, whole: CompletionLogProbs, inputs: Batch) -> Losses:
+    def prompt_losses(self, whole: CompletionLogProbs, part: Part) -> Losses:
         """The same as a sum over prompts, sum_d p_d * (loss_d - mu * log p_d) with p = softmax(loss / mu)."""
         mu = self.method.mu
         log_p = torch.log_softmax(self._losses(whole, len(self.method.prompt_names)) / mu, -1)
 
-        def losses(scores: CompletionLogProbs, inputs: Batch) -> Tensor:
-            first, end = inputs["prompts"]
-            part = log_p[:, first:end]
-            return (part.exp() * (self._losses(scores, end - first) - mu * part)).sum(-1)
+        def losses(logprobs: CompletionLogProbs, part: Part) -> Tensor:
+            first, end = part.prompts
+            own = log_p[:, first:end]
+            return (own.exp() * (self._losses(logprobs, end - first) - mu * own)).sum(-1)
 
         return losses
 
-    def _losses(self, scores: CompletionLogProbs, prompts: int) -> Tensor:
+    def _losses(self, logprobs: CompletionLogProbs, prompts: int) -> Tensor:
         """SimPO's loss of every dimension, [b, D]."""
-        chosen, rejected = by_side(scores, prompts)
+        chosen, rejected = by_side(logprobs, prompts)
         return -F.logsigmoid(self.method.beta * (chosen.logps / chosen.lengths - rejected.logps / rejected.lengths))
