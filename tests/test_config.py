@@ -1,4 +1,4 @@
-"""Every setting that cannot work is refused with the key, the fault and the mend."""
+"""Every setting that cannot work is refused with the key, the fault and how to fix it."""
 
 import copy
 import math

@@ -120,7 +120,7 @@ def test_the_content_of_ratings_and_of_files_behind_a_pattern_counts(tmp_path):
 
 def test_rows_of_another_value_are_named_by_a_scalar():
     where = {"split": "train", "n": 1, "x": 0.5, "ok": True}
-    assert spec(AMOPO, type="axolotl_mopo.pairs", where=where).options["where"] == where
+    assert spec(AMOPO, type="axolotl_mopo.pairs", where=where).options.where == where
 
 
 @pytest.mark.parametrize(

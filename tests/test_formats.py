@@ -504,7 +504,7 @@ def test_bad_texts_are_named_by_row_or_dropped_and_counted(kind, old, new, reaso
     else:
         bad = replaced(good, old, new)
     objective = ("better",) if kind == "safe_rlhf" else ()
-    with pytest.raises(DataError, match=r"^data.jsonl, row 2: its .*; mend the row, or .* on_bad_row: drop$"):
+    with pytest.raises(DataError, match=r"^data.jsonl, row 2: its .*; fix the row, or .* on_bad_row: drop$"):
         read(kind, [good, good, bad, good], objective=objective)
     made, stats = read(kind, [good, good, bad, good], objective=objective, on_bad_row="drop")
     assert len(made) == 3

@@ -23,7 +23,7 @@ TWICE = '{"prompt": "p", "chosen": "a", "chosen": "b"}\n'
 HALF = LINE + LINE[:20]
 SURROGATE = json.dumps({"prompt": "p \U0001f600 \udc9f", "chosen": "a", "rejected": "b"}) + "\n"
 FAULTY = {
-    "half.jsonl": (HALF, ["is no JSON in line 2", "mend the line or take it out"]),
+    "half.jsonl": (HALF, ["is no JSON in line 2", "fix the line or take it out"]),
     "utf-16.jsonl": (LINE.encode("utf-16"), ["is not UTF-8, from line 1 on", "iconv"]),
     "twice.jsonl": (LINE + TWICE, ["has the key 'chosen' twice in one JSON object in line 2; rename or remove one"]),
     "twice.json": (f"[{LINE.strip()},\n{TWICE}]", ["has the key 'chosen' twice in one JSON object in line 2; rename"]),

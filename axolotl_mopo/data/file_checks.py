@@ -172,7 +172,7 @@ def _line_fault(text: str, whole: bool) -> str | None:
         except ValueError as error:
             if number == 1 and not whole:
                 return None  # a single value of many lines, perhaps
-            return f"is no JSON in line {number}: {error}; mend the line or take it out"
+            return f"is no JSON in line {number}: {error}; fix the line or take it out"
         if not isinstance(value, dict):
             return f"holds, in line {number}, no JSON object but {value!r:.60}"
         if _SURROGATE.search(line) and (surrogate := _lone_surrogate(value)):

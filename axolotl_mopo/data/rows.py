@@ -123,7 +123,7 @@ def column(row: Row, name: str, hint: str = "") -> Any:
     """The value of a column that must be there and hold something.
 
     Raises:
-        RowError: naming the column, with `hint` as the mend.
+        RowError: naming the column; `hint` says how to fix it.
     """
     if name not in row:
         raise RowError(f"it has no column `{name}`; its columns are {', '.join(row)}{hint}", "missing column")

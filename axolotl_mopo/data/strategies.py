@@ -104,8 +104,8 @@ def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
     stats = reader.stats
     LOG.info("%s: %s.", spec.where, "; ".join(stats.lines()))
     if not stats.pairs:
-        mend = ", or order them by another `objective`" if hasattr(spec.options, "objective") else ""
-        raise DataError(f"{spec.where}: no pair could be made of it: {'; '.join(stats.lines())}; mend the rows{mend}")
+        hint = ", or order them by another `objective`" if hasattr(spec.options, "objective") else ""
+        raise DataError(f"{spec.where}: no pair could be made of it: {'; '.join(stats.lines())}; fix the rows{hint}")
     if control_tokens.pairs:
         LOG.warning(
             "%s: %s pairs contain control tokens of the tokenizer as text (%s), the first of them in row %d. They are "
