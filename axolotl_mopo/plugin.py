@@ -104,7 +104,7 @@ class MOPOPlugin(BasePlugin):
         Raises:
             ConfigError: where this process was not started by a launcher.
         """
-        if _blocks(cfg) and cfg.rl and not cfg.merge_lora:
+        if _method_config(cfg) and cfg.rl and not cfg.merge_lora:
             check_devices()
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
@@ -113,54 +113,53 @@ class MOPOPlugin(BasePlugin):
         Raises:
             ConfigError: where the host's arguments were made before it knew of the plugin.
         """
-        block = next((cfg[method].to_dict() for method in METHODS if cfg.get(method)), None)
-        arguments: dict[str, Any] = {"mopo": block} if block else {}
-        if block:
-            check_skipping(cfg, block.get("on_bad_loss"))  # by now the host knows what `bf16: auto` means
-            from axolotl.core.training_args import AxolotlORPOConfig
+        block = _method_config(cfg)
+        if block is None:
+            return {}
+        check_skipping(cfg, block.on_bad_loss)  # by now Axolotl knows what `bf16: auto` means
+        from axolotl.core.training_args import AxolotlORPOConfig
 
-            if not set(arguments) <= {known.name for known in fields(AxolotlORPOConfig)}:
-                raise ConfigError(
-                    "another configuration was trained in this process before, without the plugin, and Axolotl has "
-                    "fixed its arguments since; list `axolotl_mopo.MOPOPlugin` there too, or start another process"
-                )
-            arguments["logging_nan_inf_filter"] = False  # it hides bad losses, and waits for the device in every step
-            if cfg.dataloader_pin_memory is not False:  # batches are copied to the device while it computes
-                arguments["accelerator_config"] = {"non_blocking": True, **(cfg.accelerator_config or {})}
-            if cfg.group_by_length:
-                arguments["train_sampling_strategy"] = "group_by_length"
-            if cfg.load_best_model_at_end or cfg.early_stopping_patience:
-                arguments["load_best_model_at_end"] = True
-            arguments |= {key: cfg[key] for key in _SUPERVISED_ARGUMENTS if cfg.get(key) is not None}
-        return arguments
+        if "mopo" not in {known.name for known in fields(AxolotlORPOConfig)}:
+            raise ConfigError(
+                "another configuration was trained in this process before, without the plugin, and Axolotl has "
+                "fixed its arguments since; list `axolotl_mopo.MOPOPlugin` there too, or start another process"
+            )
+        arguments: dict[str, Any] = {"mopo": block.model_dump(mode="json")}
+        arguments["logging_nan_inf_filter"] = False  # it hides bad losses, and waits for the device in every step
+        if cfg.dataloader_pin_memory is not False:  # batches are copied to the device while it computes
+            arguments["accelerator_config"] = {"non_blocking": True, **(cfg.accelerator_config or {})}
+        if cfg.group_by_length:
+            arguments["train_sampling_strategy"] = "group_by_length"
+        if cfg.load_best_model_at_end or cfg.early_stopping_patience:
+            arguments["load_best_model_at_end"] = True
+        return arguments | {key: cfg[key] for key in _SUPERVISED_ARGUMENTS if cfg.get(key) is not None}
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: Any) -> list[Any]:
         """What writes `mopo.json` and `mopo.png` beside every checkpoint."""
-        from axolotl_mopo.training.history import HistoryCallback
-        from axolotl_mopo.training.manifest import ManifestCallback
+        from axolotl_mopo.training.callbacks import HistoryCallback, ManifestCallback
 
-        blocks = _blocks(cfg)
-        return [*(ManifestCallback(block, cfg.base_model) for block in blocks), *(HistoryCallback() for _ in blocks)]
+        block = _method_config(cfg)
+        return [ManifestCallback(block, cfg.base_model), HistoryCallback()] if block else []
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
-        """Early stopping, which the host leaves out for preference runs."""
+        """Early stopping, which Axolotl leaves out for preference runs."""
         from transformers import EarlyStoppingCallback
 
         patience = cfg.early_stopping_patience
-        return [EarlyStoppingCallback(patience) for _ in _blocks(cfg) if patience]
+        return [EarlyStoppingCallback(patience)] if patience and _method_config(cfg) else []
 
     def post_train(self, cfg: DictDefault, model: Any) -> None:
         """Write `mopo.json` beside the final model."""
-        from axolotl_mopo.training.manifest import write_manifest
+        from axolotl_mopo.training.callbacks import write_manifest
 
-        for block in _blocks(cfg):
-            if os.environ.get("RANK", "0") == "0":  # by now Axolotl has ended the process group
-                write_manifest(block, cfg.base_model, Path(cfg.output_dir))
+        block = _method_config(cfg)
+        if block and os.environ.get("RANK", "0") == "0":  # by now Axolotl has ended the process group
+            write_manifest(block, cfg.base_model, Path(cfg.output_dir))
 
 
-def _blocks(cfg: DictDefault) -> list[MethodConfig]:
-    """The block of the method in use, if it is one of ours."""
-    return [block.model_validate(cfg[method].to_dict()) for method, block in METHODS.items() if cfg.get(method)]
+def _method_config(cfg: DictDefault) -> MethodConfig | None:
+    """The settings of the method in use; None if it is not one of ours."""
+    return next((kind.model_validate(cfg[rl].to_dict()) for rl, kind in METHODS.items() if cfg.get(rl)), None)
 
 
 def _yaml_folder(cfg: dict[str, Any]) -> Path:

@@ -32,7 +32,7 @@ from axolotl_mopo.evaluation.prompts import Prompts, read_prompts
 from axolotl_mopo.evaluation.schema import PromptChoice, Sampling
 from axolotl_mopo.evaluation.scoring import Scoring, parse_scorer
 from axolotl_mopo.evaluation.statistics import find_front
-from axolotl_mopo.training.manifest import write_manifest
+from axolotl_mopo.training.callbacks import write_manifest
 
 QUESTIONS = [
     "What is 2 plus 3?",

@@ -4,8 +4,8 @@ import pytest
 from transformers import TrainerState, TrainingArguments
 
 from axolotl_mopo.config import AMoPOConfig
-from axolotl_mopo.training.history import HistoryCallback, curves, draw
-from axolotl_mopo.training.manifest import write_manifest
+from axolotl_mopo.training.callbacks import HistoryCallback, write_manifest
+from axolotl_mopo.training.history import curves, draw
 
 AMOPO = [
     {"loss": 2.1, "rewards/margins": 0.1, "rewards/margins/helpfulness": 0.2, "weights/helpfulness": 0.5, "step": 5},

@@ -27,7 +27,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 def part_of(dotted):
     """The package or module directly below `axolotl_mopo` that a dotted name is of."""
-    return (dotted.split(".") + [""])[1]
+    return [*dotted.split("."), ""][1]
 
 
 def imported(path):
@@ -48,9 +48,8 @@ def upward(path, package=PACKAGE):
     own = part_of(".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"))
     for name, line in imported(path):
         other = part_of(name)
-        if other not in RANKS or other == own:  # a name in the package's face, or a neighbour in the same part
-            continue
-        if RANKS[other] >= RANKS[own] and not (other == "" and name == "axolotl_mopo"):
+        # What is in no layer is a name of the package's face, and what is in the own part a neighbour.
+        if other in RANKS and other not in ("", own) and RANKS[other] >= RANKS[own]:
             yield f"{path.name}, line {line}: {own} imports {other}"
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import host_trainer, smoke_config
 
 from axolotl_mopo.errors import ConfigError
-from axolotl_mopo.training.start import FILE_NAME, read_start
+from axolotl_mopo.training.callbacks import START, read_start
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_reference_that_cannot_be_found_is_not_computed_from_a_policy_that_has
 )
 def test_a_checkpoint_without_its_start_is_refused(run, tmp_path, content, message):
     if content is not None:
-        (tmp_path / FILE_NAME).write_text(content)
+        (tmp_path / START).write_text(content)
     with pytest.raises(ConfigError, match=f"`resume_from_checkpoint`: .*{message}"):
         resume(run[0], tmp_path)
 

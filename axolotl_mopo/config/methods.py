@@ -79,7 +79,7 @@ class MODPOConfig(MethodConfig):
     """The `modpo:` block."""
 
     rl: ClassVar = "modpo"
-    trainer: ClassVar = "axolotl_mopo.training.trainers.MODPOTrainer"
+    trainer: ClassVar = "axolotl_mopo.training.modpo.MODPOTrainer"
 
     objective: str = Field(description="the name of what `chosen` over `rejected` means in the data")
     weights: dict[str, Number] = Field(description="a mapping from the objective and every margin to its weight")
@@ -178,7 +178,7 @@ class AMoPOConfig(DimensionsConfig):
     """The `amopo:` block."""
 
     rl: ClassVar = "amopo"
-    trainer: ClassVar = "axolotl_mopo.training.trainers.AMoPOTrainer"
+    trainer: ClassVar = "axolotl_mopo.training.amopo.AMoPOTrainer"
 
     beta: Number = Field(0.8, gt=0, description="a positive number; 0.8 is the authors'")
     gamma: Number = Field(2.0, ge=0, description="a number of at least 0; 2.0 is the authors'")

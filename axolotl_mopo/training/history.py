@@ -1,19 +1,9 @@
 """`mopo.png`: how every objective went over a training run, for those without a tracker."""
 
-import gc
 import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from axolotl.utils.logging import get_logger
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from axolotl_mopo.files import Folder
-
-FILE_NAME = "mopo.png"
-LOG = get_logger("axolotl.mopo")
 
 _PANELS = {
     "loss": ("loss",),
@@ -62,28 +52,6 @@ def draw(history: Sequence[Mapping[str, Any]]) -> bytes | None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     return content.getvalue()
-
-
-class HistoryCallback(TrainerCallback):
-    """Draws the picture beside every checkpoint, and beside the final model."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The host's checkpoint is complete."""
-        self._draw(state, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """All steps are made."""
-        self._draw(state, Path(str(args.output_dir)))
-
-    @staticmethod
-    def _draw(state: TrainerState, folder: Path) -> None:
-        if state.is_world_process_zero:
-            try:
-                if picture := draw(state.log_history):
-                    Folder(folder).write(FILE_NAME, picture)
-            except Exception as error:  # a picture is not worth a run
-                LOG.warning("%s could not be drawn: %r", folder / FILE_NAME, error)
-            gc.collect()  # a figure is a web of cycles that keeps its pixels
 
 
 def _shows(metric: str, name: str) -> bool:

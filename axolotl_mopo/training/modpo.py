@@ -17,12 +17,11 @@ from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.logprobs.computer import CompletionLogProbs
 from axolotl_mopo.losses import modpo_loss
 from axolotl_mopo.training.base import MultiObjectiveTrainer, numbered, reward_metrics
+from axolotl_mopo.training.callbacks import START, StartCallback, read_start
 from axolotl_mopo.training.microbatching import Part
 from axolotl_mopo.training.pair_logprobs import PairLogProbs
 from axolotl_mopo.training.precompute import Constants, Precomputation
 from axolotl_mopo.training.prepared_rows import with_lengths
-from axolotl_mopo.training.start import FILE_NAME as START_FILE
-from axolotl_mopo.training.start import StartCallback, read_start
 from axolotl_mopo.training.table_cache import TableCache
 
 LOG = get_logger("axolotl.mopo")
@@ -82,7 +81,7 @@ class MODPOTrainer(MultiObjectiveTrainer):
         start, fault = broadcast_object_list([start, fault])
         if start is None:
             missing = (
-                f"{checkpoint} holds no {START_FILE}, without which the reference of a run whose weights are split "
+                f"{checkpoint} holds no {START}, without which the reference of a run whose weights are split "
                 "cannot be found again; resume from another checkpoint, or start the run anew"
             )
             raise ConfigError(f"`resume_from_checkpoint`: {fault or missing}")
