@@ -122,6 +122,28 @@ def test_padded_equals_one_plain_forward_for_each_sequence():
         assert scores.prob_std[completion].item() == pytest.approx(std.item(), abs=1e-8)
 
 
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3"])
+def test_a_sequence_may_be_as_long_as_the_window_a_token_less_or_a_token_more(architecture):
+    """Those that share nothing with others are attended by themselves, with the window of 5 or as a whole."""
+    lengths = range(1, 8)
+    pairs = [Pair([[10 * n, *range(3, 2 + n)]], [90], [91 + n % 3, 5, 6]) for n in lengths]
+    batch = pack(pairs)
+    whole = {q for q, k in zip(batch["segments"].query_lengths, batch["segments"].key_lengths, strict=True) if q == k}
+    assert {4, 5, 6, 7} <= whole
+    model = build_float64(architecture)
+    padded = scores_and_gradients(model, pad(pairs, 0))
+    use_tree_attention(model)
+    assert_same(scores_and_gradients(model, batch), padded, 1e-8)
+
+
+def test_tokens_of_a_large_vocabulary_share_what_they_have_in_common():
+    """Tokens that are alike in their low bytes, or their high ones, stand between sequences that begin alike."""
+    for first in (5, 300, 70_000, 5 + (1 << 24)):
+        for other in (first + 256, first + (1 << 16), first ^ 1):
+            pairs = [Pair([[first, 40 + n], [other, 41 + n]], [7, 8], [9]) for n in (0, 2, 4)]
+            assert pack(pairs)["input_ids"].shape == (1, 2 + 6 * (1 + 3))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_completion_does_not_see_the_other_one(architecture):
     model = build_model(CONFIGS[architecture])

@@ -89,8 +89,9 @@ def method_block(method, **settings):
 def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, host_log):
     """At 2000 several pairs share a pass, at 480 some are split by their prompts, at 1 every prompt stands alone."""
     common = {"max_steps": 1, "micro_batch_size": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 1e9}
-    log, gradients = first_step(build(method, "whole", **common, **method_block(method, layout=layout)))
-    limited = build(method, "limited", **common, **method_block(method, layout=layout, max_tokens_per_step=limit))
+    own = {"layout": layout, **({"sft_coef": 0.3} if method == "amopo" else {})}
+    log, gradients = first_step(build(method, "whole", **common, **method_block(method, **own)))
+    limited = build(method, "limited", **common, **method_block(method, **own, max_tokens_per_step=limit))
     forwards = []
     limited.model.register_forward_pre_hook(lambda model, args, kwargs: forwards.append(kwargs), with_kwargs=True)
     other_log, other_gradients = first_step(limited)
@@ -108,7 +109,7 @@ def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, host_lo
     assert_same_gradients(gradients, other_gradients)
     assert limited.state.total_flos > 0
     whole, limited = (
-        build(method, name, **method_block(method, layout=layout, **settings)).evaluate()
+        build(method, name, **method_block(method, **own, **settings)).evaluate()
         for name, settings in (("a", {}), ("b", {"max_tokens_per_step": limit}))
     )
     assert whole["eval_loss"] == pytest.approx(limited["eval_loss"], rel=1e-5)
@@ -296,6 +297,27 @@ def test_amopos_draws_are_only_in_training(build):
     assert trainer.compute_loss(trainer.model, batch) == trainer.compute_loss(trainer.model, batch)
 
 
+def test_every_micro_batch_of_every_rank_and_run_has_draws_of_its_own(build, monkeypatch):
+    trainer = build("amopo")
+    state, shared = trainer.state, type(trainer).__mro__[1]
+    monkeypatch.setattr(shared, "training_step", lambda *args: None)
+
+    def drawn(seed, rank, moments):
+        """What the micro-batches at these optimizer steps draw."""
+        monkeypatch.setattr(trainer.args, "seed", seed)
+        monkeypatch.setattr(type(trainer.args), "process_index", rank)
+        trainer._micro_batch = (0, 0)
+        for state.global_step in moments:
+            trainer.training_step(None, {})
+            yield torch.randn(3, generator=trainer._draw_generator()).tolist()
+
+    moments = [0, 0, 0, 1, 1, 1, 2]
+    runs = [(1, 0), (1, 1), (2, 0), (11, 0), (1, 10)]
+    draws = [draw for run in runs for draw in drawn(*run, moments)]
+    assert len({tuple(draw) for draw in draws}) == len(runs) * len(moments)
+    assert list(drawn(1, 1, moments[3:])) == draws[len(moments) + 3 : 2 * len(moments)]  # as a run that is resumed
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_where_an_undisturbed_one_does(build, method):
     steps = {"max_steps": 6, "save_strategy": None, "save_steps": 3, "gradient_accumulation_steps": 2}
@@ -402,3 +424,39 @@ def test_a_window_averages_over_pairs():
     assert popped["loss"].std == pytest.approx(3.5**0.5)
     assert popped["accuracy"].mean == 0.75
     assert window.pop(accelerator) == {}
+
+
+def test_a_window_forgets_what_came_since_its_mark_and_nothing_else():
+    window, accelerator = MetricWindow(), Accelerator(cpu=True)
+    window.add({"loss": torch.tensor([1.0, 2.0])})
+    window.mark()
+    window.add({"loss": torch.tensor([6.0])})
+    window.rewind()
+    window.add({"loss": torch.tensor([6.0])})
+    window.mark()
+    window.add({"loss": torch.tensor([math.nan, 1.0])})
+    window.rewind()
+    assert window.pop(accelerator)["loss"].mean == 3
+    window.mark()
+    window.add({"loss": torch.tensor([1.0])})
+    window.rewind()
+    assert window.pop(accelerator) == {}
+
+
+def test_numbers_that_are_all_the_same_have_a_spread_of_zero():
+    """Their variance is a difference of rounded sums, which is negative here, and would be positive for others."""
+    for value in (0.1, 0.3, 1e3 + 0.1):
+        window = MetricWindow()
+        for _ in range(7):
+            window.add({"loss": torch.tensor([value, value, value], dtype=torch.float64)})
+        mean, std = window.pop(Accelerator(cpu=True))["loss"]
+        assert mean == pytest.approx(value)
+        assert isinstance(std, float)
+        assert std == pytest.approx(0, abs=1e-4)
+
+
+def test_a_small_spread_of_large_numbers_is_kept():
+    window = MetricWindow()
+    for number in range(50):
+        window.add({"logps": torch.tensor([-4000.0, -4000.5]) + number % 2})
+    assert window.pop(Accelerator(cpu=True))["logps"].std == pytest.approx((0.5**2 + 0.25**2) ** 0.5, rel=1e-5)
