@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import MambaConfig, TrainerCallback
 
 from axolotl_mopo.config import ConfigError
+from axolotl_mopo.engine.scoring import CompletionScores
+from axolotl_mopo.margins.precompute import Constants
 from axolotl_mopo.metrics import MetricWindow
 
 FIXED = {"amopo": {"amopo": {"dimensions": ["helpfulness", "correctness"], "weighting": "uniform"}}, "modpo": {}}
@@ -412,6 +414,80 @@ def test_a_model_that_cannot_take_trees_trains_in_padded_rows(build, tmp_path, t
     assert "MambaForCausalLM" in host_log.text
     trainer.train()
     assert training_logs(trainer)[0]["loss"] > 0
+
+
+def made_up_scores(completions):
+    """Scores that no two completions share."""
+    rng = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 40, (completions,), generator=rng)
+    logps = -lengths * torch.rand(completions, generator=rng) * 3
+    return CompletionScores(logps, *torch.rand(2, completions, generator=rng), lengths)
+
+
+@pytest.mark.parametrize("weighting", ["mean", "uniform", {"integrated": 0.2, "helpfulness": 0.7, "correctness": 0.1}])
+def test_amopos_loss_and_log_are_those_of_its_settings(build, weighting):
+    settings = {"beta": 1.3, "gamma": 0.7, "temperature": 0.2, "sft_coef": 0.4}
+    trainer = build("amopo", amopo={"dimensions": ["helpfulness", "correctness"], "weighting": weighting, **settings})
+    trainer.model.train()
+    scores, names = made_up_scores(12), ["integrated", "helpfulness", "correctness"]
+    logps, prob_mean, _, lengths = (values.view(2, 3, 2) for values in scores)
+    weights = {
+        "mean": (prob_mean.sum(-1) / 0.2).softmax(-1),
+        "uniform": torch.full((2, 3), 1 / 3),
+    }.get(str(weighting), torch.tensor([[0.2, 0.7, 0.1]] * 2))
+    each = logps / lengths
+    odds = each - (1 - each.exp()).log()
+    dimension_losses = {
+        "simpo": -(1.3 * (each[..., 0] - each[..., 1]) - 0.7).sigmoid().log(),
+        "orpo": -each[..., 0] - 1.3 * (odds[..., 0] - odds[..., 1]).sigmoid().log(),
+    }
+    for loss_type, values in dimension_losses.items():
+        trainer.method = trainer.method.model_copy(update={"loss_type": loss_type})
+        losses, metrics = trainer.pair_losses(scores, {"pairs": torch.tensor([2, 0]), "size": 3})
+        assert torch.allclose(losses, (weights * values).sum(-1) - 0.4 * each[..., 0].mean(-1), rtol=1e-4)
+    for dimension, name in enumerate(names):
+        margins = 1.3 * (each[:, dimension, 0] - each[:, dimension, 1])
+        assert torch.allclose(metrics[f"weights/{name}"], weights[:, dimension], atol=1e-6)
+        assert torch.allclose(metrics[f"rewards/margins/{name}"], margins, rtol=1e-4)
+        assert torch.equal(metrics[f"rewards/accuracies/{name}"], margins > 0)
+    for side, name in enumerate(("chosen", "rejected")):
+        assert torch.allclose(metrics[f"rewards/{name}"], 1.3 * (weights * each[..., side]).sum(-1), rtol=1e-4)
+        assert torch.allclose(metrics[f"logps/{name}"], logps[..., side].mean(-1), rtol=1e-4)
+
+
+def test_modpos_loss_and_log_are_those_of_its_settings_and_of_the_pairs_constants(build):
+    margins = {"correctness": {"source": "column"}, "brief": {"source": "length"}}
+    weights = {"overall": 0.3, "correctness": 0.5, "brief": -0.2}
+    trainer = build("modpo", modpo={**modpo_block(), "weights": weights, "margins": margins, "beta": 0.4})
+    rng = torch.Generator().manual_seed(5)
+    reference, rewards = -30 * torch.rand(5, 2, generator=rng), torch.randn(5, 2, 2, generator=rng)
+    trainer._tables = Constants(reference, rewards)
+    scores = made_up_scores(4)
+    batch = {"pair_index": torch.tensor([4, 1, 3]), "pairs": torch.tensor([2, 0])}
+    policy, reference, rewards = scores.logps.view(2, 2), reference[[3, 4]], rewards[[3, 4]]
+    collective = 0.4 * (policy - reference)
+    implied = (collective - 0.5 * rewards[..., 0] + 0.2 * rewards[..., 1]) / 0.3
+    gap = implied[:, 0] - implied[:, 1]
+    for loss_type, expected in (("sigmoid", (1 + (-gap.double()).exp()).log().float()), ("hinge", (1 - gap).relu())):
+        trainer.method = trainer.method.model_copy(update={"loss_type": loss_type})
+        losses, metrics = trainer.pair_losses(scores, batch)
+        assert torch.allclose(losses, expected, rtol=1e-4, atol=1e-6)
+    named = {
+        "rewards/": implied,
+        "rewards/collective_": collective,
+        "logps/": policy,
+        "margins/correctness/": rewards[..., 0],
+        "margins/brief/": rewards[..., 1],
+    }
+    for head, values in named.items():
+        for side, name in enumerate(("chosen", "rejected")):
+            assert torch.allclose(metrics[f"{head}{name}"], values[:, side], rtol=1e-4), head
+    for margin, name in enumerate(margins):
+        assert torch.equal(metrics[f"margins/{name}"], rewards[:, 0, margin] - rewards[:, 1, margin])
+    assert torch.equal(metrics["rewards/accuracies"], gap > 0)
+    trainer.train_window.add(metrics)
+    spreads = {name for name in trainer._pop_metrics(trainer.train_window) if "_std" in name}
+    assert spreads == {"rewards/margins_std", "margins_std/correctness", "margins_std/brief"}
 
 
 def test_a_window_averages_over_pairs():
