@@ -1,6 +1,7 @@
 """Packed trees give exactly what one padded row for each prompt and completion gives."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -16,9 +17,14 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from axolotl_mopo.logprobs.attention import TREE_PREFIX, use_plain_attention, use_tree_attention
+from axolotl_mopo.logprobs.attention import (
+    TREE_PREFIX,
+    plain_implementation,
+    use_plain_attention,
+    use_tree_attention,
+)
 from axolotl_mopo.logprobs.computer import LogProbComputer, completion_logprobs
-from axolotl_mopo.logprobs.layout import Layout, choose_layout, why_not_trees
+from axolotl_mopo.logprobs.layout import Layout, choose_layout, tolerance_of, why_not_trees
 from axolotl_mopo.logprobs.trees import Pair, pack, pad
 
 score = LogProbComputer()
@@ -120,6 +126,28 @@ def test_padded_equals_one_plain_forward_for_each_sequence():
         assert scores.logps[completion].item() == pytest.approx(per_token.sum().item(), abs=1e-6)
         assert scores.prob_mean[completion].item() == pytest.approx(probs.mean().item(), abs=1e-8)
         assert scores.prob_std[completion].item() == pytest.approx(std.item(), abs=1e-8)
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3"])
+def test_a_sequence_may_be_as_long_as_the_window_a_token_less_or_a_token_more(architecture):
+    """Those that share nothing with others are attended by themselves, with the window of 5 or as a whole."""
+    lengths = range(1, 8)
+    pairs = [Pair([[10 * n, *range(3, 2 + n)]], [90], [91 + n % 3, 5, 6]) for n in lengths]
+    batch = pack(pairs)
+    whole = {q for q, k in zip(batch["segments"].query_lengths, batch["segments"].key_lengths, strict=True) if q == k}
+    assert {4, 5, 6, 7} <= whole
+    model = build_float64(architecture)
+    padded = scores_and_gradients(model, pad(pairs, 0))
+    use_tree_attention(model)
+    assert_same(scores_and_gradients(model, batch), padded, 1e-8)
+
+
+def test_tokens_of_a_large_vocabulary_share_what_they_have_in_common():
+    """Tokens that are alike in their low bytes, or their high ones, stand between sequences that begin alike."""
+    for first in (5, 300, 70_000, 5 + (1 << 24)):
+        for other in (first + 256, first + (1 << 16), first ^ 1):
+            pairs = [Pair([[first, 40 + n], [other, 41 + n]], [7, 8], [9]) for n in (0, 2, 4)]
+            assert pack(pairs)["input_ids"].shape == (1, 2 + 6 * (1 + 3))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -298,3 +326,87 @@ def test_a_model_whose_numbers_differ_falls_back_to_padded_rows():
     with pytest.raises(ValueError, match="cannot be trained in packed trees: token log-probs differ"):
         choose_layout(model, model, ragged_pairs(), "packed")
     assert not model.config._attn_implementation.startswith(TREE_PREFIX)
+
+
+def test_segments_move_as_a_whole():
+    segments = pack(ragged_pairs())["segments"]
+    moved = segments.to("meta")
+    assert {moved.key_index.device.type, moved.cu_seq_q.device.type, moved.cu_seq_k.device.type} == {"meta"}
+    assert (moved.query_lengths, moved.max_k) == (segments.query_lengths, segments.max_k)
+
+
+def test_no_segment_is_empty_and_those_of_one_shape_are_attended_at_once(monkeypatch):
+    same = [[60, 61], [60, 61], [70, 71], [60, 61]]
+    pairs = [Pair([[5, 6, 7], [8, 9, 10]], completion, [50, 51]) for completion in same]
+    segments = (batch := pack(pairs))["segments"]
+    assert min(segments.query_lengths) > 0
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, *rest, **options: calls.append(len(query)) or attention(query, *rest, **options),
+    )
+    model = build_model(CONFIGS["llama"])
+    use_tree_attention(model)
+    score(model, batch)
+    shapes = Counter(zip(segments.query_lengths, segments.key_lengths, strict=True))
+    assert max(shapes.values()) > 2
+    assert sorted(calls) == sorted([*shapes.values()] * model.config.num_hidden_layers)
+
+
+def test_tree_attention_that_is_used_twice_is_undone_at_once():
+    model = build_model(CONFIGS["llama"])
+    for _ in range(2):
+        use_tree_attention(model)
+    assert model.config._attn_implementation == TREE_PREFIX + "sdpa"
+    assert plain_implementation(model) == "sdpa"
+    use_plain_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_numbers_that_are_no_numbers_fall_back_to_padded_rows():
+    """NaN is neither above nor below a tolerance."""
+
+    class Failing(LlamaForCausalLM):
+        """Gives no numbers for packed rows."""
+
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0, **kwargs):
+            output = super().forward(input_ids, attention_mask, position_ids, logits_to_keep=logits_to_keep, **kwargs)
+            output.logits = output.logits * (torch.nan if position_ids is not None else 1)
+            return output
+
+    model = Failing(copy.deepcopy(CONFIGS["llama"]))
+    layout = choose_layout(model, model, ragged_pairs())
+    assert layout == Layout("token log-probs differ by nan, more than 0.01")
+
+
+def test_one_pair_among_many_that_differs_is_enough():
+    """The completions of the last pair alone, which are a token long, differ by a little more than is tolerated."""
+    last = ragged_pairs()[-1].chosen[0]
+
+    class Odd(LlamaForCausalLM):
+        """Shifts the logit of a token in packed rows."""
+
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0, **kwargs):
+            output = super().forward(input_ids, attention_mask, position_ids, logits_to_keep=logits_to_keep, **kwargs)
+            if position_ids is not None:
+                output.logits[..., last] += 0.012
+            return output
+
+    torch.manual_seed(0)
+    model = Odd(copy.deepcopy(CONFIGS["llama"]))
+    assert "differ" in choose_layout(model, model, ragged_pairs()).why_not_packed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mixed", "tolerance"),
+    [
+        (torch.float32, False, 0.01),
+        (torch.float64, False, 0.01),
+        (torch.float32, True, 0.25),
+        (torch.bfloat16, False, 0.25),
+        (torch.float16, True, 0.25),
+    ],
+)
+def test_half_precision_of_weights_or_passes_widens_the_tolerance(dtype, mixed, tolerance):
+    assert tolerance_of(torch.zeros(1, dtype=dtype), mixed) == tolerance

@@ -137,6 +137,29 @@ def test_a_start_that_changes_nothing_is_the_base_model(init):
     assert base == policy
 
 
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.modules_to_save"),
+        ({"trainable_token_indices": [3]}, "trainable_tokens_delta"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_what_an_adapter_holds_besides_its_factors_may_change_the_policy(kind, part):
+    """The second factors are all zero, so the rest is all that counts."""
+    model = get_peft_model(llama(), LoraConfig(**LORA, **kind))
+    parts = [parameter for name, parameter in model.named_parameters() if part in name]
+    assert parts
+    names = [policy_digests(model)]
+    with torch.no_grad():
+        for parameter in parts:
+            parameter += 0.1
+    names.append(policy_digests(model))
+    assert {base for base, _ in names} == {policy_digests(llama())[0]}
+    assert names[1][1] not in (names[1][0], names[0][1])
+
+
 @pytest.mark.parametrize("nested", [False, True], ids=["single", "double"])
 def test_what_dequantises_four_bits_is_in_the_name(nested):
     def quantised(change=lambda state: None):

@@ -1,14 +1,20 @@
 """A loss that is no finite number: the run stops with the rows named, or the step is skipped and counted."""
 
+import math
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import Poison, host_trainer, rare_token, smoke_config
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from axolotl_mopo.errors import LossError
+from axolotl_mopo.training.loss_guard import LossGuard, describe_rows
+from axolotl_mopo.training.metrics import MetricWindow
 
 METHODS = ["amopo", "modpo"]
 METHODS = {
@@ -136,3 +142,74 @@ def test_a_bad_step_is_skipped_and_counted(config, method, host_log):
     assert f"row {row} (chosen" in host_log.text or f"; {row} (chosen" in host_log.text
     assert "The step is skipped; 2 were so far." in host_log.text
     assert all(torch.tensor(value).isfinite() for entry in logs for value in entry.values())
+
+
+def test_a_micro_batch_of_a_skipped_step_leaves_the_hosts_mean_finite(config):
+    trainer = host_trainer(config("amopo", on_bad_loss="skip"))
+    token, row = rare_token(trainer)
+    Poison(token).on_train_begin(None, None, None, trainer.model)
+    trainer.current_gradient_accumulation_steps = 1
+    good, bad = (
+        trainer.training_step(trainer.model, trainer.data_collator([trainer.train_dataset[number] for number in rows]))
+        for rows in ([(row + 2) % 12, (row + 1) % 12], [(row + 1) % 12, row])
+    )
+    assert good > 0
+    assert bad == 0
+    assert trainer.loss_guard.first_bad_step()
+
+
+ROWS = [{"chosen_input_ids": [row, 7], "rejected_input_ids": [row, 8]} for row in range(20)]
+
+
+@pytest.fixture
+def guard():
+    """The guard of a run that stops."""
+    decoder = SimpleNamespace(decode=lambda tokens: " ".join(map(str, tokens)))
+    return LossGuard(Accelerator(cpu=True), MetricWindow(), partial(describe_rows, ROWS, decoder), skip=False)
+
+
+def note(guard, step, losses):
+    """Note losses by their rows."""
+    guard.note(step, torch.tensor(list(losses)), torch.tensor(list(losses.values())))
+
+
+def test_the_first_bad_step_is_named_with_its_own_rows(guard):
+    note(guard, 3, {1: 0.5, 4: 2.0})
+    note(guard, 4, {9: math.inf, 2: 1.0})
+    note(guard, 4, {11: 0.5, 5: math.nan})
+    note(guard, 5, {12: -math.inf, 13: math.nan})
+    assert guard.first_bad_step() == (4, [5, 9])
+    assert guard.first_bad_step() is None
+    note(guard, 6, {3: 0.5})
+    assert guard.first_bad_step() is None
+
+
+@pytest.mark.parametrize(
+    ("moment", "flag"),
+    [
+        ("on_step_end", "should_log"),
+        ("on_step_end", "should_save"),
+        ("on_step_end", "should_evaluate"),
+        ("on_step_end", "should_training_stop"),
+        ("on_epoch_end", None),
+    ],
+)
+def test_a_run_stops_before_whatever_reads_or_keeps_the_state(guard, moment, flag):
+    state, control = TrainerState(), TrainerControl()
+    note(guard, 2, {6: math.nan, 7: 1.0})
+    guard.on_step_end(None, state, control)  # the host goes on with the next step
+    if flag:
+        setattr(control, flag, True)
+    with pytest.raises(LossError, match="The loss of step 2 is not finite, for row 6 "):
+        getattr(guard, moment)(None, state, control)
+
+
+@pytest.mark.parametrize(
+    ("bad", "named", "rest"), [(1, 1, ""), (3, 3, ""), (4, 3, "; and 1 more"), (9, 3, "; and 6 more")]
+)
+def test_three_rows_of_a_bad_step_are_shown_and_the_others_counted(guard, bad, named, rest):
+    note(guard, 1, dict.fromkeys(reversed(range(10, 10 + bad)), math.nan))
+    with pytest.raises(LossError) as refused:
+        guard.on_epoch_end(None, TrainerState(), TrainerControl())
+    shown = "; ".join(f"{row} (chosen '{row} 7', rejected '{row} 8')" for row in range(10, 10 + named))
+    assert f"for row {shown}{rest} of the prepared training set" in str(refused.value)

@@ -8,12 +8,12 @@ from conftest import CONFIGS, SHAPE, build_model, ragged_pairs, stir
 from peft import LoraConfig, get_peft_model
 from test_engine import build_float64
 from torch import nn
-from transformers import CohereConfig, Gemma4Config, Gemma4ForConditionalGeneration, PhiConfig
+from transformers import CohereConfig, Gemma4Config, Gemma4ForConditionalGeneration, LlamaForCausalLM, PhiConfig
 
 from axolotl_mopo.logprobs import log_softmax
 from axolotl_mopo.logprobs.attention import use_tree_attention
 from axolotl_mopo.logprobs.computer import LogProbComputer
-from axolotl_mopo.logprobs.layout import choose_layout
+from axolotl_mopo.logprobs.layout import Layout, choose_layout, plan_layout, why_not_trees
 from axolotl_mopo.logprobs.trees import Pair, pack, pad
 
 VOCABULARY = 97
@@ -138,6 +138,21 @@ def test_no_more_logits_than_the_budget_are_there_at_once():
     assert rows == [len(batch["rows"])]
 
 
+def test_a_capped_logit_counts_twice_and_a_row_is_always_computed():
+    rows = []
+
+    def most_at_once(kind, budget):
+        model, _ = build(kind)
+        rows.clear()
+        model.lm_head.register_forward_hook(lambda head, args, logits: rows.append(args[0].shape[1]))
+        LogProbComputer(model, budget)(model, pad(ragged_pairs(), 0))
+        return max(rows)
+
+    assert most_at_once("plain", BUDGET) == most_at_once("cap", 2 * BUDGET) == ROWS
+    assert most_at_once("plain", BUDGET - 1) == most_at_once("cap", 2 * BUDGET - 1) == ROWS - 1
+    assert most_at_once("plain", 1) == 1
+
+
 def test_the_model_returns_logits_again_when_it_was_scored():
     model, _ = build("cap")
     ids = torch.tensor([[5, 6, 7]])
@@ -167,6 +182,7 @@ def test_a_cap_in_the_config_of_a_text_model_within_is_applied_once():
     nn.init.normal_(model.lm_head.weight)
     batch = pad(ragged_pairs(), 0)
     assert choose_layout(model, model, ragged_pairs()).inside
+    assert why_not_trees(model) == "it is not a plain text decoder"
     with torch.no_grad():
         expected = LogProbComputer()(model, batch).logps
         assert torch.allclose(LogProbComputer(model, BUDGET)(model, batch).logps, expected, atol=1e-4)
@@ -180,6 +196,43 @@ def test_an_architecture_that_changes_its_heads_logits_is_told():
     assert layout.packed
     assert not layout.inside
     assert layout.why_not_fused_head == "it changes the head's logits (logit_scale)"
+
+
+def test_a_change_of_the_heads_logits_that_changes_nothing_is_none():
+    model = build_model(CohereConfig(**SHAPE, logit_scale=1.0))
+    assert choose_layout(model, model, ragged_pairs()) == Layout()
+
+
+def test_a_model_without_a_head_or_one_that_is_compiled_returns_its_logits(monkeypatch):
+    model = build_model(CONFIGS["llama"])
+    assert plan_layout(model) == Layout()
+    assert plan_layout(model, compiled=True) == Layout(None, "it is compiled")
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    assert plan_layout(model) == Layout(None, "it has no head of its own")
+
+
+def test_a_tenth_of_what_layouts_may_differ_by_is_too_much_for_one_batch():
+    class Shifting(LlamaForCausalLM):
+        """Raises the logit of every second token a little."""
+
+        def forward(self, *args, input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0, **kwargs):
+            output = super().forward(input_ids, attention_mask, position_ids, logits_to_keep=logits_to_keep, **kwargs)
+            output.logits[..., ::2] += 0.006
+            return output
+
+    layout = choose_layout(model := Shifting(copy.deepcopy(CONFIGS["llama"])), model, ragged_pairs())
+    assert layout.packed
+    assert layout.why_not_fused_head.endswith("more than 0.001")
+
+
+def test_a_layout_is_tried_on_the_ends_of_prompts_and_the_beginnings_of_completions():
+    model = build_model(CONFIGS["llama"])
+    prompt, chosen, rejected = ([first, *[7] * 88, last] for first, last in ((10, 11), (12, 13), (14, 15)))
+    tried = []
+    model.register_forward_pre_hook(lambda module, args, inputs: tried.append(inputs["input_ids"]), with_kwargs=True)
+    choose_layout(model, model, [Pair([prompt], chosen, rejected)])
+    assert {tuple(ids.shape) for ids in tried} == {(1, 3 * 64), (2, 2 * 64)}
+    assert {token for ids in tried for token in ids.flatten().tolist()} == {7, 11, 12, 14}
 
 
 def test_a_head_whose_answer_is_changed_unknown_to_us_is_found_out():

@@ -193,6 +193,29 @@ def test_orpo_and_its_gradient_are_finite_at_the_ends(logp):
         assert rejected.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("logp", [-1e-6, -1e-4, -0.01, -0.69, -0.7, -3.0, -80.0])
+def test_orpo_is_exact_in_single_precision(logp):
+    """Near a certain token, 1 - p is a small difference of numbers that float32 rounds."""
+    one = torch.ones(1, 1)
+    losses, _ = amopo_loss(
+        torch.tensor([[logp]]), torch.tensor([[-2.0]]), one, one, one, beta=0.5, gamma=0.0, loss_type="orpo"
+    )
+    logp = torch.tensor(logp).item()
+    expected = -logp - 0.5 * log_sigmoid(log_odds(logp) - log_odds(-2.0))
+    assert losses.item() == pytest.approx(expected, rel=2e-6)
+
+
+def test_draws_are_the_generators_own():
+    values = torch.rand(2, 3)
+
+    def drawn(seed):
+        torch.manual_seed(0)
+        return adaptive_weights(*(values,) * 4, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+
+
 def test_unknown_names_are_refused():
     column, table = torch.zeros(1), torch.zeros(1, 1)
     with pytest.raises(ValueError, match="unknown loss_type 'ipo': use 'sigmoid' or 'hinge'"):

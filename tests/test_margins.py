@@ -352,6 +352,25 @@ def test_a_margin_on_another_scale_is_warned_of(build, host_log):
     assert "mind its `scale`, its `normalize` or its weight" in host_log.text
 
 
+def test_a_margins_spread_counts_as_its_weight_by_the_objectives_makes_it(build, host_log):
+    margins = {"other": {"source": "column", "field": "correctness"}, "w": {"source": "length", "unit": "words"}}
+    trainer = build(margins, weights={"overall": 0.05, "other": 0.5, "w": -0.25})
+
+    def warned(**stds):
+        host_log.clear()
+        trainer.log({"rewards/margins_std": 2.0, **{f"margins_std/{name}": std for name, std in stds.items()}})
+        return {name for name in margins if f"The margin {name}, weighted, spreads" in host_log.text}
+
+    assert warned() == warned(other=0.0) == set()
+    assert warned(other=0.021, w=3.9) == set()  # times 10, and times 5
+    assert warned(other=1.9) == set()
+    assert warned(w=4.1) == {"w"}
+    assert "The margin w, weighted, spreads 10.2 times as wide as the implied reward of overall" in host_log.text
+    assert warned(other=0.019, w=4.1) == {"other"}  # each of them once
+    assert "spreads 0.095 times as wide" in host_log.text
+    assert warned(other=9.0, w=0.01) == set()
+
+
 def worker(config, *point):
     """A worker in a process of its own, and what it writes."""
     reading, writing = os.pipe()
@@ -587,5 +606,9 @@ def test_rows_that_the_trainer_was_not_built_with_are_evaluated_like_its_own(bui
     foreign = trainer.evaluate(trainer.eval_dataset.remove_columns("pair_index"))
     names = ("eval_loss", "eval_rewards/margins", "eval_margins/w", "eval_margins_std/w")
     assert {name: foreign[name] for name in names} == pytest.approx({name: own[name] for name in names})
+    few = trainer.evaluate(trainer.eval_dataset.remove_columns("pair_index").select([7, 2, 5]))
+    assert few["eval_margins/w"] != pytest.approx(own["eval_margins/w"])
+    again = trainer.evaluate()
+    assert {name: again[name] for name in names} == pytest.approx({name: own[name] for name in names})
     trainer.train()
     assert trainer.evaluate()["eval_margins/w"] == pytest.approx(own["eval_margins/w"])

@@ -48,6 +48,29 @@ def test_noise_is_turned_off_wherever_a_layer_keeps_it(name):
     assert model.config.to_json_string() == before
 
 
+def test_noise_is_told_from_other_numbers_by_its_name():
+    module = torch.nn.Module()
+    noise = ("attention_dropout", "dropout", "drop_path_rate", "droppath", "layerdrop", "layer_drop", "jitter_noise")
+    noise += ("input_jitter_noise", "moe_jitter_eps")
+    others = ("router_jitter_noise", "eps", "scaling", "jitter")
+    for name in noise + others:
+        setattr(module, name, 0.5)
+    module.dropout_rank = 3
+    turn_off_noise(module)
+    assert {name: getattr(module, name) for name in noise} == dict.fromkeys(noise, 0.0)
+    assert {name: getattr(module, name) for name in others} == dict.fromkeys(others, 0.5)
+    assert module.dropout_rank == 3
+
+
+def test_a_model_that_gives_other_numbers_in_training_each_time_the_same_is_refused():
+    model = build_model(CONFIGS["llama"])
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: output * 1.5 if module.training else output
+    )
+    with pytest.raises(NoiseError, match=r"differ by 0 between two training passes, and by .* training and evaluation"):
+        choose_layout(model, model, ragged_pairs())
+
+
 def test_noise_that_stays_on_is_found():
     """Persimmon reads its configuration in every pass."""
     config = PersimmonConfig(**SMALL, intermediate_size=48, attention_dropout=0.5, hidden_dropout=0.0)

@@ -87,3 +87,58 @@ def collated(pairs, max_tokens, packed):
         for pair in pairs
     ]
     return PairCollator(0, packed, max_tokens)(rows)["groups"]
+
+
+def plain_pairs(sizes, prompts=1):
+    """Pairs that share nothing and have so many tokens for each prompt, in packed trees and in padded rows alike."""
+    rng = random.Random(1)
+
+    def tokens(count):
+        return [rng.randrange(3, 30_000) for _ in range(count)]
+
+    # A row is as wide as its prompt and a completion: as many tokens as the tree has where the prompt is the padding.
+    return [Pair([tokens(size - 2) for _ in range(prompts)], tokens(1), tokens(1)) for size in sizes]
+
+
+def layout(pairs, max_tokens, packed=True):
+    return [
+        [(share.pairs, *([share.prompts] if share.prompts else [])) for share in unit]
+        for unit in split_into_passes(pairs, max_tokens, packed)
+    ]
+
+
+def test_passes_are_filled_to_the_last_token_the_longest_pairs_first():
+    pairs = plain_pairs([4, 5, 10, 5, 6])
+    assert layout(pairs, 10) == [[([2],)], [([0, 4],)], [([1, 3],)]]
+    assert layout(pairs, 9) == [[([2],)], [([4],)], [([0, 1],)], [([3],)]]
+
+
+def test_padded_passes_count_every_row_as_wide_as_the_widest():
+    pairs = [Pair([[5] * prompt], [6] * 2, [7]) for prompt in (8, 2, 3, 2)]  # rows of 10, 4, 5 and 4
+    assert layout(pairs, 40, packed=False) == [[([0, 2],)], [([1, 3],)]]
+    assert layout(pairs, 39, packed=False) == [[([0],)], [([1, 2, 3],)]]
+    assert layout(pairs, 29, packed=False) == [[([0],)], [([1, 2],)], [([3],)]]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_pair_is_split_only_where_it_must_be_and_into_as_few_parts_as_its_prompts_allow(packed):
+    (pair,) = plain_pairs([8], prompts=5)
+    each = 8 if packed else 14
+    assert layout([pair], 5 * each, packed) == [[([0],)]]
+    assert layout([pair], 5 * each - 1, packed) == [[([0], (0, 4)), ([0], (4, 5))]]
+    assert layout([pair], 2 * each, packed) == [[([0], (0, 2)), ([0], (2, 4)), ([0], (4, 5))]]
+    assert layout([pair], 2 * each - 1, packed) == [[([0], (number, number + 1)) for number in range(5)]]
+    short, long = plain_pairs([8, 9])
+    assert layout([short, long], 1, packed) == [[([1],)], [([0],)]]  # a single prompt is no part
+
+
+def test_the_padding_token_is_the_tokenizers():
+    pairs = ragged_pairs()
+    ((share,),) = split_into_passes(pairs, None, False)
+    one = lay_out(pairs, share, False, 96)
+    assert (one["input_ids"][one["attention_mask"] == 0] == 96).all()
+    assert one["attention_mask"].sum() == sum(
+        len(prompt) + len(side) for pair in pairs for prompt in pair.prompts for side in (pair.chosen, pair.rejected)
+    )
+    starts = [len(prompt) for pair in pairs for prompt in pair.prompts]
+    assert one["logits_to_keep"].tolist() == list(range(min(starts) - 1, one["input_ids"].shape[1] - 1))

@@ -17,7 +17,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import MambaConfig, TrainerCallback
 
 from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.logprobs.computer import CompletionLogProbs
 from axolotl_mopo.training.metrics import MetricWindow
+from axolotl_mopo.training.microbatching import Part
+from axolotl_mopo.training.precompute import Constants
 
 FIXED = {"amopo": {"amopo": {"dimensions": ["helpfulness", "correctness"], "weighting": "uniform"}}, "modpo": {}}
 METHODS = ["amopo", "modpo"]
@@ -89,8 +92,9 @@ def method_block(method, **settings):
 def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, host_log):
     """At 2000 several pairs share a pass, at 480 some are split by their prompts, at 1 every prompt stands alone."""
     common = {"max_steps": 1, "micro_batch_size": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 1e9}
-    log, gradients = first_step(build(method, "whole", **common, **method_block(method, layout=layout)))
-    limited = build(method, "limited", **common, **method_block(method, layout=layout, max_tokens_per_pass=limit))
+    own = {"layout": layout, **({"sft_coef": 0.3} if method == "amopo" else {})}
+    log, gradients = first_step(build(method, "whole", **common, **method_block(method, **own)))
+    limited = build(method, "limited", **common, **method_block(method, **own, max_tokens_per_pass=limit))
     forwards = []
     limited.model.register_forward_pre_hook(lambda model, args, kwargs: forwards.append(kwargs), with_kwargs=True)
     other_log, other_gradients = first_step(limited)
@@ -108,7 +112,7 @@ def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, host_lo
     assert_same_gradients(gradients, other_gradients)
     assert limited.state.total_flos > 0
     whole, limited = (
-        build(method, name, **method_block(method, layout=layout, **settings)).evaluate()
+        build(method, name, **method_block(method, **own, **settings)).evaluate()
         for name, settings in (("a", {}), ("b", {"max_tokens_per_pass": limit}))
     )
     assert whole["eval_loss"] == pytest.approx(limited["eval_loss"], rel=1e-5)
@@ -298,6 +302,27 @@ def test_amopos_draws_are_only_in_training(build):
     assert trainer.compute_loss(trainer.model, batch) == trainer.compute_loss(trainer.model, batch)
 
 
+def test_every_micro_batch_of_every_rank_and_run_has_draws_of_its_own(build, monkeypatch):
+    trainer = build("amopo")
+    state, shared = trainer.state, type(trainer).__mro__[1]
+    monkeypatch.setattr(shared, "training_step", lambda *args: None)
+
+    def drawn(seed, rank, moments):
+        """What the micro-batches at these optimizer steps draw."""
+        monkeypatch.setattr(trainer.args, "seed", seed)
+        monkeypatch.setattr(type(trainer.args), "process_index", rank)
+        trainer._micro_batch = (0, 0)
+        for state.global_step in moments:
+            trainer.training_step(None, {})
+            yield torch.randn(3, generator=trainer._draw_generator()).tolist()
+
+    moments = [0, 0, 0, 1, 1, 1, 2]
+    runs = [(1, 0), (1, 1), (2, 0), (11, 0), (1, 10)]
+    draws = [draw for run in runs for draw in drawn(*run, moments)]
+    assert len({tuple(draw) for draw in draws}) == len(runs) * len(moments)
+    assert list(drawn(1, 1, moments[3:])) == draws[len(moments) + 3 : 2 * len(moments)]  # as a run that is resumed
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_where_an_undisturbed_one_does(build, method):
     steps = {"max_steps": 6, "save_strategy": None, "save_steps": 3, "gradient_accumulation_steps": 2}
@@ -394,6 +419,80 @@ def test_a_model_that_cannot_take_trees_trains_in_padded_rows(build, tmp_path, t
     assert training_logs(trainer)[0]["loss"] > 0
 
 
+def made_up_scores(completions):
+    """Scores that no two completions share."""
+    rng = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 40, (completions,), generator=rng)
+    logps = -lengths * torch.rand(completions, generator=rng) * 3
+    return CompletionLogProbs(logps, *torch.rand(2, completions, generator=rng), lengths)
+
+
+@pytest.mark.parametrize("weighting", ["mean", "uniform", {"integrated": 0.2, "helpfulness": 0.7, "correctness": 0.1}])
+def test_amopos_loss_and_log_are_those_of_its_settings(build, weighting):
+    settings = {"beta": 1.3, "gamma": 0.7, "temperature": 0.2, "sft_coef": 0.4}
+    trainer = build("amopo", amopo={"dimensions": ["helpfulness", "correctness"], "weighting": weighting, **settings})
+    trainer.model.train()
+    scores, names = made_up_scores(12), ["integrated", "helpfulness", "correctness"]
+    logps, prob_mean, _, lengths = (values.view(2, 3, 2) for values in scores)
+    weights = {
+        "mean": (prob_mean.sum(-1) / 0.2).softmax(-1),
+        "uniform": torch.full((2, 3), 1 / 3),
+    }.get(str(weighting), torch.tensor([[0.2, 0.7, 0.1]] * 2))
+    each = logps / lengths
+    odds = each - (1 - each.exp()).log()
+    dimension_losses = {
+        "simpo": -(1.3 * (each[..., 0] - each[..., 1]) - 0.7).sigmoid().log(),
+        "orpo": -each[..., 0] - 1.3 * (odds[..., 0] - odds[..., 1]).sigmoid().log(),
+    }
+    for loss_type, values in dimension_losses.items():
+        trainer.method = trainer.method.model_copy(update={"loss_type": loss_type})
+        losses, metrics = trainer.pair_losses(scores, Part(torch.tensor([2, 0]), 3, None, None))
+        assert torch.allclose(losses, (weights * values).sum(-1) - 0.4 * each[..., 0].mean(-1), rtol=1e-4)
+    for dimension, name in enumerate(names):
+        margins = 1.3 * (each[:, dimension, 0] - each[:, dimension, 1])
+        assert torch.allclose(metrics[f"weights/{name}"], weights[:, dimension], atol=1e-6)
+        assert torch.allclose(metrics[f"rewards/margins/{name}"], margins, rtol=1e-4)
+        assert torch.equal(metrics[f"rewards/accuracies/{name}"], margins > 0)
+    for side, name in enumerate(("chosen", "rejected")):
+        assert torch.allclose(metrics[f"rewards/{name}"], 1.3 * (weights * each[..., side]).sum(-1), rtol=1e-4)
+        assert torch.allclose(metrics[f"logps/{name}"], logps[..., side].mean(-1), rtol=1e-4)
+
+
+def test_modpos_loss_and_log_are_those_of_its_settings_and_of_the_pairs_constants(build):
+    margins = {"correctness": {"source": "column"}, "brief": {"source": "length"}}
+    weights = {"overall": 0.3, "correctness": 0.5, "brief": -0.2}
+    trainer = build("modpo", modpo={**modpo_block(), "weights": weights, "margins": margins, "beta": 0.4})
+    rng = torch.Generator().manual_seed(5)
+    reference, rewards = -30 * torch.rand(5, 2, generator=rng), torch.randn(5, 2, 2, generator=rng)
+    trainer._tables = Constants(reference, rewards)
+    scores = made_up_scores(4)
+    part = Part(torch.tensor([2, 0]), 3, None, torch.tensor([3, 4]))
+    policy, reference, rewards = scores.logps.view(2, 2), reference[[3, 4]], rewards[[3, 4]]
+    collective = 0.4 * (policy - reference)
+    implied = (collective - 0.5 * rewards[..., 0] + 0.2 * rewards[..., 1]) / 0.3
+    gap = implied[:, 0] - implied[:, 1]
+    for loss_type, expected in (("sigmoid", (1 + (-gap.double()).exp()).log().float()), ("hinge", (1 - gap).relu())):
+        trainer.method = trainer.method.model_copy(update={"loss_type": loss_type})
+        losses, metrics = trainer.pair_losses(scores, part)
+        assert torch.allclose(losses, expected, rtol=1e-4, atol=1e-6)
+    named = {
+        "rewards/": implied,
+        "rewards/collective_": collective,
+        "logps/": policy,
+        "margins/correctness/": rewards[..., 0],
+        "margins/brief/": rewards[..., 1],
+    }
+    for head, values in named.items():
+        for side, name in enumerate(("chosen", "rejected")):
+            assert torch.allclose(metrics[f"{head}{name}"], values[:, side], rtol=1e-4), head
+    for margin, name in enumerate(margins):
+        assert torch.equal(metrics[f"margins/{name}"], rewards[:, 0, margin] - rewards[:, 1, margin])
+    assert torch.equal(metrics["rewards/accuracies"], gap > 0)
+    trainer.train_window.add(metrics)
+    spreads = {name for name in trainer._pop_metrics(trainer.train_window) if "_std" in name}
+    assert spreads == {"rewards/margins_std", "margins_std/correctness", "margins_std/brief"}
+
+
 def test_a_window_averages_over_pairs():
     window, accelerator = MetricWindow(), Accelerator(cpu=True)
     assert window.pop(accelerator) == {}
@@ -404,3 +503,39 @@ def test_a_window_averages_over_pairs():
     assert popped["loss"].std == pytest.approx(3.5**0.5)
     assert popped["accuracy"].mean == 0.75
     assert window.pop(accelerator) == {}
+
+
+def test_a_window_forgets_what_came_since_its_mark_and_nothing_else():
+    window, accelerator = MetricWindow(), Accelerator(cpu=True)
+    window.add({"loss": torch.tensor([1.0, 2.0])})
+    window.mark()
+    window.add({"loss": torch.tensor([6.0])})
+    window.rewind()
+    window.add({"loss": torch.tensor([6.0])})
+    window.mark()
+    window.add({"loss": torch.tensor([math.nan, 1.0])})
+    window.rewind()
+    assert window.pop(accelerator)["loss"].mean == 3
+    window.mark()
+    window.add({"loss": torch.tensor([1.0])})
+    window.rewind()
+    assert window.pop(accelerator) == {}
+
+
+def test_numbers_that_are_all_the_same_have_a_spread_of_zero():
+    """Their variance is a difference of rounded sums, which is negative here, and would be positive for others."""
+    for value in (0.1, 0.3, 1e3 + 0.1):
+        window = MetricWindow()
+        for _ in range(7):
+            window.add({"loss": torch.tensor([value, value, value], dtype=torch.float64)})
+        mean, std = window.pop(Accelerator(cpu=True))["loss"]
+        assert mean == pytest.approx(value)
+        assert isinstance(std, float)
+        assert std == pytest.approx(0, abs=1e-4)
+
+
+def test_a_small_spread_of_large_numbers_is_kept():
+    window = MetricWindow()
+    for number in range(50):
+        window.add({"logps": torch.tensor([-4000.0, -4000.5]) + number % 2})
+    assert window.pop(Accelerator(cpu=True))["logps"].std == pytest.approx((0.5**2 + 0.25**2) ** 0.5, rel=1e-5)

@@ -105,7 +105,7 @@ class LossGuard(TrainerCallback):
             )
 
     def _message(self) -> str | None:
-        found = self._first_bad_step()
+        found = self.first_bad_step()
         if found is None:
             return None
         step, rows = found
@@ -113,7 +113,7 @@ class LossGuard(TrainerCallback):
         rest = f"; and {len(rows) - _NAMED_ROWS} more" if len(rows) > _NAMED_ROWS else ""
         return f"The loss of step {step} is not finite, for row {named}{rest} of the prepared training set"
 
-    def _first_bad_step(self) -> tuple[int, list[int]] | None:
+    def first_bad_step(self) -> tuple[int, list[int]] | None:
         """The first step since the last call that had bad losses, and their rows on all ranks; every rank must ask.
 
         The device is read once if there is none.
