@@ -555,6 +555,30 @@ def test_a_column_is_computed_where_it_was_left(four):
     assert other == [7.0] * 4
 
 
+def test_numbers_are_kept_for_one_policy_column_and_source(four):
+    """Those of a computation that stopped, while others of the same folder go on."""
+    asked = []
+
+    def stopping(rows):
+        if asked:
+            raise RuntimeError("out of memory")
+        asked.append([(row["prompt_id"], row["sample"]) for row in rows])
+        return [7.0] * len(rows)
+
+    def numbers(rows):
+        return [10.0 * row["prompt_id"] + row["sample"] for row in rows]
+
+    with pytest.raises(RuntimeError):
+        four.compute("a", "new", "source", 2, stopping, "title")
+    assert asked == [[(0, 1), (1, 1)]]  # the longest first
+    for place in (("b", "new", "source"), ("a", "other", "source"), ("a", "new", "another")):
+        assert four.compute(*place, 3, numbers, "title") == [0, 1, 10, 11]
+    assert four.compute("a", "new", "source", 3, numbers, "title") == [0, 7, 10, 7]
+    four.add_column("a", "new", [1.0, 2.0, 3.0, 4.0], ["source"])
+    assert four.compute("a", "new", "source", 3, numbers, "title") == [0, 1, 10, 11]  # nothing is kept any longer
+    assert four.compute("a", "new", "another", 3, lambda rows: [8.0] * len(rows), "title") == [0, 1, 10, 11]
+
+
 def test_another_sampling_or_another_run_of_a_name_is_refused(four, tmp_path):
     with pytest.raises(ConfigError, match=r"made with prompts .*count=2.* not .*count=9.*choose another --out"):
         four.agree(prompts={"count": 9, "digest": 2})
