@@ -5,7 +5,14 @@ import math
 
 import pytest
 
-from axolotl_mopo.config import AMoPOConfig, MODPOConfig, checkpoint_advice, fold_dotted_keys, parse_settings
+from axolotl_mopo.config import (
+    AMoPOConfig,
+    MODPOConfig,
+    check_skipping,
+    checkpoint_advice,
+    fold_dotted_keys,
+    parse_settings,
+)
 from axolotl_mopo.config.host_keys import WITHOUT_EFFECT
 from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.plugin import MOPOPlugin
@@ -340,3 +347,108 @@ def test_dotted_keys_fold_into_their_block():
     }
     with pytest.raises(ConfigError, match=r"`modpo.beta.x`: `beta` is not a mapping"):
         fold_dotted_keys({"modpo": {"beta": 1}, "modpo.beta.x": 2})
+
+
+def test_other_keys_with_dots_stay_and_a_block_that_is_empty_is_filled():
+    cfg = {"modpo": None, "modpo.weights": {"a": 1}, "trl.beta": 1, "modpo.margins": {}, 3: 4}
+    fold_dotted_keys(cfg)
+    assert cfg == {"modpo": {"weights": {"a": 1}, "margins": {}}, "trl.beta": 1, 3: 4}
+
+
+def test_the_weights_of_margins_are_in_the_order_of_the_margins():
+    margins = {name: {"source": "column"} for name in ("kind", "brief", "safe")}
+    weights = {"safe": 0.1, "better": 1, "brief": 0.2, "kind": 0.3}
+    modpo = parse_settings(MODPOConfig, {"objective": "better", "weights": weights, "margins": margins}, "modpo")
+    assert modpo.margin_weights == [0.3, 0.2, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "refused"),
+    [
+        ({"deepspeed": "zero2.json"}, True),
+        ({"fp16": True}, True),
+        ({"optimizer": "adalomo"}, True),
+        ({"optimizer": "galore_adamw_layerwise"}, True),
+        ({"optimizer": "adamw_torch", "bf16": True}, False),
+        ({}, False),
+    ],
+)
+def test_a_step_can_be_skipped_where_the_package_makes_it(keys, refused):
+    check_skipping(keys, "raise")
+    MOPOPlugin().register(changed({**AMOPO, **keys}, amopo__on_bad_loss="raise"))
+    skipping = changed({**AMOPO, **keys}, amopo__on_bad_loss="skip")
+    if refused:
+        assert "`on_bad_loss: skip` does not go with DeepSpeed" in refusal(skipping)
+    else:
+        MOPOPlugin().register(skipping)
+
+
+THIRDS = dict.fromkeys(("helpfulness", "correctness", "integrated"), 1 / 3)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        changed(AMOPO, amopo__gamma=0, amopo__sft_coef=0, amopo__router_aux_loss_coef=0),
+        changed(AMOPO, amopo__weighting=THIRDS),
+        changed(AMOPO, amopo__weighting={**THIRDS, "helpfulness": 0, "correctness": 2 / 3}),
+        changed(AMOPO, amopo={"dimensions": ["integrated", "n" * 200], "integrated": False}),
+        changed(AMOPO, amopo__score_range=[-1e6, 1e6], context_parallel_size=1, sequence_parallel_degree=1),
+        {**changed(AMOPO, amopo__layout="packed"), "attn_implementation": "sdpa", "flex_attention": True},
+    ],
+)
+def test_a_setting_at_its_border_is_accepted(cfg):
+    MOPOPlugin().register(copy.deepcopy(cfg))
+
+
+def with_margin(**settings):
+    return changed(MODPO, modpo__margins={"safer": settings})
+
+
+@pytest.mark.parametrize(
+    ("cfg", "words"),
+    [
+        (changed(AMOPO, amopo__weighting={**THIRDS, "helpfulness": 0.3}), "the weights sum to 0.966667; they must"),
+        (changed(AMOPO, amopo__weighting={**THIRDS, "helpfulness": True}), "the weight of helpfulness is True"),
+        (changed(AMOPO, amopo__weighting={**THIRDS, "helpfulness": 10**400}), "it must be a finite number of at least"),
+        (changed(AMOPO, amopo__score_range=[3, 3]), "the lowest score 3 is not below the highest 3"),
+        (changed(AMOPO, amopo__score_range=[-2e6, 1]), "goes beyond 1e+06"),
+        (changed(AMOPO, amopo__score_range=[1, 1.004]), "are the same number once they are written with two decimals"),
+        (changed(AMOPO, amopo__dimensions=["n" * 201]), "has 201 characters"),
+        (changed(AMOPO, gradient_checkpointing="offload_disk"), "`gradient_checkpointing: offload_disk` does not work"),
+        (changed(AMOPO, cpo_alpha=0.1), "see `amopo.sft_coef`"),
+        (
+            {**changed(AMOPO, amopo__layout="packed"), "sage_attention": True},
+            "does not go with the attention implementation 'sage_attention'",
+        ),
+        (with_margin(source="column", clip=[1, 1]), "the lowest reward 1 is not below the highest 1"),
+        (with_margin(source="reward_model", path="x", head=True), "input should be a number, not true or false"),
+        (with_margin(source="reward_model", path="x", batch_size=0), "`modpo.margins.safer.batch_size`"),
+        (with_margin(source="callable", function="a:b", batch_size=0), "`modpo.margins.safer.batch_size`"),
+        (with_margin(source="adapter", path="x", beta=0), "`modpo.margins.safer.beta`"),
+        (
+            changed(
+                MODPO,
+                modpo__weights={"better": 1, "safer": 1, "safer/rejected": 1},
+                modpo__margins={key: {"source": "column"} for key in ("safer", "safer/rejected")},
+            ),
+            "the log calls the rejected responses' rewards of the margin 'safer' safer/rejected",
+        ),
+    ],
+)
+def test_a_setting_beyond_its_border_is_refused(cfg, words):
+    assert words in refusal(copy.deepcopy(cfg))
+
+
+def test_what_is_left_out_has_its_default():
+    amopo = parse_settings(AMoPOConfig, AMOPO["amopo"], "amopo")
+    assert (amopo.sft_coef, amopo.score_range, amopo.directive_position, amopo.loss_type) == (
+        0,
+        (1, 5),
+        "before",
+        "simpo",
+    )
+    modpo = parse_settings(MODPOConfig, MODPO["modpo"], "modpo")
+    assert (modpo.reference, modpo.on_bad_loss, modpo.logits_budget, modpo.layout) == ("initial", "raise", 1.5, None)
+    margin = modpo.margins["safer"]
+    assert (margin.clip, margin.normalize, margin.scale, margin.field) == (None, "none", 1, None)

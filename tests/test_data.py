@@ -9,6 +9,7 @@ from axolotl.utils.data.rl import _drop_long_sequences
 from axolotl.utils.schemas.enums import RLType
 from conftest import SMOKE, prepare
 from datasets import Dataset, load_dataset
+from tokenizers.processors import TemplateProcessing
 
 from axolotl_mopo.config import Directives
 from axolotl_mopo.data.pairing import PairReader
@@ -302,6 +303,17 @@ def test_a_template_without_an_end_of_turn_gets_the_eos_token(tokenizer):
     (row,) = prepare([ROW], bare, method="modpo")
     assert row["chosen"] == "The sun is bigger.<|im_end|>"
     assert row["prompt"] == "[user] Which is bigger? [assistant] "
+
+
+def test_a_tokenizer_that_adds_special_tokens_adds_none_to_what_the_template_writes(tokenizer):
+    """As Llama's does: its template writes the token that it would put before every text."""
+    adding = copy.deepcopy(tokenizer)
+    names = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|im_start|>", "<|im_end|>")]
+    adding.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A <|im_end|>", special_tokens=names)
+    assert adding("x")["input_ids"] == [names[0][1], *tokenizer("x")["input_ids"], names[1][1]]
+    rows = [ROW, {**ROW, "prompt": "word " * 300}, {**ROW, "chosen": "very " * 400}]
+    settings = {"sequence_len": 200, "excess_length_strategy": "truncate"}
+    assert prepare(rows, adding, **settings) == prepare(rows, tokenizer, **settings)
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):

@@ -207,6 +207,13 @@ def test_helpsteer2_preferences_are_joined_with_their_ratings(tmp_path):
     }
 
 
+def test_a_pair_of_which_one_response_is_rated_is_incomplete_whatever_is_needed(tmp_path):
+    Dataset.from_list([rated("Two", 3, 4, 4, 2, 2)]).to_parquet(tmp_path / "ratings.parquet")
+    for strength in (1, -1):  # the rated one is chosen, or rejected
+        made, stats = read("helpsteer2", [preference(strength)], ratings=str(tmp_path / "ratings.parquet"))
+        assert (made, stats.incomplete) == ([], 1)
+
+
 def test_helpsteer2_preferences_may_hold_their_ratings_themselves(tmp_path):
     ratings = {f"{name}_{number}": number + 1 for name in ATTRIBUTES for number in (1, 2)}
     made, _ = read("helpsteer2", [preference(1, **ratings)])

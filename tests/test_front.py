@@ -4,8 +4,11 @@ import csv
 import io
 import json
 import math
+import random
 import re
 import shutil
+from collections import Counter
+from itertools import combinations_with_replacement, product
 
 import numpy as np
 import pytest
@@ -174,6 +177,120 @@ def test_intervals_are_as_wide_as_the_normal_ones():
     assert math.isnan(alone.low)
 
 
+@pytest.fixture
+def uneven(tmp_path):
+    """Eight prompts with three responses each, out of order in the files; costs tie, and nothing else is alike."""
+    rng = random.Random(5)
+    means = {"a": (3, 5), "b": (2, 3), "c": (1, 7), "d": (2.5, 9), "baseline": (1.8, 1), "reference": (1.5, 0)}
+    rewards = {
+        name: [[(rng.gauss(good, 1) ** 3, rng.randrange(cost, cost + 4)) for _ in range(3)] for _ in range(8)]
+        for name, (good, cost) in means.items()
+    }
+    made = comparison(tmp_path, rewards, samples=3)
+    for name in rewards:
+        rows = [
+            {
+                **row,
+                "logp": rng.gauss(-9, 2),
+                "ref_logp": rng.gauss(-12, 4),
+                "token_ids": [1] * rng.randrange(1, 9),
+                "finished": rng.random() < 0.7,
+            }
+            for row in made.responses(name)
+        ]
+        made.replace(name, rng.sample(rows, len(rows)))
+    return made
+
+
+def plain_means(rows, number):
+    """The mean over the responses to each prompt."""
+    return [math.fsum(number(row) for row in rows if row["prompt_id"] == prompt) / 3 for prompt in range(8)]
+
+
+def plain_win_rate(rows, others, number):
+    """Every two responses to one prompt, ties counted half."""
+    both = [
+        (number(row), number(other)) for row, other in product(rows, others) if row["prompt_id"] == other["prompt_id"]
+    ]
+    return sum(1 if own > other else 0.5 if own == other else 0 for own, other in both) / len(both)
+
+
+def plain_area(points, begin):
+    """What points span together from `begin` on, where more is better on both axes."""
+    area, top = 0.0, begin[1]
+    for across, up in sorted(points, reverse=True):
+        if across > begin[0] and up > top:
+            area, top = area + (across - begin[0]) * (up - top), up
+    return area
+
+
+def resamples(count):
+    """Every resample of so many values, as what is drawn, and in how many orders."""
+    return [
+        (drawn, math.factorial(count) // math.prod(map(math.factorial, Counter(drawn).values())))
+        for drawn in combinations_with_replacement(range(count), count)
+    ]
+
+
+def tails(values, drawn_in_ways, low, high):
+    """Of all resamples of some values, the shares whose means lie below `low` and above `high`."""
+    means = [(sum(values[index] for index in drawn) / len(values), ways) for drawn, ways in drawn_in_ways]
+    below = sum(ways for mean, ways in means if mean < low)
+    above = sum(ways for mean, ways in means if mean > high)
+    return below / len(values) ** len(values), above / len(values) ** len(values)
+
+
+NUMBERS = {
+    "helpful": lambda row: row["helpful"],
+    "cost": lambda row: -row["cost"],
+    "kl": lambda row: row["logp"] - row["ref_logp"],
+}
+"""More is better; the divergence is neither."""
+
+
+def test_every_number_is_that_of_a_plain_computation(uneven):
+    front = find_front(uneven, reference_point={"helpful": 1.0})
+    rows = {policy.name: uneven.responses(policy.name) for policy in uneven.policies}
+    points = {name: [sum(plain_means(own, NUMBERS[x])) / 8 for x in ("helpful", "cost")] for name, own in rows.items()}
+    for standing in front.standings:
+        name = standing.policy.name
+        assert standing.rewards["helpful"].mean == pytest.approx(points[name][0])
+        assert standing.rewards["cost"].mean == pytest.approx(-points[name][1])
+        assert standing.kl.mean == pytest.approx(sum(plain_means(rows[name], NUMBERS["kl"])) / 8)
+        assert standing.win_rates == {
+            x: pytest.approx(plain_win_rate(rows[name], rows["reference"], NUMBERS[x])) for x in ("helpful", "cost")
+        }
+        assert standing.tokens == pytest.approx(sum(len(row["token_ids"]) for row in rows[name]) / 24)
+        assert standing.finished == pytest.approx(sum(row["finished"] for row in rows[name]) / 24)
+        own = points[name]
+        assert standing.dominated_by == [
+            other for other, (x, y) in points.items() if x >= own[0] and y >= own[1] and [x, y] != own
+        ]
+    assert 1 < sum(standing.on_front for standing in front.standings) < len(front.standings)
+    worst = min(y for _, y in points.values())
+    assert front.reference_point == {"helpful": 1.0, "cost": pytest.approx(-worst)}
+    policies = [points[name] for name in "abcd"]
+    assert front.hypervolume == {
+        "policies": pytest.approx(plain_area(policies, (1.0, worst))),
+        "all": pytest.approx(plain_area(points.values(), (1.0, worst))),
+    }
+    assert front.hypervolume["policies"] < front.hypervolume["all"]
+    assert (front.prompts, front.samples) == (8, 3)
+
+
+def test_intervals_leave_out_one_resample_in_forty_on_either_side(uneven):
+    """Against every resample of the prompts' means, of which the bootstrap draws some."""
+    shares, drawn_in_ways = [], resamples(8)
+    for standing in find_front(uneven).standings:
+        rows = uneven.responses(standing.policy.name)
+        for name, interval in {**standing.rewards, "kl": standing.kl}.items():
+            sign = -1 if name == "cost" else 1
+            means = [sign * mean for mean in plain_means(rows, NUMBERS[name])]
+            shares += tails(means, drawn_in_ways, interval.low, interval.high)
+    assert np.mean(shares) == pytest.approx(0.025, abs=0.002)
+    assert np.std(shares) < 0.006  # of 2000 resamples; of 200 it is 0.011
+
+
 def test_what_is_missing_is_named(four, tmp_path):
     with pytest.raises(ConfigError, match="speed was not scored; scored are helpful, cost"):
         find_front(four, ["speed"])
@@ -230,6 +347,75 @@ def test_csv_and_json_hold_the_same_numbers(four):
         assert float(line["cost_win_rate"]) == entry["win_rates"]["cost"]
         assert (line["on_front"] == "True") is entry["on_front"]
     assert content["hypervolume"]["all"] == front.hypervolume["all"]
+
+
+def test_every_cell_of_the_csv_is_a_number_of_the_front(uneven):
+    front = find_front(uneven)
+    lines = list(csv.DictReader(io.StringIO(to_csv(front))))
+    for line, standing in zip(lines, front.standings, strict=True):
+        expected = {"policy": standing.policy.name, "kind": standing.policy.kind, "weights": standing.policy.label}
+        for name in ("helpful", "cost"):
+            mean, low, high = standing.rewards[name]
+            expected |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+            expected[f"{name}_win_rate"] = standing.win_rates[name]
+        expected |= {"kl": standing.kl.mean, "kl_low": standing.kl.low, "kl_high": standing.kl.high}
+        expected |= {"tokens": standing.tokens, "finished": standing.finished, "on_front": standing.on_front}
+        expected["dominated_by"] = " ".join(standing.dominated_by)
+        assert line == {name: str(value) for name, value in expected.items()}
+        assert list(line) == list(expected)
+    assert lines[0]["weights"] == "helpful 0.5"
+    assert max(len(line["dominated_by"].split()) for line in lines) > 1
+
+
+def test_json_and_page_hold_every_number_of_the_front(uneven):
+    front = find_front(uneven)
+    content = json.loads(to_json(front))
+    shown = json.loads(re.search(r'id="content">(.*?)</script>', render(front, uneven, 5), re.DOTALL).group(1))
+    assert content["objectives"] == [
+        {"name": name, "lower_is_better": name == "cost", "begins_at": front.reference_point[name]}
+        for name in ("helpful", "cost")
+    ]
+    assert (content["prompts"], content["samples"], content["exact_sampling"]) == (8, 3, True)
+    for entry, in_page, standing in zip(content["policies"], shown["policies"], front.standings, strict=True):
+        assert entry["rewards"] == {name: value._asdict() for name, value in standing.rewards.items()}
+        assert entry["kl"] == standing.kl._asdict()
+        assert entry["win_rates"] == standing.win_rates
+        assert (entry["tokens"], entry["finished"]) == (standing.tokens, standing.finished)
+        assert (entry["on_front"], entry["dominated_by"]) == (standing.on_front, standing.dominated_by)
+        assert (entry["name"], entry["kind"]) == (standing.policy.name, standing.policy.kind)
+        assert in_page.pop("label") == standing.policy.label
+        responses = in_page.pop("responses")
+        assert in_page == entry
+        rows = uneven.responses(standing.policy.name)[:15]
+        assert [response for own in responses for response in own] == [
+            {"text": row["response"], "finished": row["finished"], "scores": {x: row[x] for x in ("helpful", "cost")}}
+            for row in rows
+        ]
+        assert [len(own) for own in responses] == [3] * 5
+    assert shown["conversations"] == [user(f"Question {prompt}?") for prompt in range(5)]
+    assert {key: shown[key] for key in content if key != "policies"} == {
+        key: content[key] for key in content if key != "policies"
+    }
+
+
+def test_the_table_shows_means_half_widths_and_shares(uneven):
+    front = find_front(uneven)
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(table(front))
+    lines = console.export_text().splitlines()
+    for standing in front.standings:
+        (line,) = [line for line in lines if line.split()[:1] == [standing.policy.name]]
+        cells = []
+        for name in ("helpful", "cost"):
+            mean, low, high = standing.rewards[name]
+            cells += [f"{mean:.3g} ± {(high - low) / 2:.2g}", f"{100 * standing.win_rates[name]:.0f}%"]
+        cells += [f"{standing.kl.mean:.3g}", f"{standing.tokens:.0f}", f"{100 * standing.finished:.0f}%"]
+        cells.append("yes" if standing.on_front else f"no: {', '.join(standing.dominated_by)}")
+        title = f"{standing.policy.name}{' (baseline)' if standing.policy.kind == 'baseline' else ''}"
+        assert line.split() == [*title.split(), *" ".join(cells).split()]
+    volumes = [f"{front.hypervolume[which]:.4g}" for which in ("policies", "all")]
+    assert "{} for the policies, {} with baselines and reference.".format(*volumes) in notes(front)[1]
+    assert volumes[0] != volumes[1]
 
 
 def test_numbers_that_are_not_there_are_null(tmp_path):
@@ -368,6 +554,30 @@ def test_a_column_is_computed_where_it_was_left(four):
     assert [row["new"] for row in four.responses("a")] == values
     other = four.compute("a", "new", "another source", 4, lambda rows: [7.0] * len(rows), "title")
     assert other == [7.0] * 4
+
+
+def test_numbers_are_kept_for_one_policy_column_and_source(four):
+    """Those of a computation that stopped, while others of the same folder go on."""
+    asked = []
+
+    def stopping(rows):
+        if asked:
+            raise RuntimeError("out of memory")
+        asked.append([(row["prompt_id"], row["sample"]) for row in rows])
+        return [7.0] * len(rows)
+
+    def numbers(rows):
+        return [10.0 * row["prompt_id"] + row["sample"] for row in rows]
+
+    with pytest.raises(RuntimeError):
+        four.compute("a", "new", "source", 2, stopping, "title")
+    assert asked == [[(0, 1), (1, 1)]]  # the longest first
+    for place in (("b", "new", "source"), ("a", "other", "source"), ("a", "new", "another")):
+        assert four.compute(*place, 3, numbers, "title") == [0, 1, 10, 11]
+    assert four.compute("a", "new", "source", 3, numbers, "title") == [0, 7, 10, 7]
+    four.add_column("a", "new", [1.0, 2.0, 3.0, 4.0], ["source"])
+    assert four.compute("a", "new", "source", 3, numbers, "title") == [0, 1, 10, 11]  # nothing is kept any longer
+    assert four.compute("a", "new", "another", 3, lambda rows: [8.0] * len(rows), "title") == [0, 1, 10, 11]
 
 
 def test_another_sampling_or_another_run_of_a_name_is_refused(four, tmp_path):

@@ -6,11 +6,14 @@ import os
 import shutil
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import ROOT, SMOKE, build_model, save_adapter, save_reward_model
 from peft import PeftModel
+from test_front import comparison
 from test_received import tree
 from test_security import Seen
 from transformers import (
@@ -23,6 +26,7 @@ from transformers import (
 from axolotl_mopo.config import AMoPOConfig, MODPOConfig
 from axolotl_mopo.data.conversations import user
 from axolotl_mopo.errors import ConfigError, DataError
+from axolotl_mopo.evaluation import commands, generating
 from axolotl_mopo.evaluation.comparison import Comparison
 from axolotl_mopo.evaluation.engines import TransformersEngine, adapter_rank, choose_engine, vllm_settings
 from axolotl_mopo.evaluation.generating import Generation
@@ -30,7 +34,7 @@ from axolotl_mopo.evaluation.models import Models, generate, stop_tokens
 from axolotl_mopo.evaluation.policies import Policy, find_policies, reference_policy
 from axolotl_mopo.evaluation.prompts import Prompts, read_prompts
 from axolotl_mopo.evaluation.schema import PromptChoice, Sampling
-from axolotl_mopo.evaluation.scoring import Scoring, parse_scorer
+from axolotl_mopo.evaluation.scoring import Scoring, _asked, parse_scorer
 from axolotl_mopo.evaluation.statistics import find_front
 from axolotl_mopo.training.callbacks import write_manifest
 
@@ -591,6 +595,12 @@ def test_amopo_is_asked_as_it_was_trained(base, tmp_path):
     row = compared.responses("amopo")[0]
     asked = policy.asked(row["prompt"], PromptChoice())
     assert row["logp"] == pytest.approx(logp_by_hand(tuned, AutoTokenizer.from_pretrained(base), row, asked), abs=1e-3)
+    worse = generation(tmp_path / "worse", [policy], asking=PromptChoice("helpfulness", 2))
+    row = worse.responses("amopo")[0]
+    asked = policy.asked(row["prompt"], PromptChoice("helpfulness", 2))
+    assert row["logp"] == pytest.approx(logp_by_hand(tuned, AutoTokenizer.from_pretrained(base), row, asked), abs=1e-3)
+    with pytest.raises(ConfigError, match=r"made with asking .*score=2"):
+        generation(tmp_path / "worse", [policy], asking=PromptChoice("helpfulness", 3))
 
 
 def test_a_whole_model_is_a_policy_too(base, sweep, tmp_path):
@@ -616,6 +626,60 @@ def test_a_prompt_that_does_not_fit_is_named_before_anything_is_generated(sweep,
     ):
         generation(tmp_path, find_policies([str(sweep)]), prompts=prompts)
     assert not (tmp_path / "responses").exists()
+
+
+def test_a_prompt_may_leave_just_the_room_that_a_response_may_take(base, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    lengths = [
+        len(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+        for messages in PROMPTS.conversations
+    ]
+    limit = max(lengths) + 3
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": limit}))
+    policies = find_policies([str(folder)])
+    fitting = generation(tmp_path / "fitting", policies, None, sampling=Sampling(max_new_tokens=3))
+    assert len(truncation.responses("model")) == len(PROMPTS.conversations)
+    longest = lengths.index(max(lengths))
+    words = (
+        f"prompt {longest}, asked of model: its {max(lengths)} tokens and --max-new-tokens 4 are more than the {limit}"
+    )
+    with pytest.raises(DataError, match=words):
+        generation(tmp_path / "out", policies, None, sampling=Sampling(max_new_tokens=4))
+    assert not (tmp_path / "out").exists()
+    # A model that does not say how much it takes, as one without positions, is asked anything.
+    monkeypatch.setattr(generating, "_config", lambda path: SimpleNamespace(vocab_size=config["vocab_size"]))
+    assert (
+        len(generation(tmp_path / "any", policies, None, sampling=Sampling(max_new_tokens=4)).responses("model")) == 4
+    )
+
+
+def test_every_option_of_the_command_is_what_responses_are_made_with(base, sweep, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Generation, "run", lambda self, *arguments: made.append((self, *arguments)))
+    rows = [{"question": f"q{number}", "other": f"o{number % 3}"} for number in range(9)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        **{"prompts": tmp_path / "prompts.jsonl", "out": tmp_path / "out", "baseline": base, "reference": base},
+        **{"field": "other", "limit": 2, "split": "train[1:]", "samples": 3, "max-new-tokens": 7, "temperature": 0.5},
+        **{"top-p": 0.9, "seed": 11, "dimension": "wit", "score": 2.5, "batch-size": 5, "dtype": "bfloat16"},
+    }
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    result = CliRunner().invoke(commands.generate, [str(sweep), *arguments, "--engine", "transformers"])
+    assert result.exit_code == 0, result.output
+    ((run, policies, reference),) = made
+    assert [(policy.name, policy.kind) for policy in policies] == [
+        ("sweep0001", "policy"),
+        ("sweep0002", "policy"),
+        ("base", "baseline"),
+    ]
+    assert (reference.path, reference.kind) == (str(base), "reference")
+    sampling = Sampling(samples=3, max_new_tokens=7, temperature=0.5, top_p=0.9, seed=11)
+    assert run.sampling == run.engine.sampling == sampling
+    assert (run.asking, run.batch_size, run.models.dtype) == (PromptChoice("wit", 2.5), 5, "bfloat16")
+    assert (run.folder, run.prompts.conversations) == (tmp_path / "out", [user("o1"), user("o2")])
 
 
 def test_policies_are_found_in_what_training_leaves(base, sweep, tmp_path):
@@ -725,6 +789,51 @@ def test_an_implicit_reward_is_of_the_tokens_that_were_drawn(scored, sweep, base
         assert row["safer"] == pytest.approx(0.3 * (own - other), abs=1e-3)
 
 
+def stirred(base, folder, spread):
+    """A whole model that differs from a base model."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight += spread * torch.randn(model.lm_head.weight.shape, generator=torch.manual_seed(3))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def test_an_implicit_reward_of_a_whole_model_is_against_its_reference(scored, base, tokenizer, tmp_path):
+    whole, start = stirred(base, tmp_path / "whole", 0.1), stirred(base, tmp_path / "start", 0.2)
+    comparison = scored(f"safer={{source: adapter, path: {whole}, reference: {start}, beta: 0.3}}")
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (whole, start)]
+    for row in comparison.responses("sweep0001")[:4]:
+        own, other = (logp_by_hand(model, tokenizer, row) for model in models)
+        assert abs(own - other) > 0.01
+        assert row["safer"] == pytest.approx(0.3 * (own - other), abs=1e-3)
+
+
+def test_a_model_of_another_vocabulary_is_asked_for_the_text_of_a_response(base, tmp_path):
+    other = AutoTokenizer.from_pretrained(base)
+    other.add_tokens(["hello"])
+    other.save_pretrained(tmp_path)
+    model, policy = Policy("model", "x", tokenizer=str(tmp_path)), Policy("policy", "y", tokenizer=str(base))
+    row = {"prompt": user("Why?"), "response": "say hello", "token_ids": [7, 8, len(other) - 1], "sample": 0}
+    rows = [{**row, "prompt_id": number, "finished": bool(number)} for number in range(2)]
+    prompt, cut, whole = (
+        other(text, add_special_tokens=False)["input_ids"]
+        for text in (
+            "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
+            "say hello",
+            "say hello<|im_end|>",
+        )
+    )
+    assert len(other) - 1 in cut
+    assert _asked(rows, policy, model) == [(prompt, cut), (prompt, whole)]
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    same = Policy("policy", "y", tokenizer=str(tmp_path / "copy"))
+    assert _asked(rows, same, model) == [(prompt, row["token_ids"])] * 2
+    rows[1]["token_ids"] = [7, len(other)]
+    with pytest.raises(DataError, match=f"policy, prompt 1, sample 0: there is no token {len(other)} in {tmp_path}"):
+        _asked(rows, same, model)
+
+
 JUDGES = """
 import json, pathlib
 LOG = pathlib.Path(__file__).with_name("log.jsonl")
@@ -769,6 +878,49 @@ def test_an_objective_has_one_scorer(scored, judges):
         scored("nice=length")
     comparison = scored("nice=length", replace=True)
     assert all(row["nice"] == -len(row["token_ids"]) for row in comparison.responses("sweep0001"))
+
+
+def test_a_scorer_that_has_changed_is_not_mixed_with_what_it_was(judges, base, tokenizer, tmp_path):
+    folders = {name: tmp_path / name for name in ("reward", "adapter", "whole", "start")}
+    made = comparison(tmp_path / "compared", {"a": [[(1, 2)]]}, samples=1)
+
+    def score(*scorers):
+        Scoring(made, Models(), 3, lambda text: None).run(dict(parse_scorer(text) for text in scorers), {}, False)
+
+    def change(name, number):
+        if name == "code":
+            judges.with_name("my_judges.py").write_text(f"{JUDGES}# {number}")
+            sys.modules.pop("my_judges", None)
+        elif name == "reward":
+            model = save_reward_model(folders[name], tokenizer, ["nice"])
+            with torch.no_grad():
+                model.score.weight += number
+            model.save_pretrained(folders[name])
+        elif name == "adapter":
+            save_adapter(base, folders[name], number)
+        else:
+            stirred(base, folders[name], 0.1 * number)
+
+    of_whole = f"{{source: adapter, path: {folders['whole']}, reference: {folders['start']}, beta: 0.1}}"
+    scorers = {
+        "code": "callable:my_judges:length",
+        "reward": f"{{source: reward_model, path: {folders['reward']}, dtype: float32}}",
+        "adapter": f"{{source: adapter, path: {folders['adapter']}, beta: 0.1}}",
+        "whole": of_whole,
+        "start": of_whole,
+    }
+    for name in scorers:
+        change(name, 1)
+    names = [f"{name}={spec}" for name, spec in scorers.items()]
+    score(*names)
+    before = made.responses("a")
+    for name, scorer in zip(scorers, names, strict=True):
+        change(name, 2)
+        with pytest.raises(ConfigError, match=f"--scorer {name}: its scores were made by .*or that has changed since"):
+            score(scorer)
+        change(name, 1)
+        score(scorer)
+    assert made.responses("a") == before
 
 
 def test_a_policy_that_came_later_is_scored_alone(scored, judges, sweep, base, tmp_path):

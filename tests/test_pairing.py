@@ -166,6 +166,22 @@ def test_a_cap_keeps_pairs_that_the_seed_draws(rows):
     assert capped == read("helpsteer", rows, objective=("helpfulness",), max_pairs_per_prompt=2)[0]
 
 
+def test_a_cap_draws_anew_for_every_prompt_and_keeps_the_order():
+    """Twelve prompts with five pairs each, of which three are kept."""
+    rows = [{"question": f"q{n // 5}", "response_j": f"j{n % 5}", "response_k": "k"} for n in range(60)]
+    made, _ = read("stack_exchange_paired", rows, max_pairs_per_prompt=3)
+    kept = [[row["chosen"] for row in made[start : start + 3]] for start in range(0, 36, 3)]
+    assert [row["prompt"][0]["content"] for row in made] == [f"q{n // 3}" for n in range(36)]
+    assert all(each == sorted(each) for each in kept)
+    assert len({tuple(each) for each in kept}) > 3
+
+
+def test_responses_that_differ_in_blanks_alone_are_one_text():
+    rows = [rated(text, *scores) for text, *scores in [("A", 4, 0, 0, 0, 0), (" A\n", 1, 2, 0, 0, 0)]]
+    made, stats = read("helpsteer", rows, objective=("helpfulness",))
+    assert (made, stats.identical, stats.alone) == ([], 1, 0)
+
+
 def test_labelled_pairs_of_a_prompt_are_capped_too():
     rows = [{"question": f"q{i % 3}", "response_j": f"j{i}", "response_k": f"k{i}"} for i in range(10)]
     made, stats = read("stack_exchange_paired", rows, max_pairs_per_prompt=1)
