@@ -30,6 +30,8 @@ SELECTIONS = {
     "a split": ROWS.train_test_split(0.3, seed=1)["train"],
     "a slice": ROWS.select(range(5, 12)),
     "some twice": ROWS.select([4, 4, 9]),
+    "one of some": ROWS.select([7, 3, 11]).select([1]),
+    "neighbours among some": ROWS.select([9, 4, 5, 6]).select([1, 2, 3]),
     "none": ROWS.select([]),
 }
 

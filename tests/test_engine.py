@@ -130,9 +130,9 @@ def test_padded_equals_one_plain_forward_for_each_sequence():
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3"])
 def test_a_sequence_may_be_as_long_as_the_window_a_token_less_or_a_token_more(architecture):
-    """Those that share nothing with others are attended by themselves, with the window of 5 or as a whole."""
+    """Each begins a tree, by itself, and its last token counts, since the other completion goes on from there."""
     lengths = range(1, 8)
-    pairs = [Pair([[10 * n, *range(3, 2 + n)]], [90], [91 + n % 3, 5, 6]) for n in lengths]
+    pairs = [Pair([[10 * n, *range(3, 2 + n)]], [90], [90, 91 + n % 3, 6]) for n in lengths]
     batch = pack(pairs)
     whole = {q for q, k in zip(batch["segments"].query_lengths, batch["segments"].key_lengths, strict=True) if q == k}
     assert {4, 5, 6, 7} <= whole

@@ -40,6 +40,17 @@ def test_log_probs_of_single_tokens_and_their_gradients(entries, monkeypatch):
         logps.sum().backward()
 
 
+def test_a_row_may_be_larger_than_what_is_worked_on_at_once(monkeypatch):
+    """As in float32 with a vocabulary above 262,144."""
+    monkeypatch.setattr(log_softmax, "_BYTES_AT_ONCE", 11 * 8 - 1)
+    inputs, index = torch.randn(4, 11, dtype=torch.float64, requires_grad=True), torch.randint(11, (4, 1))
+    expected = inputs.log_softmax(-1).gather(-1, index)
+    logps = log_softmax.selective_log_softmax(inputs * 1.0, index)
+    assert torch.allclose(logps, expected, atol=1e-12)
+    gradients = (torch.autograd.grad(values.sum(), inputs)[0] for values in (expected, logps))
+    assert torch.allclose(*gradients, atol=1e-12)
+
+
 def scores_and_gradients(model, scorer, batch):
     model.zero_grad()
     scores = scorer(model, batch)

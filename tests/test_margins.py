@@ -600,9 +600,16 @@ def test_an_adapter_that_is_attached_for_a_while_leaves_no_trace(base, adapter):
         assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
 
 
-def test_rows_that_the_trainer_was_not_built_with_are_evaluated_like_its_own(build):
+def test_rows_that_the_trainer_was_not_built_with_are_evaluated_like_its_own(build, host_log):
     trainer = build({"w": {"source": "length", "unit": "words", "normalize": "std"}}, max_steps=1)
+
+    def told(rows=None):
+        host_log.clear()
+        trainer.evaluate(rows)
+        return "The policy is evaluated against itself as it stands now" in host_log.text
+
     own = trainer.evaluate()
+    assert "The policy is evaluated against itself as it stands now" in host_log.text
     foreign = trainer.evaluate(trainer.eval_dataset.remove_columns("pair_index"))
     names = ("eval_loss", "eval_rewards/margins", "eval_margins/w", "eval_margins_std/w")
     assert {name: foreign[name] for name in names} == pytest.approx({name: own[name] for name in names})
@@ -612,3 +619,7 @@ def test_rows_that_the_trainer_was_not_built_with_are_evaluated_like_its_own(bui
     assert {name: again[name] for name in names} == pytest.approx({name: own[name] for name in names})
     trainer.train()
     assert trainer.evaluate()["eval_margins/w"] == pytest.approx(own["eval_margins/w"])
+    assert not told()
+    assert told(trainer.eval_dataset.remove_columns("pair_index").select([0]))
+    trainer.method = trainer.method.model_copy(update={"reference": "base"})
+    assert not told(trainer.eval_dataset.remove_columns("pair_index").select([0]))

@@ -56,7 +56,9 @@ def test_noise_is_told_from_other_numbers_by_its_name():
     for name in noise + others:
         setattr(module, name, 0.5)
     module.dropout_rank = 3
+    module.layer = torch.nn.Sequential(torch.nn.Dropout(0.3))
     turn_off_noise(module)
+    assert module.layer[0].p == 0
     assert {name: getattr(module, name) for name in noise} == dict.fromkeys(noise, 0.0)
     assert {name: getattr(module, name) for name in others} == dict.fromkeys(others, 0.5)
     assert module.dropout_rank == 3

@@ -22,7 +22,8 @@ def stored(rows: Dataset) -> tuple[Dataset, NDArray[np.int64] | None]:
     if indices is None:
         return rows, None
     table = Dataset(rows.data, info=rows.info.copy(), split=rows.split, fingerprint=f"{rows._fingerprint}-stored")
-    return table, indices.column(0).to_numpy()
+    # Unsigned in the table, with which `datasets` cannot select rows that are neighbours.
+    return table, indices.column(0).to_numpy().astype(np.int64)
 
 
 def numbers(rows: Dataset, name: str) -> NDArray[Any]:
