@@ -641,7 +641,7 @@ def test_a_prompt_may_leave_just_the_room_that_a_response_may_take(base, tmp_pat
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": limit}))
     policies = find_policies([str(folder)])
     fitting = generation(tmp_path / "fitting", policies, None, sampling=Sampling(max_new_tokens=3))
-    assert len(truncation.responses("model")) == len(PROMPTS.conversations)
+    assert len(fitting.responses("model")) == len(PROMPTS.conversations)
     longest = lengths.index(max(lengths))
     words = (
         f"prompt {longest}, asked of model: its {max(lengths)} tokens and --max-new-tokens 4 are more than the {limit}"

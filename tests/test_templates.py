@@ -176,17 +176,17 @@ def test_a_model_is_asked_at_any_score_of_its_range():
     template = Directives(dimension="{{ dimension }} {{ score }}", integrated="{{ dimensions | join }}")
     block = AMoPOConfig(dimensions=["wit", "tact"], score_range=(2, 7), directives=template)
     for score, said in ((2, "2"), (4.5, "4.5"), (7, "7"), (None, "7")):
-        assert inference_directive(block, "tact", score).around("Q") == f"tact {said}\n\nQ"
+        assert block.inference_directive("tact", score).around("Q") == f"tact {said}\n\nQ"
     for score in (1.99, 7.01):
         with pytest.raises(ValueError, match=f"the score {score} is outside `score_range`, 2 to 7"):
-            inference_directive(block, "tact", score)
-    assert inference_directive(block).around("Q") == "wittact\n\nQ"
+            block.inference_directive("tact", score)
+    assert block.inference_directive().around("Q") == "wittact\n\nQ"
     with pytest.raises(ValueError, match="a score needs a dimension; the integrated prompt has none"):
-        inference_directive(block, score=3)
+        block.inference_directive(score=3)
     alone = block.model_copy(update={"integrated": False, "directive_position": "after"})
     with pytest.raises(ValueError, match="so there is no integrated prompt; choose one dimension of wit, tact"):
-        inference_directive(alone)
-    assert inference_directive(alone, "wit", 3).around("Q") == "Q\n\nwit 3"
+        alone.inference_directive()
+    assert alone.inference_directive("wit", 3).around("Q") == "Q\n\nwit 3"
 
 
 @pytest.mark.parametrize(

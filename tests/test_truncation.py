@@ -44,29 +44,29 @@ def fitting(tokenizer):
 )
 def test_a_question_keeps_as_much_as_has_room(tokenizer, strategy, sides):
     fitting = Fitting(tokenizer, sides)
-    whole = truncation.whole(user(DIGITS))
+    whole = fitting.whole(user(DIGITS))
     for cut in (0, 1, 2, len(DIGITS) - LEAST):
         sequence_len = whole.prompt_length + whole.completion_length - cut
-        made = truncation.fit(user(DIGITS), sequence_len, strategy)
-        assert made.prompts == truncation.prompts(user(DIGITS[cut:]))
-        assert made.prompt_ids == tokenize(truncation.tokenizer, made.prompts)
+        made = fitting.fit(user(DIGITS), sequence_len, strategy)
+        assert made.prompts == fitting.prompts(user(DIGITS[cut:]))
+        assert made.prompt_ids == tokenize(fitting.tokenizer, made.prompts)
         assert (made.cut_prompt_tokens, made.cut_completion_tokens) == (cut, 0)
         assert (made.chosen_ids, made.rejected_ids) == (whole.chosen_ids, whole.rejected_ids)
 
 
 def test_a_pair_that_fits_to_the_token_is_not_too_long(fitting):
-    whole = truncation.whole(user(DIGITS))
+    whole = fitting.whole(user(DIGITS))
     needed = whole.prompt_length + whole.completion_length
-    assert truncation.fit(user(DIGITS), needed, "raise") == whole
+    assert fitting.fit(user(DIGITS), needed, "raise") == whole
     with pytest.raises(RowError, match=f"it needs {needed} tokens, its directive included, more than sequence_len"):
-        truncation.fit(user(DIGITS), needed - 1, "raise")
+        fitting.fit(user(DIGITS), needed - 1, "raise")
 
 
 def test_a_question_keeps_its_last_tokens_where_completions_must_be_cut(fitting):
-    whole, least = truncation.whole(user(DIGITS)), truncation.whole(user(DIGITS[-LEAST:]))
+    whole, least = fitting.whole(user(DIGITS)), fitting.whole(user(DIGITS[-LEAST:]))
     sequence_len = least.prompt_length + least.completion_length - 1
-    assert truncation.fit(user(DIGITS), sequence_len, "drop") == whole
-    cut = truncation.fit(user(DIGITS), sequence_len, "truncate")
+    assert fitting.fit(user(DIGITS), sequence_len, "drop") == whole
+    cut = fitting.fit(user(DIGITS), sequence_len, "truncate")
     assert cut.prompts == least.prompts
     assert (cut.cut_prompt_tokens, cut.cut_completion_tokens) == (len(DIGITS) - LEAST, 1)
     assert (cut.chosen_ids, cut.rejected_ids) == (whole.chosen_ids[:-1], whole.rejected_ids)
@@ -74,10 +74,10 @@ def test_a_question_keeps_its_last_tokens_where_completions_must_be_cut(fitting)
 
 
 def test_completions_are_cut_to_one_token_and_never_to_none(fitting):
-    whole, least = truncation.whole(user(DIGITS)), truncation.whole(user(DIGITS[-LEAST:]))
-    cut = truncation.fit(user(DIGITS), least.prompt_length + 1, "truncate")
+    whole, least = fitting.whole(user(DIGITS)), fitting.whole(user(DIGITS[-LEAST:]))
+    cut = fitting.fit(user(DIGITS), least.prompt_length + 1, "truncate")
     assert (cut.chosen_ids, cut.rejected_ids) == (whole.chosen_ids[:1], whole.rejected_ids[:1])
-    assert truncation.fit(user(DIGITS), least.prompt_length, "truncate") == whole
+    assert fitting.fit(user(DIGITS), least.prompt_length, "truncate") == whole
 
 
 def test_no_more_turns_go_than_must_and_the_first_that_stays_is_the_users(fitting):
@@ -86,11 +86,11 @@ def test_no_more_turns_go_than_must_and_the_first_that_stays_is_the_users(fittin
         [{"role": "user", "content": each}, {"role": "assistant", "content": DIGITS}] for each in (DIGITS, "1")
     )
     turns, kept = [system, *old, *recent, question], [system, *recent, question]
-    short = truncation.whole(kept)
+    short = fitting.whole(kept)
     needed = short.prompt_length + short.completion_length
     # With 120 tokens more there is room for the old answer, but not for the question before it.
     for sequence_len in (needed, needed + 120):
-        made = truncation.fit(turns, sequence_len, "drop")
+        made = fitting.fit(turns, sequence_len, "drop")
         assert made.prompts == short.prompts
-        assert made.cut_prompt_tokens == truncation.whole(turns).prompt_length - short.prompt_length
-    assert truncation.fit(turns, needed - 1, "drop").prompts == truncation.prompts([system, question])
+        assert made.cut_prompt_tokens == fitting.whole(turns).prompt_length - short.prompt_length
+    assert fitting.fit(turns, needed - 1, "drop").prompts == fitting.prompts([system, question])
