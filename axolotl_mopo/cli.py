@@ -10,6 +10,7 @@ import click
 import yaml
 
 from axolotl_mopo.commands.init import init
+from axolotl_mopo.commands.smoke import smoke
 from axolotl_mopo.config import ConfigError, parse_block
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.options import ObjectiveOptions, PairsOptions
@@ -28,7 +29,7 @@ def mopo() -> None:
     """Multi-objective preference tuning: its data, its prompts, and the front that it leads to."""
 
 
-for _command in (init, generate, score, front):
+for _command in (init, smoke, generate, score, front):
     mopo.add_command(_command)
 
 
