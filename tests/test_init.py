@@ -2,11 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import SMOKE, axolotl
+from conftest import ROOT, SMOKE, axolotl
 from datasets import Dataset, DatasetDict
 from test_formats import ATTRIBUTES, GOOD
 
@@ -142,6 +144,14 @@ def test_what_is_written_trains(method, shape, init, tmp_path):
     assert json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
     assert (out / "adapter_model.safetensors").exists()
     assert json.loads((out / "mopo.json").read_text())["method"] == method
+
+
+def test_the_commands_are_known_before_anything_heavy_is_imported():
+    code = (
+        "import sys, axolotl_mopo.cli; heavy = {'torch', 'transformers', 'datasets', 'axolotl'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_every_format_can_be_recognized():

@@ -1,11 +1,14 @@
 """`axolotl mopo smoke`: what it keeps of a configuration and what it replaces, that it trains, and what it refuses."""
 
+import importlib
+import inspect
 import json
 import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
+from axolotl.utils.dict import DictDefault
 from click.testing import CliRunner
 from conftest import CONFIGS as ARCHITECTURES
 from conftest import LORA, MIXTURES, ROOT, SMOKE, save_reward_model, smoke_config
@@ -23,7 +26,7 @@ from axolotl_mopo.commands.cpu_keys import for_a_cpu
 from axolotl_mopo.commands.sample_rows import PAIRS
 from axolotl_mopo.commands.smoke import reason, train
 from axolotl_mopo.commands.smoke_plan import plan
-from axolotl_mopo.commands.synthetic_rows import made_up_rows
+from axolotl_mopo.commands.synthetic_rows import made_up_rows, rows_of_axolotl
 from axolotl_mopo.config import ConfigError
 from axolotl_mopo.data.formats import FORMATS
 
@@ -266,6 +269,28 @@ def test_rows_are_made_up_for_every_format(kind):
         assert len({pair.chosen.scores[name] for pair in made}) > 1 or name == "severity_level"
 
 
+@pytest.mark.parametrize("module", ["dpo.chatml", "dpo.chat_template", "dpo.passthrough", "kto.chatml"])
+def test_rows_are_made_up_for_axolotls_own_preference_types(module):
+    package, _, name = module.partition(".")
+    strategies = importlib.import_module(f"axolotl.prompt_strategies.{module}")
+    for kind, strategy in inspect.getmembers(strategies, inspect.isfunction):
+        if strategy.__module__ != strategies.__name__:
+            continue
+        entry = {"type": f"{name}.{kind}"}
+        made = strategy(DictDefault({"datasets": [entry], "chat_template": "chatml"}))
+        transform = made[0] if isinstance(made, tuple) else made
+        given = (
+            {"tokenizer": tiny_models.byte_tokenizer()}
+            if "tokenizer" in inspect.signature(transform).parameters
+            else {}
+        )
+        for row in Dataset.from_list(rows_of_axolotl(entry, 3)).to_list():
+            read = transform(row, **given)
+            assert "Question" in read["prompt"], entry
+            sides = ("chosen", "rejected") if package == "dpo" else ("completion",)
+            assert all(isinstance(read[side], str) and read[side] for side in sides)
+
+
 def test_ratings_that_are_not_at_hand_are_made_up_with_the_preferences(tmp_path):
     entry = {
         "path": "nvidia/HelpSteer2",
@@ -286,7 +311,7 @@ def test_ratings_that_are_not_at_hand_are_made_up_with_the_preferences(tmp_path)
 
 def test_sizes_alone_are_shrunk():
     large = {
-        "llama": LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, rope_theta=5e5),
+        "grouped": LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, rope_theta=5e5),
         "long": Phi3Config(
             max_position_embeddings=131072,
             rope_parameters={
@@ -312,7 +337,7 @@ def test_sizes_alone_are_shrunk():
         assert small.model_type == config.model_type
         kinds = getattr(config, "layer_types", None) or []
         assert set(getattr(small, "layer_types", None) or []) == set(kinds), name
-        if name == "llama":
+        if name == "grouped":
             assert (small.num_key_value_heads, small.num_hidden_layers) == (2, 2)
             assert small.rope_parameters == config.rope_parameters
 
