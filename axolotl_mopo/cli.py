@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import click
 import yaml
 
+from axolotl_mopo.commands.init import init
+from axolotl_mopo.commands.smoke import smoke
 from axolotl_mopo.config import parse_settings
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.options import ObjectiveOptions, PairsOptions
@@ -28,7 +30,7 @@ def mopo() -> None:
     """Multi-objective preference tuning: its data, its prompts, and the front that it leads to."""
 
 
-for _command in (generate, score, front):
+for _command in (init, smoke, generate, score, front):
     mopo.add_command(_command)
 
 

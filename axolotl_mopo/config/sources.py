@@ -16,6 +16,11 @@ TRAINING_KEYS = frozenset({"clip", "normalize", "scale"})
 """Keys of every source that say how MODPO uses the reward, not what the reward is."""
 
 
+ModelKind = Literal["adapter", "model", "base", "classifier"]
+"""A LoRA adapter of the run's base model, a causal model of its own, the model that this was trained from, or a
+sequence classifier."""
+
+
 class RatedText(Protocol):
     """A response of a data set with its scores."""
 
@@ -79,6 +84,16 @@ class RewardSource(Settings):
     def score_name(self, margin: str) -> str | None:
         """The score of the data set that the reward of the margin `margin` is; None if it is not a score."""
         return None
+
+    @property
+    def code(self) -> str | None:
+        """The name of the code of others that computes the rewards, for messages; None if there is none."""
+        return None
+
+    @property
+    def model_paths(self) -> dict[str, ModelKind]:
+        """The keys that name a model, and what kind of model each is."""
+        return {}
 
     @property
     def needs_base_model(self) -> bool:

@@ -9,7 +9,7 @@ from pydantic import Field
 from axolotl_mopo.config.methods import METHODS, DimensionsConfig, MODPOConfig
 from axolotl_mopo.config.model_files import ADAPTER, MANIFEST, AdapterConfig, Manifest, read_model_file
 from axolotl_mopo.config.settings import Number
-from axolotl_mopo.config.sources import Responses, RewardSource
+from axolotl_mopo.config.sources import ModelKind, Responses, RewardSource
 from axolotl_mopo.digests import digest, model_digest
 from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.log import warn
@@ -30,6 +30,11 @@ class AdapterSource(RewardSource):
     reference: str | None = Field(None, description="a whole model's reference model; an adapter's is the base model")
 
     argument: ClassVar = "path"
+
+    @property
+    def model_paths(self) -> dict[str, ModelKind]:
+        """See `RewardSource`."""
+        return {"path": "adapter"} if self.reference is None else {"path": "model", "reference": "base"}
 
     @property
     def needs_base_model(self) -> bool:

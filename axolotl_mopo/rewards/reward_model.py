@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from axolotl_mopo.config.model_files import ModelConfig, read_model_file
 from axolotl_mopo.config.settings import number
+from axolotl_mopo.config.sources import ModelKind
 from axolotl_mopo.data.rows import Message
 from axolotl_mopo.digests import model_digest
 from axolotl_mopo.errors import ConfigError, DataError, RowError
@@ -37,6 +38,11 @@ class RewardModelSource(TextSource):
     @classmethod
     def _no_boolean(cls, head: Any) -> Any:
         return number(head)
+
+    @property
+    def model_paths(self) -> dict[str, ModelKind]:
+        """See `RewardSource`."""
+        return {"path": "classifier"}
 
     @property
     def code(self) -> None:

@@ -1,0 +1,205 @@
+"""`axolotl mopo init`: a configuration for some data, which trains as it is."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from axolotl_mopo.data.formats import FORMATS
+from axolotl_mopo.data.options import PairsOptions
+from axolotl_mopo.errors import ConfigError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_FIELDS = [name for name in PairsOptions.model_fields if name.startswith("field_")]
+_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst", ".bz2", ".xz")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def _field_options(command: F) -> F:
+    for name in reversed(_FIELDS):
+        help = f"{PairsOptions.model_fields[name].description} (--type pairs)"
+        command = click.option(f"--{name.replace('_', '-')}", name, help=help)(command)
+    return command
+
+
+@click.command()
+@click.option("--method", type=click.Choice(["modpo", "amopo"]), help="The method to train by.")
+@click.option("--data", "source", help="A local file, a folder or a data set of the hub.")
+@click.option("--base-model", help="The model to start from: a folder or a model of the hub.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
+@click.option("--split", default="train", show_default=True, help="A split, or a part such as train[:1000].")
+@click.option("--name", help="The configuration of a data set of the hub.")
+@click.option("--type", "kind", type=click.Choice(list(FORMATS)), help="The shape of the rows; found where omitted.")
+@click.option("--objective", help="What orders rated responses: the name of a score.")
+@_field_options
+def init(
+    method: str | None,
+    source: str | None,
+    base_model: str | None,
+    output: Path,
+    split: str,
+    name: str | None,
+    kind: str | None,
+    objective: str | None,
+    **fields: str | None,
+) -> None:
+    """Write a configuration that trains on some preference data, with comments.
+
+    Where the terminal allows it, what is not given is asked for. The columns of the data decide how it is read and what
+    is trained for. Nothing is overwritten.
+    """
+    _refuse_existing(output)
+    method = method or _ask("--method", "Method", type=click.Choice(["modpo", "amopo"]), default="modpo")
+    source = source or _ask("--data", "Preference data (a file, a folder or a data set of the hub)")
+    _refuse_missing("--data", source)
+    base_model = base_model or _ask("--base-model", "Base model", default="Qwen/Qwen2.5-7B-Instruct")
+    _refuse_missing("--base-model", base_model)
+    options = {key: value for key, value in fields.items() if value is not None}
+    try:
+        written, said = configuration(
+            method, source, base_model, output, split=split, name=name, kind=kind, objective=objective, options=options
+        )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("x", encoding="utf-8") as file:
+            file.write(written)
+    except FileExistsError:
+        _refuse_existing(output)
+        raise
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"{source}: {error}") from None
+    for line in said:
+        click.echo(line)
+    click.echo(f"\n{output} is written. Next:\n  axolotl mopo smoke {output}\n  axolotl train {output}")
+
+
+def configuration(
+    method: str,
+    source: str,
+    base_model: str,
+    output: Path,
+    *,
+    split: str,
+    name: str | None,
+    kind: str | None,
+    objective: str | None,
+    options: dict[str, Any],
+) -> tuple[str, list[str]]:
+    """The YAML, after its data was read by it, and what was decided, a line each.
+
+    Raises:
+        ConfigError, DataError: where the data cannot be read, or not by this method.
+    """
+    from axolotl_mopo.commands.recognition import recognize
+    from axolotl_mopo.commands.starting_config import decide, text
+    from axolotl_mopo.data.tables import load_table
+
+    if Path(source, "dataset_dict.json").exists() and split != "train":
+        raise ConfigError("Axolotl reads the split train of a data set that save_to_disk left; leave out --split")
+    with redirect_stderr(StringIO()):  # the bars of `datasets`
+        table = load_table(source, split=split, name=name)
+    found = recognize(table, kind, options, objective)
+    if objective and not found.objective:
+        raise ConfigError(f"--objective has no effect, since a label orders the pairs of {found.kind}; remove it")
+    decisions = decide(found, method)
+    written = text(
+        method=method,
+        output=str(output),
+        base_model=base_model,
+        has_template=_has_template(base_model),
+        source=_source(source, split, name),
+        found=found,
+        decisions=decisions,
+        name=f"{method}-{_run_name(source)}",
+    )
+    pairs = _read_back(written, table)
+    rows = found.stats.rows
+    return written, [
+        f"The columns of {source} are {', '.join(table.column_names)}.",
+        f"They are read as `type: axolotl_mopo.{found.kind}`: {pairs:,} pairs of the first {rows:,} rows.",
+        *decisions.said,
+        *([f"Other scores are {', '.join(decisions.others)}."] if decisions.others else []),
+    ]
+
+
+def _read_back(written: str, table: Any) -> int:
+    """Read rows by the configuration that was made, as training does, and count the pairs.
+
+    Raises:
+        ConfigError, DataError: where training would be refused.
+    """
+    import yaml
+
+    from axolotl_mopo.commands.recognition import ROWS
+    from axolotl_mopo.config import read_method
+    from axolotl_mopo.data.entries import bind_entries
+    from axolotl_mopo.data.pairing import PairReader
+    from axolotl_mopo.data.spec import DataSpec
+
+    cfg = yaml.safe_load(written)
+    block = read_method(cfg, cfg["rl"])
+    bind_entries(cfg, block)
+    (settings,) = cfg["mopo_data"].values()
+    spec = DataSpec.model_validate(settings)
+    rows = table.select(range(min(len(table), ROWS)))
+    with redirect_stderr(StringIO()):
+        return sum(1 for _ in PairReader(rows, spec).pairs())
+
+
+def _source(source: str, split: str, name: str | None) -> dict[str, Any]:
+    """The keys of an entry that say where the data is."""
+    entry = {"path": source}
+    if any(suffix in (".json", ".jsonl") for suffix in Path(source).suffixes) and Path(source).is_file():
+        entry["ds_type"] = "json"
+    if name is not None:
+        entry["name"] = name
+    return {**entry, "split": split}
+
+
+def _has_template(base_model: str) -> bool | None:
+    """Whether the tokenizer in a local folder has a chat template; None of a model of the hub."""
+    folder = Path(base_model)
+    if not folder.is_dir():
+        return None
+    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _run_name(source: str) -> str:
+    """A name for the run's folder, of letters, digits and dashes."""
+    stem = Path(source).name.split(".")[0] or "data"
+    return re.sub(r"[^\w-]+", "-", stem).strip("-") or "data"
+
+
+def _ask(option: str, prompt: str, **settings: Any) -> str:
+    if not _is_terminal():
+        raise click.UsageError(f"Missing option '{option}' (there is no terminal to ask in).")
+    return str(click.prompt(prompt, **settings))
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise click.ClickException(f"{output} is there already; move it away, or name another file with --output")
+
+
+def _refuse_missing(option: str, path: str) -> None:
+    """Refuse what can only be a local path and is not there."""
+    if Path(path).exists():
+        return
+    local = path.endswith(_SUFFIXES) or not _HUB_ID.fullmatch(path) or path.startswith((".", "~"))
+    if local or ("/" in path and Path(path).parent.is_dir()):
+        raise click.ClickException(f"{option}: there is no file or folder {path}, seen from {Path.cwd()}")
