@@ -63,9 +63,23 @@ B = TypeVar("B", bound=Block)
 class MarginBlock(Block):
     """What every margin may say besides where its reward comes from: clip, then normalize, then scale."""
 
-    clip: tuple[Number, Number] | None = Field(None, description="[lowest, highest], two different numbers")
-    normalize: Literal["none", "std"] = Field("none", description="none or std")
-    scale: Number = Field(1.0, description="a number; 1.0 leaves the reward as it is")
+    clip: tuple[Number, Number] | None = Field(
+        None,
+        description=(
+            "Bounds of the reward: [lowest, highest], two different numbers. A value outside is set to the nearer one."
+        ),
+    )
+    normalize: Literal["none", "std"] = Field(
+        "none",
+        description=(
+            "Standardisation of the reward: none or std, which divides it by the standard deviation of chosen minus "
+            "rejected over the training pairs."
+        ),
+    )
+    scale: Number = Field(
+        1.0,
+        description="Factor of the reward, after `clip` and `normalize`. Any number; 1.0 leaves the reward as it is.",
+    )
 
     @field_validator("clip")
     @classmethod
@@ -79,33 +93,60 @@ class ColumnMargin(MarginBlock):
     """A margin reward that the data set already holds."""
 
     source: Literal["column"]
-    field: str | None = Field(None, description="the name of the score in the data set; the margin's own where omitted")
+    field: str | None = Field(None, description="Name of the score in the data set. Default: the name of the margin.")
 
 
 class LengthMargin(MarginBlock):
     """Minus the length of the response, for shorter answers."""
 
     source: Literal["length"]
-    unit: Literal["tokens", "words", "characters"] = Field("tokens", description="one of tokens, words, characters")
+    unit: Literal["tokens", "words", "characters"] = Field(
+        "tokens",
+        description="What the length is counted in: one of tokens, words, characters. The reward is minus the count.",
+    )
 
 
 class AdapterMargin(MarginBlock):
     """The implicit reward of a model that was trained on another objective's preferences, such as a DPO adapter."""
 
     source: Literal["adapter"]
-    path: str = Field(description="the folder of a LoRA adapter of the same base model, or of a whole model")
-    beta: Number | None = Field(None, gt=0, description="the beta that it was trained with")
-    reference: str | None = Field(None, description="a whole model's reference model; an adapter's is the base model")
+    path: str = Field(
+        description=(
+            "Where the model of the other objective is: the folder of a LoRA adapter of the same base model, or of a "
+            "whole model."
+        ),
+    )
+    beta: Number | None = Field(
+        None,
+        gt=0,
+        description=(
+            "Beta of the training of that model (`rl_beta` of its DPO run); a positive number. Default: read from its "
+            "mopo.json."
+        ),
+    )
+    reference: str | None = Field(
+        None, description="Reference model of a whole model. An adapter's is always the base model."
+    )
 
 
 class RewardModelMargin(MarginBlock):
     """The score of a sequence-classification model."""
 
     source: Literal["reward_model"]
-    path: str = Field(description="a folder or a model of the hub")
-    head: int | str | None = Field(None, description="which score: an index, or a label of the model's config")
-    batch_size: int = Field(16, ge=1, strict=True, description="responses at a time, at least 1")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="float32, bfloat16 or float16")
+    path: str = Field(description="Reward model: a folder or a model of the hub.")
+    head: int | str | None = Field(
+        None,
+        description=(
+            "Which score of the model is the reward: an index, or a label of its configuration. Required where it has "
+            "several."
+        ),
+    )
+    batch_size: int = Field(
+        16, ge=1, strict=True, description="Number of responses that are scored at a time, at least 1."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="Precision of the reward model: float32, bfloat16 or float16."
+    )
 
     @field_validator("head", mode="before")
     @classmethod
@@ -116,7 +157,9 @@ class RewardModelMargin(MarginBlock):
 class TextMargin(MarginBlock):
     """A margin whose reward is computed of texts. A source of another package derives from this and says how."""
 
-    batch_size: int = Field(64, ge=1, strict=True, description="responses at a time, at least 1")
+    batch_size: int = Field(
+        64, ge=1, strict=True, description="Number of responses that are scored at a time, at least 1."
+    )
 
     def rewards(self, prompts: list[list[dict[str, Any]]], responses: list[str]) -> Sequence[float]:
         """The rewards of responses: prompts (messages) and one response to each -> one finite number each."""
@@ -127,7 +170,13 @@ class CallableMargin(TextMargin):
     """What a user's function says of prompts and responses."""
 
     source: Literal["callable"]
-    function: str = Field(pattern=r"^[\w.]+:\w+$", description="package.module:function")
+    function: str = Field(
+        pattern=r"^[\w.]+:\w+$",
+        description=(
+            "Function that returns one reward for each response: package.module:function. It is given prompts "
+            "(messages) and responses (texts)."
+        ),
+    )
 
 
 RowMargin = ColumnMargin | LengthMargin
@@ -161,14 +210,44 @@ class MethodBlock(Block):
     """The dotted name of its trainer, which the host imports when it is needed."""
 
     layout: Literal["packed", "padded"] | None = Field(
-        None, description="packed or padded; the cheapest that gives the model's numbers where omitted"
+        None,
+        description=(
+            "How token sequences are laid out: packed (prefix trees without padding) or padded (one row for every "
+            "prompt and completion). Default: the fastest that passes the start-up check."
+        ),
     )
-    max_tokens_per_step: int | None = Field(None, ge=1, strict=True, description="tokens of a pass, at least 1")
-    logits_budget: Number = Field(1.5, gt=0, description="GiB that logits may take, a positive number")
+    max_tokens_per_step: int | None = Field(
+        None,
+        ge=1,
+        strict=True,
+        description=(
+            "Largest number of tokens of one forward pass, at least 1; a micro-batch with more is split into passes, "
+            "with the same gradients. Default: no limit."
+        ),
+    )
+    logits_budget: Number = Field(
+        1.5,
+        gt=0,
+        description=(
+            "Memory in GiB that logits and their gradient may take, a positive number. Above it the head runs in "
+            "chunks."
+        ),
+    )
     router_aux_loss_coef: Number | None = Field(
-        None, ge=0, description="a number of at least 0; 0.001 where omitted, for a mixture of experts"
+        None,
+        ge=0,
+        description=(
+            "Coefficient of the load-balancing loss of a mixture of experts; a number of at least 0, and 0 leaves the "
+            "term out. Default: 0.001 for a mixture of experts."
+        ),
     )
-    on_bad_loss: Literal["raise", "skip"] = Field("raise", description="raise or skip")
+    on_bad_loss: Literal["raise", "skip"] = Field(
+        "raise",
+        description=(
+            "What happens at a loss that is not finite: raise or skip. `raise` stops the run; `skip` makes no "
+            "optimizer step and counts it in the log."
+        ),
+    )
 
 
 class MODPOConfig(MethodBlock):
@@ -177,13 +256,52 @@ class MODPOConfig(MethodBlock):
     rl: ClassVar = "modpo"
     trainer: ClassVar = "axolotl_mopo.trainers.MODPOTrainer"
 
-    objective: str = Field(description="the name of what `chosen` over `rejected` means in the data")
-    weights: dict[str, Number] = Field(description="a mapping from the objective and every margin to its weight")
-    beta: Number = Field(0.1, gt=0, description="a positive number; 0.1 is the authors'")
-    loss_type: Literal["sigmoid", "hinge"] = Field("sigmoid", description="sigmoid or hinge")
-    margins: dict[str, Margin] = Field({}, description="a mapping from a name to {source: ...}")
-    reference: Literal["initial", "base"] = Field("initial", description="initial or base")
-    cache_dir: str | None = Field(None, description="a folder for reference log-probs and margins")
+    objective: str = Field(
+        description="Name of the objective that orders the pairs: what `chosen` over `rejected` means in the data."
+    )
+    weights: dict[str, Number] = Field(
+        description=(
+            "How much each objective counts: a mapping from the objective and every margin to its weight. The weight "
+            "of the objective is positive; others are any number, and a negative one turns a score around. They need "
+            "not sum to 1."
+        ),
+    )
+    beta: Number = Field(
+        0.1,
+        gt=0,
+        description=(
+            "Strength of the KL penalty towards the reference; a positive number. The authors use 0.1. The loss sees "
+            "beta divided by the weight of the objective."
+        ),
+    )
+    loss_type: Literal["sigmoid", "hinge"] = Field(
+        "sigmoid",
+        description=(
+            "Loss of a pair with the implicit reward s: sigmoid or hinge, -log sigmoid(s(chosen) - s(rejected)) or "
+            "relu(1 - (s(chosen) - s(rejected)))."
+        ),
+    )
+    margins: dict[str, Margin] = Field(
+        {},
+        description=(
+            "Where the reward of each other objective comes from: a mapping from a name to {source: ...}, one for "
+            "every weight except that of the objective."
+        ),
+    )
+    reference: Literal["initial", "base"] = Field(
+        "initial",
+        description=(
+            "Model that the policy is pulled towards: initial or base. `initial` is the policy before its first step, "
+            "a loaded adapter included; `base` is the base model without adapters."
+        ),
+    )
+    cache_dir: str | None = Field(
+        None,
+        description=(
+            "Where reference log-probs and margin rewards are kept: a folder. Default: modpo-cache in "
+            "`dataset_prepared_path`."
+        ),
+    )
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
@@ -282,8 +400,20 @@ Template = Annotated[str, BeforeValidator(_template)]
 class Directives(Block):
     """What AMoPO's prompts say beside the question: Jinja templates, rendered in a sandbox."""
 
-    dimension: Template = Field(default=templates.DIMENSION, description="a Jinja template, or {file: PATH}")
-    integrated: Template = Field(default=templates.INTEGRATED, description="a Jinja template, or {file: PATH}")
+    dimension: Template = Field(
+        default=templates.DIMENSION,
+        description=(
+            "Text of the prompt of one dimension: a Jinja template of dimension, score, low, high and dimensions, or "
+            "{file: PATH}."
+        ),
+    )
+    integrated: Template = Field(
+        default=templates.INTEGRATED,
+        description=(
+            "Text of the prompt for all dimensions together: a Jinja template of low, high and dimensions, or {file: "
+            "PATH}."
+        ),
+    )
 
     @field_validator("dimension")
     @classmethod
@@ -301,11 +431,41 @@ class Directives(Block):
 class DimensionsBlock(MethodBlock):
     """What a method says of its prompts, one for every dimension."""
 
-    dimensions: list[str] = Field(min_length=1, description="a list of at least one score name, [helpfulness, ...]")
-    integrated: bool = Field(True, description="true or false")
-    score_range: tuple[Number, Number] = Field((1, 5), description="[lowest, highest], two different numbers")
-    directives: Directives = Field(Directives(), description="{dimension: TEMPLATE, integrated: TEMPLATE}")
-    directive_position: Literal["before", "after"] = Field("before", description="before or after the question")
+    dimensions: list[str] = Field(
+        min_length=1,
+        description=(
+            "Qualities that prompts ask for, each the name of a score in the data: a list of at least one score name, "
+            "[helpfulness, ...]."
+        ),
+    )
+    integrated: bool = Field(
+        True,
+        description=(
+            "Whether there is a prompt for all dimensions together as well, called `integrated` in the log: true or "
+            "false."
+        ),
+    )
+    score_range: tuple[Number, Number] = Field(
+        (1, 5),
+        description=(
+            "Scale that directives speak of: [lowest, highest], two different numbers. Scores of the data are mapped "
+            "to it."
+        ),
+    )
+    directives: Directives = Field(
+        Directives(),
+        description=(
+            "What the prompts say beside the question: {dimension: TEMPLATE, integrated: TEMPLATE}. Default: the "
+            "texts in the guide."
+        ),
+    )
+    directive_position: Literal["before", "after"] = Field(
+        "before",
+        description=(
+            "Where the directive stands: before or after the question. `after` lets all prompts share the question, "
+            "so fewer tokens are computed."
+        ),
+    )
 
     @field_validator("dimensions")
     @classmethod
@@ -372,12 +532,47 @@ class AMoPOConfig(DimensionsBlock):
     rl: ClassVar = "amopo"
     trainer: ClassVar = "axolotl_mopo.trainers.AMoPOTrainer"
 
-    beta: Number = Field(0.8, gt=0, description="a positive number; 0.8 is the authors'")
-    gamma: Number = Field(2.0, ge=0, description="a number of at least 0; 2.0 is the authors'")
-    loss_type: Literal["simpo", "orpo"] = Field("simpo", description="simpo or orpo")
-    weighting: WeightingScheme | dict[str, float] = "gaussian"
-    temperature: Number = Field(1.0, gt=0, description="a positive number; 1.0 is the paper's")
-    sft_coef: Number = Field(0.0, ge=0, description="a number of at least 0; 0.0 leaves the term out")
+    beta: Number = Field(
+        0.8,
+        gt=0,
+        description=(
+            "Scale of the reward, which is beta times the mean log-prob of a token; a positive number. The authors "
+            "use 0.8."
+        ),
+    )
+    gamma: Number = Field(
+        2.0,
+        ge=0,
+        description=(
+            "Margin by which the reward of chosen should exceed that of rejected (`simpo` only); a number of at least "
+            "0. The authors use 2.0."
+        ),
+    )
+    loss_type: Literal["simpo", "orpo"] = Field("simpo", description="Loss of one dimension: simpo or orpo.")
+    weighting: WeightingScheme | dict[str, float] = Field(
+        "gaussian",
+        description=(
+            "Where the weights of the dimensions come from: gaussian (drawn from the mean and standard deviation of "
+            "token probabilities), mean (without drawing), uniform (1/D), or {name: weight, ...} for every prompt, "
+            "which sum to 1. Evaluation never draws."
+        ),
+    )
+    temperature: Number = Field(
+        1.0,
+        gt=0,
+        description=(
+            "Divides the draws before the softmax over dimensions (`gaussian` and `mean` only); a positive number. At "
+            "1.0, the paper's, weights are nearly uniform; below it they differ more."
+        ),
+    )
+    sft_coef: Number = Field(
+        0.0,
+        ge=0,
+        description=(
+            "Coefficient of an SFT term, the mean negative log-likelihood of a chosen token; a number of at least 0, "
+            "and 0.0 leaves the term out."
+        ),
+    )
 
     @field_validator("weighting", mode="before")
     @classmethod
@@ -694,7 +889,7 @@ def _explain(block: type[Block], raw: Mapping[str, Any], path: str, error: dict[
         where, fields = f"{path}.directives", Directives
     where = "`" + ".".join([where, *map(str, keys)]) + "`"
     field = fields.model_fields.get(str(keys[0])) if keys else None
-    expected = f"; expected {field.description}" if field and field.description else ""
+    expected = f". Meaning: {field.description}" if field and field.description else ""
     match error["type"]:
         case "extra_forbidden":
             known = ", ".join(fields.model_fields)
