@@ -13,7 +13,8 @@ def stored(rows: Dataset) -> tuple[Dataset, NDArray[np.int64] | None]:
     if indices is None:
         return rows, None
     table = Dataset(rows.data, info=rows.info.copy(), split=rows.split, fingerprint=f"{rows._fingerprint}-stored")
-    return table, indices.column(0).to_numpy()
+    # With unsigned numbers `datasets` cannot select rows that follow one another.
+    return table, indices.column(0).to_numpy().astype(np.int64)
 
 
 def numbers(rows: Dataset, name: str) -> NDArray[Any]:
