@@ -212,8 +212,8 @@ class MethodBlock(Block):
     layout: Literal["packed", "padded"] | None = Field(
         None,
         description=(
-            "How token sequences are laid out: packed (prefix trees without padding) or padded (one row for every "
-            "prompt and completion). Default: the fastest that passes the start-up check."
+            "How token sequences are laid out: packed or padded. `packed` is prefix trees without padding, `padded` "
+            "one row for every prompt and completion. Default: the fastest that passes the start-up check."
         ),
     )
     max_tokens_per_step: int | None = Field(
@@ -561,8 +561,8 @@ class AMoPOConfig(DimensionsBlock):
         1.0,
         gt=0,
         description=(
-            "Divides the draws before the softmax over dimensions (`gaussian` and `mean` only); a positive number. At "
-            "1.0, the paper's, weights are nearly uniform; below it they differ more."
+            "Divides the draws before the softmax over dimensions (`gaussian` and `mean` only); a positive number; "
+            "1.0 is the paper's. At 1.0 weights are nearly uniform; below it they differ more."
         ),
     )
     sft_coef: Number = Field(
