@@ -70,7 +70,13 @@ def _where(context: click.Context, parameter: click.Parameter, values: tuple[str
 @click.option("--attributes", callback=_names, help="The scores to keep and to compare: a,b,c; by default all.")
 @click.option("--max-pairs-per-prompt", type=click.IntRange(min=1), help="Keep at most so many pairs of a prompt.")
 @click.option("--seed", default=42, show_default=True, help="Draws the pairs that are kept.")
-@click.option("--on-bad-row", type=click.Choice(["raise", "drop"]), default="raise", show_default=True)
+@click.option(
+    "--on-bad-row",
+    type=click.Choice(["raise", "drop"]),
+    default="raise",
+    show_default=True,
+    help="raise: stop at a bad row and name it; drop: leave bad rows out and count them.",
+)
 @click.option("--where", multiple=True, callback=_where, help="COLUMN=VALUE: read only rows with it; may be repeated.")
 @click.option("--keep-unfinished", is_flag=True, default=None, help="Keep responses that were cut off (responses).")
 @click.option("--ratings", help="HelpSteer2's rated responses, to join its preferences with (helpsteer2).")

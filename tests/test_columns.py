@@ -29,6 +29,7 @@ SELECTIONS = {
     "a part of a shuffle": ROWS.shuffle(seed=3).select(range(4, 9)),
     "a split": ROWS.train_test_split(0.3, seed=1)["train"],
     "a slice": ROWS.select(range(5, 12)),
+    "neighbours, in their order again": ROWS.select([6, 5]).select([1, 0]),
     "some twice": ROWS.select([4, 4, 9]),
     "one of some": ROWS.select([7, 3, 11]).select([1]),
     "neighbours among some": ROWS.select([9, 4, 5, 6]).select([1, 2, 3]),

@@ -187,7 +187,7 @@ def test_rows_of_another_value_are_named_by_a_scalar():
         (
             HELPFUL,
             {"type": "axolotl_mopo.responses", "objective": "a", "keep_unfinished": "yes"},
-            ["`datasets[0].keep_unfinished`", "true keeps responses"],
+            ["`datasets[0].keep_unfinished`", "are kept: true or false"],
         ),
         (AMOPO, {"type": "axolotl_mopo.pairs", "path": None}, ["`datasets[0].path` is None; it must name a file"]),
         (AMOPO, {"type": "axolotl_mopo.pairs", "path": "p" * 999}, ["`datasets[0].path` cannot be read"]),

@@ -105,7 +105,7 @@ def test_a_new_method_is_trained(tmp_path):
         ),
         (
             {"rl": "modpo", "tchebycheff": None, "modpo": modpo_block("a", {"source": "fresh", "n": 0})},
-            "`modpo.margins.other.n`: input should be greater than or equal to 1, not 0; expected words in a run",
+            "`modpo.margins.other.n`: input should be greater than or equal to 1, not 0. Meaning: words in a run",
         ),
     ],
 )

@@ -74,7 +74,7 @@ def test_scorers_count_steps_and_cautions():
     assert safety.harmless([], responses) == [1, 0]
 
 
-def test_the_readme_has_the_commands_of_the_config():
+def test_the_guide_has_the_commands_of_the_config():
     commands = "".join(re.findall("#   (.*\\n)", (GALLERY / "safety-modpo.yaml").read_text()))
     assert commands.count("axolotl") == 7
-    assert commands in (ROOT / "README.md").read_text()
+    assert commands in (ROOT / "docs" / "guides" / "front.md").read_text()

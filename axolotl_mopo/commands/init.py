@@ -33,7 +33,14 @@ def _field_options(command: F) -> F:
 @click.option("--method", type=click.Choice(["modpo", "amopo"]), help="The method to train by.")
 @click.option("--data", "source", help="A local file, a folder or a data set of the hub.")
 @click.option("--base-model", help="The model to start from: a folder or a model of the hub.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    default="config.yaml",
+    show_default=True,
+    help="The YAML file to write; it must not exist.",
+)
 @click.option("--split", default="train", show_default=True, help="A split, or a part such as train[:1000].")
 @click.option("--name", help="The configuration of a data set of the hub.")
 @click.option("--type", "kind", type=click.Choice(list(FORMATS)), help="The shape of the rows; found where omitted.")

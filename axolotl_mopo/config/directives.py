@@ -34,8 +34,20 @@ class Directive(NamedTuple):
 class Directives(Settings):
     """What AMoPO's prompts say beside the question: Jinja templates, rendered in a sandbox."""
 
-    dimension: Template = Field(default=templates.DIMENSION, description="a Jinja template, or {file: PATH}")
-    integrated: Template = Field(default=templates.INTEGRATED, description="a Jinja template, or {file: PATH}")
+    dimension: Template = Field(
+        default=templates.DIMENSION,
+        description=(
+            "Text of the prompt of one dimension: a Jinja template of dimension, score, low, high and dimensions, or "
+            "{file: PATH}."
+        ),
+    )
+    integrated: Template = Field(
+        default=templates.INTEGRATED,
+        description=(
+            "Text of the prompt for all dimensions together: a Jinja template of low, high and dimensions, or {file: "
+            "PATH}."
+        ),
+    )
 
     @field_validator("dimension")
     @classmethod
@@ -79,11 +91,41 @@ class Directives(Settings):
 class PromptSettings(Settings):
     """The settings of a method with one prompt for each dimension that its prepared rows depend on."""
 
-    dimensions: list[str] = Field(min_length=1, description="a list of at least one score name, [helpfulness, ...]")
-    integrated: bool = Field(True, description="true or false")
-    score_range: tuple[Number, Number] = Field((1, 5), description="[lowest, highest], two different numbers")
-    directives: Directives = Field(Directives(), description="{dimension: TEMPLATE, integrated: TEMPLATE}")
-    directive_position: Literal["before", "after"] = Field("before", description="before or after the question")
+    dimensions: list[str] = Field(
+        min_length=1,
+        description=(
+            "Qualities that prompts ask for, each the name of a score in the data: a list of at least one score name, "
+            "[helpfulness, ...]."
+        ),
+    )
+    integrated: bool = Field(
+        True,
+        description=(
+            "Whether there is a prompt for all dimensions together as well, called `integrated` in the log: true or "
+            "false."
+        ),
+    )
+    score_range: tuple[Number, Number] = Field(
+        (1, 5),
+        description=(
+            "Scale that directives speak of: [lowest, highest], two different numbers. Scores of the data are mapped "
+            "to it."
+        ),
+    )
+    directives: Directives = Field(
+        Directives(),
+        description=(
+            "What the prompts say beside the question: {dimension: TEMPLATE, integrated: TEMPLATE}. Default: the "
+            "texts in the guide."
+        ),
+    )
+    directive_position: Literal["before", "after"] = Field(
+        "before",
+        description=(
+            "Where the directive stands: before or after the question. `after` lets all prompts share the question, "
+            "so fewer tokens are computed."
+        ),
+    )
 
     @field_validator("dimensions")
     @classmethod

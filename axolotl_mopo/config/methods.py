@@ -23,14 +23,44 @@ class MethodConfig(Settings):
     renamed: ClassVar = {"max_tokens_per_step": "max_tokens_per_pass"}
 
     layout: Literal["packed", "padded"] | None = Field(
-        None, description="packed or padded; the cheapest that gives the model's numbers where omitted"
+        None,
+        description=(
+            "How token sequences are laid out: packed or padded. `packed` is prefix trees without padding, `padded` "
+            "one row for every prompt and completion. Default: the fastest that passes the start-up check."
+        ),
     )
-    max_tokens_per_pass: int | None = Field(None, ge=1, strict=True, description="tokens of a pass, at least 1")
-    logits_budget: Number = Field(1.5, gt=0, description="GiB that logits may take, a positive number")
+    max_tokens_per_pass: int | None = Field(
+        None,
+        ge=1,
+        strict=True,
+        description=(
+            "Largest number of tokens of one forward pass, at least 1; a micro-batch with more is split into passes, "
+            "with the same gradients. Default: no limit."
+        ),
+    )
+    logits_budget: Number = Field(
+        1.5,
+        gt=0,
+        description=(
+            "Memory in GiB that logits and their gradient may take, a positive number. Above it the head runs in "
+            "chunks."
+        ),
+    )
     router_aux_loss_coef: Number | None = Field(
-        None, ge=0, description="a number of at least 0; 0.001 where omitted, for a mixture of experts"
+        None,
+        ge=0,
+        description=(
+            "Coefficient of the load-balancing loss of a mixture of experts; a number of at least 0, and 0 leaves the "
+            "term out. Default: 0.001 for a mixture of experts."
+        ),
     )
-    on_bad_loss: Literal["raise", "skip"] = Field("raise", description="raise or skip")
+    on_bad_loss: Literal["raise", "skip"] = Field(
+        "raise",
+        description=(
+            "What happens at a loss that is not finite: raise or skip. `raise` stops the run; `skip` makes no "
+            "optimizer step and counts it in the log."
+        ),
+    )
 
     @property
     def row_settings(self) -> "RowSettings":
@@ -81,13 +111,52 @@ class MODPOConfig(MethodConfig):
     rl: ClassVar = "modpo"
     trainer: ClassVar = "axolotl_mopo.training.modpo.MODPOTrainer"
 
-    objective: str = Field(description="the name of what `chosen` over `rejected` means in the data")
-    weights: dict[str, Number] = Field(description="a mapping from the objective and every margin to its weight")
-    beta: Number = Field(0.1, gt=0, description="a positive number; 0.1 is the authors'")
-    loss_type: MODPOLossType = Field("sigmoid", description="sigmoid or hinge")
-    margins: dict[str, Margin] = Field({}, description="a mapping from a name to {source: ...}")
-    reference: Literal["initial", "base"] = Field("initial", description="initial or base")
-    cache_dir: str | None = Field(None, description="a folder for reference log-probs and margins")
+    objective: str = Field(
+        description="Name of the objective that orders the pairs: what `chosen` over `rejected` means in the data."
+    )
+    weights: dict[str, Number] = Field(
+        description=(
+            "How much each objective counts: a mapping from the objective and every margin to its weight. The weight "
+            "of the objective is positive; others are any number, and a negative one turns a score around. They need "
+            "not sum to 1."
+        ),
+    )
+    beta: Number = Field(
+        0.1,
+        gt=0,
+        description=(
+            "Strength of the KL penalty towards the reference; a positive number. The authors use 0.1. The loss sees "
+            "beta divided by the weight of the objective."
+        ),
+    )
+    loss_type: MODPOLossType = Field(
+        "sigmoid",
+        description=(
+            "Loss of a pair with the implicit reward s: sigmoid or hinge, -log sigmoid(s(chosen) - s(rejected)) or "
+            "relu(1 - (s(chosen) - s(rejected)))."
+        ),
+    )
+    margins: dict[str, Margin] = Field(
+        {},
+        description=(
+            "Where the reward of each other objective comes from: a mapping from a name to {source: ...}, one for "
+            "every weight except that of the objective."
+        ),
+    )
+    reference: Literal["initial", "base"] = Field(
+        "initial",
+        description=(
+            "Model that the policy is pulled towards: initial or base. `initial` is the policy before its first step, "
+            "a loaded adapter included; `base` is the base model without adapters."
+        ),
+    )
+    cache_dir: str | None = Field(
+        None,
+        description=(
+            "Where reference log-probs and margin rewards are kept: a folder. Default: modpo-cache in "
+            "`dataset_prepared_path`."
+        ),
+    )
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
@@ -180,12 +249,47 @@ class AMoPOConfig(DimensionsConfig):
     rl: ClassVar = "amopo"
     trainer: ClassVar = "axolotl_mopo.training.amopo.AMoPOTrainer"
 
-    beta: Number = Field(0.8, gt=0, description="a positive number; 0.8 is the authors'")
-    gamma: Number = Field(2.0, ge=0, description="a number of at least 0; 2.0 is the authors'")
-    loss_type: AMoPOLossType = Field("simpo", description="simpo or orpo")
-    weighting: WeightingScheme | dict[str, float] = "gaussian"
-    temperature: Number = Field(1.0, gt=0, description="a positive number; 1.0 is the paper's")
-    sft_coef: Number = Field(0.0, ge=0, description="a number of at least 0; 0.0 leaves the term out")
+    beta: Number = Field(
+        0.8,
+        gt=0,
+        description=(
+            "Scale of the reward, which is beta times the mean log-prob of a token; a positive number. The authors "
+            "use 0.8."
+        ),
+    )
+    gamma: Number = Field(
+        2.0,
+        ge=0,
+        description=(
+            "Margin by which the reward of chosen should exceed that of rejected (`simpo` only); a number of at least "
+            "0. The authors use 2.0."
+        ),
+    )
+    loss_type: AMoPOLossType = Field("simpo", description="Loss of one dimension: simpo or orpo.")
+    weighting: WeightingScheme | dict[str, float] = Field(
+        "gaussian",
+        description=(
+            "Where the weights of the dimensions come from: gaussian (drawn from the mean and standard deviation of "
+            "token probabilities), mean (without drawing), uniform (1/D), or {name: weight, ...} for every prompt, "
+            "which sum to 1. Evaluation never draws."
+        ),
+    )
+    temperature: Number = Field(
+        1.0,
+        gt=0,
+        description=(
+            "Divides the draws before the softmax over dimensions (`gaussian` and `mean` only); a positive number; "
+            "1.0 is the paper's. At 1.0 weights are nearly uniform; below it they differ more."
+        ),
+    )
+    sft_coef: Number = Field(
+        0.0,
+        ge=0,
+        description=(
+            "Coefficient of an SFT term, the mean negative log-likelihood of a chosen token; a number of at least 0, "
+            "and 0.0 leaves the term out."
+        ),
+    )
 
     @field_validator("weighting", mode="before")
     @classmethod

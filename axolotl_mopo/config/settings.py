@@ -83,7 +83,7 @@ def _explain(kind: type[Settings], raw: Mapping[str, Any], path: str, error: dic
         path = f"{path}.{below}"
     where = "`" + ".".join([path, *map(str, keys)]) + "`"
     field = fields.model_fields.get(str(keys[0])) if keys else None
-    expected = f"; expected {field.description}" if field and field.description else ""
+    expected = f". Meaning: {field.description}" if field and field.description else ""
     match error["type"]:
         case "extra_forbidden" if new := getattr(fields, "renamed", {}).get(str(keys[-1])):
             return f"{where} was renamed to `{new}`; rename the key"

@@ -59,9 +59,23 @@ class RewardSource(Settings):
     """
 
     source: str
-    clip: tuple[Number, Number] | None = Field(None, description="[lowest, highest], two different numbers")
-    normalize: Literal["none", "std"] = Field("none", description="none or std")
-    scale: Number = Field(1.0, description="a number; 1.0 leaves the reward as it is")
+    clip: tuple[Number, Number] | None = Field(
+        None,
+        description=(
+            "Bounds of the reward: [lowest, highest], two different numbers. A value outside is set to the nearer one."
+        ),
+    )
+    normalize: Literal["none", "std"] = Field(
+        "none",
+        description=(
+            "Standardisation of the reward: none or std, which divides it by the standard deviation of chosen minus "
+            "rejected over the training pairs."
+        ),
+    )
+    scale: Number = Field(
+        1.0,
+        description="Factor of the reward, after `clip` and `normalize`. Any number; 1.0 leaves the reward as it is.",
+    )
 
     argument: ClassVar[str | None] = None
     """The key that ARGUMENT sets in `axolotl mopo score --scorer NAME=SOURCE:ARGUMENT`."""

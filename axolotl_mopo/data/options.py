@@ -23,17 +23,42 @@ class EntryOptions(Settings):
     missing_score_hint: ClassVar[str] = ""
     """How to fix a score that is needed and not found."""
 
-    on_bad_row: Literal["raise", "drop"] = Field("raise", description="raise or drop")
-    max_pairs_per_prompt: int | None = Field(None, ge=1, strict=True, description="a whole number of at least 1")
+    on_bad_row: Literal["raise", "drop"] = Field(
+        "raise",
+        description=(
+            "What happens to a bad row: raise or drop. `raise` stops the run before a model is loaded and names the "
+            "row; `drop` leaves it out and counts it by what is wrong."
+        ),
+    )
+    max_pairs_per_prompt: int | None = Field(
+        None,
+        ge=1,
+        strict=True,
+        description=(
+            "Largest number of pairs of one prompt, drawn by the `seed` of the YAML; a whole number of at least 1. "
+            "Default: all pairs."
+        ),
+    )
     where: dict[str, Scalar] | None = Field(
-        None, min_length=1, description="{column: value}; rows whose column has another value are left out"
+        None,
+        min_length=1,
+        description=(
+            "Which rows are read: {column: value}; rows whose column has another value are left out before they are "
+            "read, and counted."
+        ),
     )
 
 
 class ScoredOptions(EntryOptions):
     """The keys of data with scores."""
 
-    score_scale: tuple[Number, Number] | None = Field(None, description="[lowest, highest] score of the data set")
+    score_scale: tuple[Number, Number] | None = Field(
+        None,
+        description=(
+            "AMoPO: scale of the scores of the data, [lowest, highest], mapped linearly to `amopo.score_range` for "
+            "the directives. Default: that of the type, else `amopo.score_range`."
+        ),
+    )
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:
@@ -47,18 +72,43 @@ class PairsOptions(ScoredOptions):
 
     missing_score_hint: ClassVar = "; name their columns with field_chosen_scores and field_rejected_scores"
 
-    field_prompt: str | None = Field(None, description="the column of the prompt or its messages")
-    field_system: str | None = Field(None, description="the column of the system message")
-    field_chosen: str = Field("chosen", description="the column of the preferred response")
-    field_rejected: str = Field("rejected", description="the column of the other response")
-    field_chosen_scores: str | None = Field(None, description="a column, or a pattern such as chosen_{}")
-    field_rejected_scores: str | None = Field(None, description="a column, or a pattern such as rejected_{}")
+    field_prompt: str | None = Field(
+        None,
+        description=(
+            "Column of the prompt or its messages. Default: prompt, else messages, else question or instruction."
+        ),
+    )
+    field_system: str | None = Field(
+        None, description="Column of the system message. Default: system, where it holds a text."
+    )
+    field_chosen: str = Field("chosen", description="Column of the preferred response.")
+    field_rejected: str = Field("rejected", description="Column of the other response.")
+    field_chosen_scores: str | None = Field(
+        None,
+        description=(
+            "Scores of the preferred response: a column, or a pattern such as chosen_{}. Default: chosen_scores, else "
+            "chosen_{} and score_chosen."
+        ),
+    )
+    field_rejected_scores: str | None = Field(
+        None,
+        description=(
+            "Scores of the other response: a column, or a pattern such as rejected_{}. Default: rejected_scores, else "
+            "rejected_{} and score_rejected."
+        ),
+    )
 
 
 class ObjectiveOptions(ScoredOptions):
     """The keys of data that several objectives could order."""
 
-    objective: str | list[str] | None = Field(None, description="a name, or a list of names whose mean decides")
+    objective: str | list[str] | None = Field(
+        None,
+        description=(
+            "What orders responses that no label orders: a name of a score, or a list of names whose mean decides, in "
+            "comparable units. Default: `modpo.objective`, or the mean of `amopo.dimensions`."
+        ),
+    )
 
     @field_validator("objective")
     @classmethod
@@ -79,7 +129,12 @@ class ResponsesOptions(ObjectiveOptions):
     """The keys of `type: axolotl_mopo.responses`."""
 
     keep_unfinished: bool = Field(
-        False, strict=True, description="true keeps responses that were cut off at the token limit"
+        False,
+        strict=True,
+        description=(
+            "Whether responses that were cut off at the token limit (`finished: false`) are kept: true or false. They "
+            "would be trained on with an end-of-turn token."
+        ),
     )
 
 
@@ -89,10 +144,15 @@ class HelpSteer2Options(ObjectiveOptions):
     missing_score_hint: ClassVar = "; name the file of the rated responses with ratings"
 
     ratings: str | None = Field(
-        None, min_length=1, description="a file, folder or data set of the hub with HelpSteer2's rated responses"
+        None,
+        min_length=1,
+        description=(
+            "Rated responses of HelpSteer2, joined with the preferences by prompt and response: a file, a folder or a "
+            "data set of the hub. A pair without both ratings is left out and counted."
+        ),
     )
     ratings_split: str | None = Field(
-        None, min_length=1, description="the split of `ratings`, such as train+validation; train where omitted"
+        None, min_length=1, description="Split of `ratings`, such as train+validation. Default: train."
     )
 
     @model_validator(mode="after")
@@ -105,4 +165,8 @@ class HelpSteer2Options(ObjectiveOptions):
 class SHPOptions(EntryOptions):
     """The keys of `type: axolotl_mopo.shp`."""
 
-    min_score_ratio: Number | None = Field(None, ge=1, description="a number of at least 1")
+    min_score_ratio: Number | None = Field(
+        None,
+        ge=1,
+        description="Smallest `score_ratio` of a pair that is kept: a number of at least 1. Default: all pairs.",
+    )

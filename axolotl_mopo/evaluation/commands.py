@@ -28,10 +28,16 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--data-files", multiple=True, help="Files in the data set; may be repeated.")
 @click.option("--revision", help="The revision of a data set of the hub.")
 @click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Responses to each prompt.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of a response.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0: the likeliest.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
-@click.option("--seed", default=42, show_default=True)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw from the likeliest tokens that have this probability together.",
+)
+@click.option("--seed", default=42, show_default=True, help="Draws the responses, with prompt and sample.")
 @click.option("--dimension", help="AMoPO: ask for this dimension, and not for all together.")
 @click.option("--score", type=float, help="AMoPO: which score of the dimension to ask for; by default the best.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at a time.")
@@ -43,7 +49,13 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     show_default=True,
     help="model: every model's own generation settings, its temperature and top-p among them.",
 )
-@click.option("--engine", type=click.Choice(["auto", "transformers", "vllm"]), default="auto", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "transformers", "vllm"]),
+    default="auto",
+    show_default=True,
+    help="auto: vLLM where it is installed, transformers otherwise.",
+)
 def generate(
     runs: tuple[str, ...],
     source: str,

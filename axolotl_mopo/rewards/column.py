@@ -14,7 +14,7 @@ class ColumnSource(RewardSource):
     """The reward is a score of the data set."""
 
     source: Literal["column"]
-    field: str | None = Field(None, description="the name of the score in the data set; the margin's own where omitted")
+    field: str | None = Field(None, description="Name of the score in the data set. Default: the name of the margin.")
 
     in_rows: ClassVar = True
     needs_scores: ClassVar = True

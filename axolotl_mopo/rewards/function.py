@@ -15,7 +15,13 @@ class FunctionSource(TextSource):
     """What a user's function returns for prompts (messages) and responses: one float for each response."""
 
     source: Literal["callable"]
-    function: str = Field(pattern=r"^[\w.]+:\w+$", description="package.module:function")
+    function: str = Field(
+        pattern=r"^[\w.]+:\w+$",
+        description=(
+            "Function that returns one reward for each response: package.module:function. It is given prompts "
+            "(messages) and responses (texts)."
+        ),
+    )
 
     argument: ClassVar = "function"
 

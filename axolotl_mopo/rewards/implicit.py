@@ -25,9 +25,23 @@ class AdapterSource(RewardSource):
     """beta * (logp - reference_logp) of a LoRA adapter or a whole model that was trained by DPO or MODPO."""
 
     source: Literal["adapter"]
-    path: str = Field(description="the folder of a LoRA adapter of the same base model, or of a whole model")
-    beta: Number | None = Field(None, gt=0, description="the beta that it was trained with")
-    reference: str | None = Field(None, description="a whole model's reference model; an adapter's is the base model")
+    path: str = Field(
+        description=(
+            "Where the model of the other objective is: the folder of a LoRA adapter of the same base model, or of a "
+            "whole model."
+        ),
+    )
+    beta: Number | None = Field(
+        None,
+        gt=0,
+        description=(
+            "Beta of the training of that model (`rl_beta` of its DPO run); a positive number. Default: read from its "
+            "mopo.json."
+        ),
+    )
+    reference: str | None = Field(
+        None, description="Reference model of a whole model. An adapter's is always the base model."
+    )
 
     argument: ClassVar = "path"
 

@@ -17,7 +17,10 @@ class LengthSource(RewardSource):
     """
 
     source: Literal["length"]
-    unit: Literal["tokens", "words", "characters"] = Field("tokens", description="one of tokens, words, characters")
+    unit: Literal["tokens", "words", "characters"] = Field(
+        "tokens",
+        description="What the length is counted in: one of tokens, words, characters. The reward is minus the count.",
+    )
 
     argument: ClassVar = "unit"
     in_rows: ClassVar = True

@@ -27,10 +27,20 @@ class RewardModelSource(TextSource):
     """The score of a sequence-classification model, by its own tokenizer and chat template."""
 
     source: Literal["reward_model"]
-    path: str = Field(description="a folder or a model of the hub")
-    head: int | str | None = Field(None, description="which score: an index, or a label of the model's config")
-    batch_size: int = Field(16, ge=1, strict=True, description="responses at a time, at least 1")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="float32, bfloat16 or float16")
+    path: str = Field(description="Reward model: a folder or a model of the hub.")
+    head: int | str | None = Field(
+        None,
+        description=(
+            "Which score of the model is the reward: an index, or a label of its configuration. Required where it has "
+            "several."
+        ),
+    )
+    batch_size: int = Field(
+        16, ge=1, strict=True, description="Number of responses that are scored at a time, at least 1."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="Precision of the reward model: float32, bfloat16 or float16."
+    )
 
     argument: ClassVar = "path"
 

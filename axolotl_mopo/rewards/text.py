@@ -23,7 +23,9 @@ Rewards = Callable[[list[list[Message]], list[str], Sequence[int]], list[float]]
 class TextSource(RewardSource):
     """A source that computes rewards from texts. A source of another package derives from it and gives `compute`."""
 
-    batch_size: int = Field(64, ge=1, strict=True, description="responses at a time, at least 1")
+    batch_size: int = Field(
+        64, ge=1, strict=True, description="Number of responses that are scored at a time, at least 1."
+    )
 
     needs_texts: ClassVar = True
 

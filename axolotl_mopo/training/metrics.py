@@ -8,6 +8,45 @@ from accelerate import Accelerator
 from torch import Tensor
 
 
+class Metric(NamedTuple):
+    """A metric of the log, for the reference; <margin> and <dimension> in its name stand for one of several."""
+
+    name: str
+    meaning: str
+    methods: tuple[str, ...] = ("modpo", "amopo")
+
+
+_MODPO, _AMOPO = ("modpo",), ("amopo",)
+_IMPLICIT = (
+    "MODPO: implicit reward s of the objective that orders the pairs. AMoPO: the rewards r_d of the prompts, summed "
+    "with the weights alpha."
+)
+METRICS = (
+    Metric("rewards/chosen", f"Reward of the chosen response. {_IMPLICIT}"),
+    Metric("rewards/rejected", "The same of the rejected response."),
+    Metric("rewards/margins", "Reward of chosen minus that of rejected."),
+    Metric("rewards/margins_std", "Standard deviation of that difference."),
+    Metric("rewards/accuracies", "Share of pairs whose chosen response has the larger reward."),
+    Metric("logps/chosen", "Log-prob of the chosen completion. AMoPO: its mean over the prompts."),
+    Metric("logps/rejected", "The same of the rejected completion."),
+    Metric("rewards/collective_chosen", "beta * (logp - ref_logp): reward of all objectives together.", _MODPO),
+    Metric("rewards/collective_rejected", "The same of the rejected response.", _MODPO),
+    Metric("rewards/collective_margins", "Collective reward of chosen minus that of rejected.", _MODPO),
+    Metric("margins/<margin>", "Margin reward of chosen minus that of rejected, without its weight.", _MODPO),
+    Metric("margins/<margin>/chosen", "Margin reward of the chosen response.", _MODPO),
+    Metric("margins/<margin>/rejected", "Margin reward of the rejected response.", _MODPO),
+    Metric("margins_std/<margin>", "Standard deviation of the margin's difference.", _MODPO),
+    Metric("rewards/margins/<dimension>", "Reward r_d of one prompt: chosen minus rejected.", _AMOPO),
+    Metric("rewards/accuracies/<dimension>", "Share of pairs whose chosen response has the larger r_d.", _AMOPO),
+    Metric("rewards/margins_std/<dimension>", "Standard deviation of the difference of r_d.", _AMOPO),
+    Metric("weights/<dimension>", "Mean of the weight alpha_d.", _AMOPO),
+    Metric("weights_std/<dimension>", "Standard deviation of alpha_d.", _AMOPO),
+    Metric("aux_loss", "Load-balancing loss of a mixture of experts, without its coefficient."),
+    Metric("skipped_steps", "Steps that `on_bad_loss: skip` has left out since the start of the run."),
+)
+"""What the trainers log besides Axolotl's own keys. In evaluation `eval_` stands before each, but for skipped steps."""
+
+
 class Statistic(NamedTuple):
     """A metric over every pair of a window."""
 
