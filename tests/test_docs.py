@@ -15,6 +15,7 @@ from warm import python
 
 from axolotl_mopo.config import METHODS, parse_settings
 from axolotl_mopo.training.metrics import METRICS
+from axolotl_mopo.version import __version__
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "example_configs/README.md")]
 PAGES = [page for page in PAGES if page.exists()] + sorted((ROOT / "docs").rglob("*.md"))
@@ -39,7 +40,7 @@ def test_a_complete_yaml_passes_axolotls_validation(content):
     cfg = DictDefault(content)
     prepare_plugins(cfg)
     validated = validate_config(cfg)
-    assert validated.trainer_cls.lower() == f"axolotl_mopo.training.{content['rl']}.{content['rl']}trainer"
+    assert validated.trainer_cls.lower() == "axolotl_mopo.training.{0}.{0}trainer".format(content["rl"])
     unknown = set(content) - set(validated)
     assert not unknown, f"Axolotl dropped {unknown}"
 
@@ -133,3 +134,22 @@ def test_the_table_of_metrics_is_what_a_run_logs(method, mixture, tmp_path):
     evaluation = {name.removeprefix("eval_") for name in logged - training}
     assert training == told
     assert {name for name in evaluation if not AXOLOTLS.fullmatch(name)} == told - {"skipped_steps"}
+
+
+def test_every_example_is_in_the_table():
+    folder = ROOT / "example_configs"
+    links = re.findall(r"^\| \[.*?\]\((.*?)\)", (folder / "README.md").read_text(), re.M)
+    assert sorted(links) == sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
+
+
+FILES = [ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff", *sorted((ROOT / ".github").rglob("*.yml"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_for_other_tools_are_yaml(path):
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+def test_the_version_is_the_same_everywhere():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -6,18 +6,20 @@ from pathlib import Path
 import pytest
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
-from conftest import host_trainer, smoke_config
+from conftest import ROOT, host_trainer, smoke_config
 from transformers import set_seed
 
 from axolotl_mopo import MOPOPlugin
 from axolotl_mopo.errors import ConfigError
 
+EXAMPLE = ROOT / "examples" / "extension_package"
 TCHEBYCHEFF = {"dimensions": ["helpfulness", "correctness"], "mu": 0.5}
 
 
 @pytest.fixture(autouse=True)
 def own_plugins(monkeypatch):
     """Keep the extension's plugin from other tests of this process."""
+    monkeypatch.syspath_prepend(EXAMPLE)
     monkeypatch.setattr(PluginManager.get_instance(), "plugins", {})
 
 
@@ -60,13 +62,13 @@ def test_a_new_source_gives_modpo_its_margin(tmp_path):
     trainer, steps = trained(few_steps("modpo", tmp_path, modpo=block))
     assert len(steps) == 2
 
-    from extension.margin import FreshMargin
+    from extension.margin import FreshSource
 
-    assert FreshMargin(source="fresh", n=2).compute([[]] * 3, ["a b a b", "a b c", "a"]) == [2 / 3, 1, 1]
-    by_hand = [2 * r for r in FreshMargin(source="fresh", n=1).compute([], trainer.train_dataset["chosen_text"])]
+    assert FreshSource(source="fresh", n=2).compute([[]] * 3, ["a b a b", "a b c", "a"]) == [2 / 3, 1, 1]
+    by_hand = [2 * r for r in FreshSource(source="fresh", n=1).compute([], trainer.train_dataset["chosen_text"])]
     assert trainer._constants["train"].margins[:, 0, 0].tolist() == pytest.approx(by_hand)
     one, other, scaled = (
-        FreshMargin(source="fresh", **keys).content_digest() for keys in ({}, {"n": 4}, {"scale": 2, "batch_size": 1})
+        FreshSource(source="fresh", **keys).content_digest() for keys in ({}, {"n": 4}, {"scale": 2, "batch_size": 1})
     )
     assert one == scaled != other  # so the cache keeps rewards of other settings apart, and only those
 

@@ -1,4 +1,4 @@
-"""A source of margins: answers that do not repeat themselves."""
+"""A source of rewards: answers that do not repeat themselves."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from axolotl_mopo.config import SOURCES
 from axolotl_mopo.rewards import TextSource
 
 
-class FreshMargin(TextSource):
+class FreshSource(TextSource):
     """The share of a response's runs of n words that it has not said before."""
 
     source: Literal["fresh"]
@@ -23,4 +23,4 @@ class FreshMargin(TextSource):
         return len(set(runs)) / len(runs) if runs else 1.0
 
 
-SOURCES["fresh"] = FreshMargin
+SOURCES["fresh"] = FreshSource

@@ -1,4 +1,4 @@
-"""A package that gives axolotl_mopo a data set, a source of margins and a method.
+"""A package that gives axolotl_mopo a data set, a source of rewards and a method.
 
 plugins: [axolotl_mopo.MOPOPlugin, extension.ExtensionPlugin]
 """
@@ -11,8 +11,8 @@ __all__ = ["ExtensionPlugin", "data", "margin", "method"]
 
 
 class ExtensionPlugin(BasePlugin):
-    """The host imports what `plugins:` names, and so the three modules, each of which fills in one table."""
+    """Axolotl imports what `plugins:` names, and so the three modules, each of which adds to one table."""
 
     def get_input_args(self):
-        """The blocks of new methods, for the host's schema; data sets and margins need no such thing."""
+        """The blocks of new methods, for Axolotl's schema; data sets and sources need no such thing."""
         return "extension.method.ExtensionArgs"
