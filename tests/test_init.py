@@ -220,7 +220,7 @@ def test_a_scale_is_guessed_from_all_scores_and_scores_of_another_scale_are_left
             "rejected_a": 0,
             "chosen_b": (n + 1) % 5,
             "rejected_b": 4,
-            "chosen_c": 70,
+            "chosen_c": 60 + n,
             "rejected_c": n,
         }
         for n in range(10)
@@ -242,7 +242,11 @@ ODD = {
 @pytest.mark.parametrize(
     ("row", "keys"),
     [
-        ({"prompt": "p", "preferred_answer": "a", "dispreferred_answer": "b", "preferred_model": "m"}, ["sides"]),
+        (
+            {"preferred_model": "m", "dispreferred_model": "n", "prompt": "p"}
+            | {"preferred_answer": "a", "dispreferred_answer": "b"},
+            ["sides"],
+        ),
         ({"query": "p", "preferred_answer": "a", "dispreferred_answer": "b"}, ["sides", "prompt"]),
         ({"query": "p", "chosen": "a", "rejected": "b"}, ["prompt"]),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "system_prompt": "Be kind."}, ["system"]),

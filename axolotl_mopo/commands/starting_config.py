@@ -53,8 +53,6 @@ def _modpo(found: Recognized) -> Decisions:
     usual = USUAL[found.kind].margins if found.kind in USUAL else ()
     margins = [name for name in usual if name in names] or _most_conflicting(found, names)[:_MOST_MARGINS]
     entry = dict(found.options)
-    if found.objective and (found.format.read_pair is None or not label):
-        entry.pop("objective", None)  # `modpo.objective` says it
     said = [
         f"The pairs are ordered by {'their label' if label else f'the score {objective}'}, which is the objective "
         f"`{objective}`."

@@ -229,19 +229,17 @@ def rows_of_axolotl(entry: Mapping[str, Any], count: int) -> list[Row]:
         is_good = example.first_is_good
         chosen, rejected = talks if as_messages else (example.good, example.bad)
         row: Row = dict.fromkeys(("prompt", "question", "instruction"), example.prompt)
-        row |= {
-            "input": example.prompt if kind.endswith(".icr") else "",
-            "output": example.good,
-            "text": f"{example.prompt} {example.good}",
-            "system": "",
-        }
-        row["messages"] = talks[0]
-        row |= {"conversations": [{"from": "human", "value": example.prompt}, {"from": "gpt", "value": example.good}]}
-        row |= {"chosen": chosen, "rejected": rejected, "chosen_response": example.good}
-        row |= {"rejected_response": example.bad, "completion": example.good if is_good else example.bad}
+        row |= {"input": example.prompt if kind.endswith(".icr") else "", "system": "", "output": example.good}
+        row |= {"text": f"{example.prompt} {example.good}", "messages": talks[0], "label": is_good}
+        row["conversations"] = [
+            {"from": "human", "value": example.prompt},
+            {"from": "gpt", "value": example.good},
+        ]
+        row |= {"chosen": chosen, "rejected": rejected}
+        row |= {"chosen_response": example.good, "rejected_response": example.bad}
+        row["completion"] = example.good if is_good else example.bad
         if kind.endswith("argilla_chat"):
             row["completion"] = talks[0 if is_good else 1]
-        row |= {"label": is_good}
         row |= _named_columns(entry, example, talks[0])
         rows.append(row)
     return rows
