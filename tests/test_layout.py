@@ -17,7 +17,9 @@ LAYERS = (
     {"data"},
     {"rewards"},
     {"training", "evaluation"},
-    {"cli", "plugin", "commands"},
+    {"plugin"},
+    {"commands"},
+    {"cli"},
     {""},
 )
 """Packages and modules of the package, those that may import others last; the package's own face is the very last."""
