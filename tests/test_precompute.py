@@ -135,6 +135,10 @@ def words(prompts, responses):
     return [len(response.split()) for response in responses]
 
 
+def letters(prompts, responses):
+    return [len(response) for response in responses]
+
+
 def too_many(prompts, responses):
     return [1.0] * (len(responses) + 1)
 
@@ -273,6 +277,7 @@ def test_the_precision_of_a_reward_model_and_the_settings_of_a_function_are_in_i
     assert made({**reward, "dtype": "bfloat16"}) == 1
     assert made(function) == 1
     assert made({**function, "batch_size": 1, "scale": 2.0}) == 0
+    assert made({**function, "function": "test_precompute:letters"}) == 1
     texts = ROWS.map(lambda row: {"rejected_text": row["rejected_text"] + "."})
     assert made(function, texts) == 1
     assert made(reward, texts) == 1
