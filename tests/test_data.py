@@ -223,8 +223,9 @@ def test_margins_from_columns_and_lengths(tokenizer):
             "t": {"source": "length"},
         },
     )
-    assert row["chosen_margin_rewards"] == [3, 4, -4, -18, -len(row["chosen_input_ids"])]
-    assert row["rejected_margin_rewards"] == [0, 1, -1, -5, -len(row["rejected_input_ids"])]
+    # By the margins' names: c, correctness, help, t, w.
+    assert row["chosen_margin_rewards"] == [-18, 3, 4, -len(row["chosen_input_ids"]), -4]
+    assert row["rejected_margin_rewards"] == [-5, 0, 1, -len(row["rejected_input_ids"]), -1]
 
 
 @pytest.mark.parametrize(

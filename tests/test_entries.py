@@ -227,3 +227,14 @@ def test_an_entry_that_an_anchor_shares_is_bound_for_each_section():
     MOPOPlugin().register(cfg)
     assert cfg["datasets"][0]["type"] != cfg["test_datasets"][0]["type"]
     assert len(cfg["mopo_data"]) == 2
+
+
+def test_margins_in_another_order_are_read_from_the_same_rows():
+    margins = {"safer": {"source": "column"}, "brief": {"source": "length", "unit": "words"}}
+    weights = {"better": 0.5, "safer": 0.3, "brief": 0.2}
+    one, other = (
+        spec(changed(MODPO, modpo__weights=weights, modpo__margins=given), type="axolotl_mopo.pairs")
+        for given in (margins, dict(reversed(margins.items())))
+    )
+    assert one.key == other.key
+    assert list(one.settings.margins) == list(other.settings.margins) == ["brief", "safer"]

@@ -89,6 +89,15 @@ def test_rewards_are_clipped_as_they_come_and_normalised_by_the_clipped_training
         assert torch.equal(made[name].margins[..., 1], values[..., 1].clamp(-2, 8))
 
 
+def test_margins_get_their_own_column_whatever_their_order_in_the_yaml(precomputation):
+    """Both orders find the same prepared rows, whose columns are in the order of the names."""
+    sources = {"low": {"source": "column", "field": "b"}, "other": {"source": "column", "field": "c", "scale": 2.0}}
+    one = precomputation(sources).constants({"train": ROWS})["train"].margins
+    other = precomputation(dict(reversed(sources.items()))).constants({"train": ROWS})["train"].margins
+    assert torch.equal(one, other.flip(-1))
+    assert torch.equal(one[:, 0], torch.tensor(ROWS["chosen_margin_rewards"][:]) * torch.tensor([1.0, 2.0]))
+
+
 def test_what_cannot_be_normalised_is_told(precomputation):
     margins = {"b": {"source": "column", "normalize": "std", "clip": [20, 30]}}
     with pytest.raises(DataError, match=r"`modpo.margins.b` is the same difference for every pair"):

@@ -208,7 +208,8 @@ class MODPOConfig(MethodConfig):
     @property
     def row_settings(self) -> MarginColumns:
         """The margins that rows decide, and whether rows must keep their texts."""
-        sources = self.margins.items()
+        # In one order, since runs whose YAML has another order find the same prepared rows.
+        sources = sorted(self.margins.items())
         unused = {key: RewardSource.model_fields[key].default for key in TRAINING_KEYS}
         return MarginColumns(
             margins={name: source.model_copy(update=unused) for name, source in sources if source.in_rows},
