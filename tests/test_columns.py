@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 
 from axolotl_mopo.data.columns import numbers, with_numbers
 from axolotl_mopo.data.lengths import pair_lengths, with_lengths
@@ -32,6 +32,16 @@ SELECTIONS = {
     "some twice": ROWS.select([4, 4, 9]),
     "none": ROWS.select([]),
 }
+
+
+@pytest.mark.parametrize("held_out", [[7], [7, 8], [7, 3]])
+def test_rows_of_a_file_get_numbers_even_where_neighbours_alone_are_selected(held_out, tmp_path):
+    ROWS.save_to_disk(tmp_path)
+    shuffled = load_from_disk(tmp_path).shuffle(seed=3)
+    places = [shuffled["prompt_key"][:].index(100 + row) for row in held_out]
+    rows = with_numbers(shuffled.select(places), "number", np.arange(len(held_out)))
+    assert rows["prompt_key"][:] == [100 + row for row in held_out]
+    assert rows["number"][:] == list(range(len(held_out)))
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

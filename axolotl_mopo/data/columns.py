@@ -13,7 +13,8 @@ def stored(rows: Dataset) -> tuple[Dataset, NDArray[np.int64] | None]:
     if indices is None:
         return rows, None
     table = Dataset(rows.data, info=rows.info.copy(), split=rows.split, fingerprint=f"{rows._fingerprint}-stored")
-    return table, indices.column(0).to_numpy()
+    # Signed: `datasets` adds these to signed numbers to slice a file, and numpy makes floats of the two kinds.
+    return table, indices.column(0).to_numpy().astype(np.int64)
 
 
 def numbers(rows: Dataset, name: str) -> NDArray[Any]:
