@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 
 from axolotl_mopo.data.conversations import user
 from axolotl_mopo.data.pair_store import PairStore
@@ -35,6 +35,16 @@ SELECTIONS = {
     "neighbours among some": ROWS.select([9, 4, 5, 6]).select([1, 2, 3]),
     "none": ROWS.select([]),
 }
+
+
+@pytest.mark.parametrize("held_out", [[7], [7, 8], [7, 3]])
+def test_rows_of_a_file_get_numbers_even_where_neighbours_alone_are_selected(held_out, tmp_path):
+    ROWS.save_to_disk(tmp_path)
+    shuffled = load_from_disk(tmp_path).shuffle(seed=3)
+    places = [shuffled["prompt_key"][:].index(100 + row) for row in held_out]
+    rows = with_numbers(shuffled.select(places), "number", np.arange(len(held_out)))
+    assert rows["prompt_key"][:] == [100 + row for row in held_out]
+    assert rows["number"][:] == list(range(len(held_out)))
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

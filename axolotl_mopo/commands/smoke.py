@@ -59,7 +59,8 @@ def smoke(config: Path, samples: tuple[str, ...], keep: Path | None, trust: bool
         code = train(made.config, folder / "log.txt", made.environment)
         log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
     if code:
-        click.echo(f"\n{reason(log)}\n\n{config} fails: axolotl train ended with exit code {code}.", err=True)
+        where = f"The whole log is {keep / 'log.txt'}." if keep else "--keep FOLDER keeps the whole log."
+        click.echo(f"\n{reason(log)}\n\n{config} fails: axolotl train ended with exit code {code}. {where}", err=True)
         sys.exit(code if code > 0 else 1)
     click.echo(f"\n{_result(made, log)}")
     if keep:
