@@ -256,7 +256,7 @@ def test_the_text_of_a_file_in_the_folder_of_the_yaml_takes_its_place(folder, na
         ("named.jinja", "a link to notes.txt, is not a template"),
         ("pipe.jinja", "is not a regular file"),
         ("folder.jinja", "cannot be read"),
-        ("long.jinja", "it may have 40,000 at most"),
+        ("long.jinja", "the limit is 40,000"),
         ("bytes.jinja", "cannot be read"),
         ("none.jinja", "cannot be read"),
     ],
