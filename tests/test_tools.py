@@ -292,7 +292,12 @@ def test_the_chat_template_puts_the_directive_in_by_itself(config, tmp_path, tok
         ("modpo", [], {}, "has no `amopo:` block"),
         ("amopo", ["--dataset", "1"], {}, "there are 1 entries, counted from 0"),
         ("amopo", ["--row", "320"], {}, "there is no pair from row 320 on, of 320 rows"),
-        ("amopo", ["--question", "x", "--dimension", "beauty"], {}, "unknown dimension beauty; known are helpfulness,"),
+        (
+            "amopo",
+            ["--question", "x", "--dimension", "beauty"],
+            {},
+            "unknown dimension beauty; use one of helpfulness,",
+        ),
         ("amopo", ["--question", "x", "--dimension", "correctness", "--score", "9"], {}, "outside `score_range`"),
         ("amopo", ["--question", "x", "--score", "3"], {}, "a score needs a dimension"),
         (
