@@ -184,7 +184,7 @@ def test_the_two_bases_are_accepted():
         ),
         (
             changed(AMOPO, amopo__directives={"integrated": "  "}),
-            ["`amopo.directives.integrated`", "its text is empty"],
+            ["`amopo.directives.integrated`", "it renders to an empty text"],
         ),
         (
             changed(AMOPO, amopo__directives={"integratd": "x"}),

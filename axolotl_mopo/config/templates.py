@@ -96,7 +96,7 @@ def check(template: str, known: Set[str], trials: Iterable[Mapping[str, Any]] = 
         except ValueError as error:
             raise ValueError(f"it cannot be rendered{_at(given)}: {error}") from None
         if not text.strip():
-            raise ValueError(f"its text is empty{_at(given)}")
+            raise ValueError(f"it renders to an empty text{_at(given)}")
 
 
 def _at(values: Mapping[str, Any]) -> str:
