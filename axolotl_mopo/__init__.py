@@ -1,11 +1,11 @@
 """MODPO and AMoPO, two multi-objective preference-tuning methods, as an Axolotl plugin.
 
-The face of the package: the plugin, and the strategies that a data set's `type:` names.
+Exports the plugin and the strategies that the `type:` of a data set names.
 """
 
 from typing import TYPE_CHECKING, Any
 
-import axolotl_mopo.rewards  # noqa: F401 (enters the reward sources into their table)
+import axolotl_mopo.rewards  # noqa: F401 (registers the reward sources)
 from axolotl_mopo.version import __version__
 
 if TYPE_CHECKING:
@@ -15,9 +15,9 @@ __all__ = ["MOPOPlugin", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the plugin and the strategies only when they are asked for, so that naming the package costs no time.
+    """Import the plugin and the strategies on first use, so that importing the package is fast.
 
-    A strategy's name may carry `@` and the key of its data set's settings, as `axolotl_mopo.data.entries` writes it.
+    A strategy's name may end in `@` and the key of its data set's settings; `axolotl_mopo.data.entries` adds them.
     """
     if name == "MOPOPlugin":
         from axolotl_mopo.plugin import MOPOPlugin

@@ -1,4 +1,4 @@
-"""The named variants of the methods, declared once: `losses` computes them, the configuration offers them."""
+"""Named variants of the methods, declared once: the configuration offers them, `losses` computes them."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""`axolotl mopo ...`: what one does before and after training."""
+"""`axolotl mopo ...`: commands to run before and after training."""
 
 import json
 import logging
@@ -19,15 +19,15 @@ from axolotl_mopo.evaluation.commands import front, generate, score
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_FAULTS = (OSError, ValueError, yaml.YAMLError)
-"""What can be wrong with files, data and settings, our own errors among them; anything else shows its traceback."""
+_USER_ERRORS = (OSError, ValueError, yaml.YAMLError)
+"""Errors in files, data and settings, this package's own included; any other error shows its traceback."""
 
 _FIELDS = [name for name in PairsOptions.model_fields if name.startswith("field_")]
 
 
 @click.group()
 def mopo() -> None:
-    """Multi-objective preference tuning: its data, its prompts, and the front that it leads to."""
+    """Multi-objective preference tuning: prepare data, show prompts, evaluate the Pareto front."""
 
 
 for _command in (init, smoke, generate, score, front):
@@ -44,7 +44,7 @@ def _field_options(command: F) -> F:
 def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
     names = [name.strip() for name in value.split(",")] if value else []
     if len(set(names)) < len(names) or "" in names:
-        raise click.BadParameter(f"{value!r} names one twice, or nothing")
+        raise click.BadParameter(f"{value!r} has a repeated or an empty name; give each name once, as a,b,c")
     return names or None
 
 
@@ -53,23 +53,23 @@ def _where(context: click.Context, parameter: click.Parameter, values: tuple[str
     for given in values:
         column, equals, value = given.partition("=")
         if not equals or not column or column in where:
-            raise click.BadParameter(f"{given!r} is not COLUMN=VALUE, or names a column for the second time")
+            raise click.BadParameter(f"{given!r} is not COLUMN=VALUE, or repeats a column; give each column once")
         where[column] = value
     return where or None
 
 
 @mopo.command()
 @click.argument("source")
-@click.option("--type", "kind", type=click.Choice(list(FORMATS)), required=True, help="The shape of the rows.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="A .jsonl or a .parquet file.")
-@click.option("--split", default="train", show_default=True, help="A split, or a part such as train[:1000].")
-@click.option("--name", help="The configuration of a data set of the hub.")
-@click.option("--data-files", multiple=True, help="Files in the data set; may be repeated.")
-@click.option("--revision", help="The revision of a data set of the hub.")
-@click.option("--objective", callback=_names, help="What orders rated responses: a score, or a,b for the mean.")
-@click.option("--attributes", callback=_names, help="The scores to keep and to compare: a,b,c; by default all.")
-@click.option("--max-pairs-per-prompt", type=click.IntRange(min=1), help="Keep at most so many pairs of a prompt.")
-@click.option("--seed", default=42, show_default=True, help="Draws the pairs that are kept.")
+@click.option("--type", "kind", type=click.Choice(list(FORMATS)), required=True, help="Format of the rows.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Output file: .jsonl or .parquet.")
+@click.option("--split", default="train", show_default=True, help="Split, or a part of it such as train[:1000].")
+@click.option("--name", help="Configuration of a data set of the hub.")
+@click.option("--data-files", multiple=True, help="Files of the data set; may be repeated.")
+@click.option("--revision", help="Revision of a data set of the hub.")
+@click.option("--objective", callback=_names, help="Score that orders rated responses; a,b is their mean.")
+@click.option("--attributes", callback=_names, help="Scores to keep and compare: a,b,c. Default: all.")
+@click.option("--max-pairs-per-prompt", type=click.IntRange(min=1), help="Largest number of pairs of one prompt.")
+@click.option("--seed", default=42, show_default=True, help="Seed that draws the pairs to keep.")
 @click.option(
     "--on-bad-row",
     type=click.Choice(["raise", "drop"]),
@@ -77,11 +77,13 @@ def _where(context: click.Context, parameter: click.Parameter, values: tuple[str
     show_default=True,
     help="raise: stop at a bad row and name it; drop: leave bad rows out and count them.",
 )
-@click.option("--where", multiple=True, callback=_where, help="COLUMN=VALUE: read only rows with it; may be repeated.")
-@click.option("--keep-unfinished", is_flag=True, default=None, help="Keep responses that were cut off (responses).")
-@click.option("--ratings", help="HelpSteer2's rated responses, to join its preferences with (helpsteer2).")
-@click.option("--ratings-split", help="The split of --ratings; train where omitted (helpsteer2).")
-@click.option("--min-score-ratio", type=float, help="Leave out pairs whose votes are closer than this (shp).")
+@click.option("--where", multiple=True, callback=_where, help="Read only rows with COLUMN=VALUE; may be repeated.")
+@click.option(
+    "--keep-unfinished", is_flag=True, default=None, help="Keep responses that were cut off (--type responses)."
+)
+@click.option("--ratings", help="Rated responses to join with the preferences (--type helpsteer2).")
+@click.option("--ratings-split", help="Split of --ratings. Default: train (--type helpsteer2).")
+@click.option("--min-score-ratio", type=float, help="Smallest score_ratio of a pair that is kept (--type shp).")
 @_field_options
 def pairs(
     source: str,
@@ -96,9 +98,9 @@ def pairs(
     seed: int,
     **options: Any,
 ) -> None:
-    """Turn SOURCE, a local file, a folder or a data set of the hub, into canonical pairs.
+    """Convert SOURCE, a local file, a folder or a data set of the hub, to canonical pairs.
 
-    They are what `type: axolotl_mopo.pairs` reads. The summary tells how far the objectives conflict.
+    `type: axolotl_mopo.pairs` reads them. The summary shows how often the objectives conflict.
     """
     from axolotl_mopo.data.export import export_pairs, summary
     from axolotl_mopo.data.pairing import PairReader
@@ -113,21 +115,21 @@ def pairs(
         if fault := format.objective_fault(objective or []):
             raise ConfigError(f"--objective: {fault}")
         for option in set(given) - set(format.options.model_fields):
-            raise ConfigError(f"--{option.replace('_', '-')} has no effect with --type {kind}")
+            raise ConfigError(f"--{option.replace('_', '-')} has no effect with --type {kind}; remove it")
         block = parse_settings(format.options, given, f"--type {kind}")
         table = load_table(source, split=split, name=name, data_files=data_files, revision=revision)
         spec = DataSpec(where=source, strategy=kind, options=block, objective=tuple(objective or ()), seed=seed)
         reader = PairReader(table, spec)
         export_pairs(reader, output, attributes)
-    except _FAULTS as error:
+    except _USER_ERRORS as error:
         raise click.ClickException(str(error)) from None
     names = attributes or reader.stats.names
     click.echo(summary(reader.stats, names))
-    click.echo(f"\n{output} is written. In the YAML:\n\n{_entry(output, names, kind)}")
+    click.echo(f"\nWrote {output}. To train on it, put this in the YAML:\n\n{_entry(output, names, kind)}")
 
 
 def _entry(output: Path, names: list[str], kind: str) -> str:
-    """The data-set entry that reads the file."""
+    """The entry of `datasets:` that reads the file, as YAML."""
     entry: dict[str, Any] = {"path": str(output), "type": "axolotl_mopo.pairs"}
     if output.suffix == ".jsonl":
         entry["ds_type"] = "json"
@@ -137,7 +139,7 @@ def _entry(output: Path, names: list[str], kind: str) -> str:
         entry["score_scale"] = list(scales.pop())
     text = yaml.safe_dump({"datasets": [entry]}, sort_keys=False, default_flow_style=None)
     if len(scales) > 1:
-        text += "# Its scores have several scales; keep those of one, with --attributes, for AMoPO's directives.\n"
+        text += "# The scores have different scales; for AMoPO, use --attributes to keep scores of one scale only.\n"
     return text
 
 
@@ -148,17 +150,17 @@ def _entry(output: Path, names: list[str], kind: str) -> str:
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Which entry of `datasets:` the row is of.",
+    help="Index of the entry in `datasets:` to take the row from.",
 )
 @click.option(
-    "--row", type=click.IntRange(min=0), default=0, show_default=True, help="The first pair of this row or a later one."
+    "--row", type=click.IntRange(min=0), default=0, show_default=True, help="Use the first pair from this row on."
 )
-@click.option("--question", help="A question of your own in the place of a row's.")
-@click.option("--dimension", help="Ask for this dimension at inference, and not for all together.")
-@click.option("--score", type=float, help="Which score of the dimension to ask for; by default the best.")
-@click.option("--json", "as_json", is_flag=True, help="Messages and texts as JSON.")
-@click.option("--template", is_flag=True, help="A chat template with the directive for inference built in.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="A file; the terminal where omitted.")
+@click.option("--question", help="Use this question instead of a row's.")
+@click.option("--dimension", help="Ask for this dimension alone at inference. Default: all dimensions.")
+@click.option("--score", type=float, help="Score of the dimension to ask for. Default: the best.")
+@click.option("--json", "as_json", is_flag=True, help="Print messages and texts as JSON.")
+@click.option("--template", is_flag=True, help="Print a chat template that contains the directive for inference.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Output file. Default: the terminal.")
 def directives(
     config: str,
     dataset: int,
@@ -170,13 +172,13 @@ def directives(
     template: bool,
     output: Path | None,
 ) -> None:
-    """Print the prompts that AMoPO trains with by CONFIG, and the one to use at inference."""
+    """Print the prompts that AMoPO trains with under CONFIG, and the prompt to use at inference."""
     from axolotl_mopo.data.preview import preview
 
-    logging.disable(logging.INFO)  # or else the host prints the whole configuration
+    logging.disable(logging.INFO)  # otherwise Axolotl prints the whole configuration
     try:
         shown = preview(config, dataset=dataset, row=row, question=question, dimension=dimension, score=score)
-    except _FAULTS as error:
+    except _USER_ERRORS as error:
         raise click.ClickException(str(error)) from None
     if template:
         text = shown["chat_template"]

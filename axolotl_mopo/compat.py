@@ -1,4 +1,4 @@
-"""Whether the installed Axolotl is one that this package can work with."""
+"""Check that the installed Axolotl and the way the run was started are supported."""
 
 import os
 from importlib.metadata import requires, version
@@ -10,50 +10,50 @@ from axolotl_mopo.errors import ConfigError
 
 
 def tested_range() -> SpecifierSet:
-    """The versions of Axolotl that this package is tested with, as its own metadata says them."""
+    """The versions of Axolotl that this package is tested with, from its own metadata."""
     requirements = map(Requirement, requires("axolotl-mopo") or [])
     return next(requirement.specifier for requirement in requirements if requirement.name == "axolotl")
 
 
 def version_advice(installed: str | None = None) -> str | None:
-    """What to tell of an Axolotl outside the tested range; None within it."""
+    """A warning about an Axolotl outside the tested range; None inside it."""
     installed, tested = installed or version("axolotl"), tested_range()
     if tested.contains(installed, prereleases=True):
         return None
     return (
-        f"Axolotl {installed} is installed, which this version of axolotl-mopo was not tested with; if anything fails, "
-        f'pip install "axolotl{tested}".'
+        f"Axolotl {installed} is installed, but this version of axolotl-mopo was not tested with it; if anything "
+        f'fails, run `pip install "axolotl{tested}"`.'
     )
 
 
 def check_hooks(plugin: type, base: type) -> None:
-    """Hold a plugin against the class that the host calls it by.
+    """Check that Axolotl calls every hook of a plugin.
 
     Args:
-        plugin: whose public methods are all hooks.
-        base: the host's class of plugins.
+        plugin: class whose public methods are all hooks.
+        base: Axolotl's base class of plugins.
 
     Raises:
-        ConfigError: where the host has no such hook, and would never call it.
+        ConfigError: if Axolotl does not have a hook and would never call it.
     """
-    if missing := [name for name in vars(plugin) if not name.startswith("_") and not hasattr(base, name)]:
+    if missing := [f"`{name}`" for name in vars(plugin) if not name.startswith("_") and not hasattr(base, name)]:
         raise ConfigError(
-            f"Axolotl {version('axolotl')} does not call {', '.join(f'`{name}`' for name in missing)} of its plugins, "
-            f'which axolotl-mopo needs; pip install "axolotl{tested_range()}"'
+            f"Axolotl {version('axolotl')} does not call the plugin hooks {', '.join(missing)}, "
+            f'which axolotl-mopo needs; run `pip install "axolotl{tested_range()}"`'
         )
 
 
 def check_devices() -> None:
-    """Refuse a process without a launcher that sees several GPUs.
+    """Refuse a single process that sees several GPUs.
 
     Raises:
-        ConfigError: how to start it.
+        ConfigError: if no launcher started the process and it sees more than one GPU.
     """
     import torch
 
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise ConfigError(
-            f"a single process sees {torch.cuda.device_count()} GPUs, over which it would copy or split the model "
-            "(nn.DataParallel, `device_map`), which does not work; leave out `--launcher python`, so that every GPU "
-            "gets a process, or let it see one, by CUDA_VISIBLE_DEVICES=0"
+            f"a single process sees {torch.cuda.device_count()} GPUs and would copy or split the model over them "
+            "(nn.DataParallel, `device_map`), which does not work; remove `--launcher python` to start one process for "
+            "each GPU, or set CUDA_VISIBLE_DEVICES=0 to use one GPU"
         )

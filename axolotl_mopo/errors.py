@@ -1,4 +1,4 @@
-"""The errors of this package. Each message says what is wrong, where, and how to fix it."""
+"""Errors of this package. Each message states what is wrong, where, and how to fix it."""
 
 
 class ConfigError(ValueError):
@@ -10,11 +10,11 @@ class DataError(ValueError):
 
 
 class RowError(ValueError):
-    """What is wrong with a row, raised where it is not known yet which row it is.
+    """An error in a row, raised by code that does not know the number of the row.
 
     Args:
         message: what is wrong and how to fix it.
-        kind: the fault in two or three words; dropped rows are counted by it.
+        kind: the error in two or three words, by which dropped rows are counted.
     """
 
     def __init__(self, message: str, kind: str = "malformed") -> None:
@@ -27,4 +27,4 @@ class LossError(RuntimeError):
 
 
 class NoiseError(ValueError):
-    """A model whose training forward pass gives other numbers than its evaluation."""
+    """A model whose forward pass gives different numbers in training and in evaluation mode."""

@@ -1,4 +1,4 @@
-"""Files that may come from anybody: only regular ones are read, and nothing is written or read through a link."""
+"""Safe access to untrusted files: read only regular files; in a `Folder`, follow no links."""
 
 import fcntl
 import glob
@@ -11,26 +11,26 @@ from pathlib import Path
 
 
 def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
-    """The content of a regular file.
+    """Read a regular file.
 
     Args:
-        path: of the file; a pipe or a device is refused before it can block.
-        limit: bytes that it may have.
+        path: path of the file; a pipe or a device is refused before it can block.
+        limit: largest size in bytes.
         follow_links: whether `path` itself may be a symbolic link, as in the model hub's cache.
 
     Raises:
-        OSError: saying why it is not read.
+        OSError: if the file cannot be read, is not a regular file, or is too large.
     """
     return _read(os.open(path, _flags(os.O_RDONLY, follow_links)), path, limit)
 
 
 class Folder:
-    """A folder of one command, below which nothing is read or written through a symbolic link.
+    """The folder of one command, in which nothing is read or written through a symbolic link.
 
-    A file is written whole or not at all: its content goes into a new file beside it, which takes its place.
+    `write` is atomic: the content goes into a new file in the same folder, which then replaces the old file.
 
     Args:
-        path: of the folder; it may be a link itself, since the user gives it.
+        path: path of the folder; it may be a link itself, since the user gives it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,11 +38,11 @@ class Folder:
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """Hold the lock of a file, which is made where there is none.
+        """Context manager that holds the lock of a file, which is created if it does not exist.
 
         Raises:
-            BlockingIOError: where another process holds it.
-            OSError: where it is something else than a file.
+            BlockingIOError: if another process holds the lock.
+            OSError: if the path exists and is not a regular file.
         """
         with self._parent(name, create=True) as (folder, leaf):
             self._refuse_others(folder, leaf)
@@ -52,14 +52,14 @@ class Folder:
             yield
 
     def read(self, name: str, limit: int) -> bytes | None:
-        """The content of a file, or None where there is no such file.
+        """The content of a file; None if the file does not exist.
 
         Args:
-            name: relative to the folder, with `/`.
-            limit: bytes that it may have.
+            name: path relative to the folder, with `/`.
+            limit: largest size in bytes.
 
         Raises:
-            OSError: where it is a link, or not a regular file, or too large.
+            OSError: if the file is a link, is not a regular file, or is too large.
         """
         try:
             return _read(self._open(name), self.path / name, limit)
@@ -67,14 +67,14 @@ class Folder:
             return None
 
     def lines(self, name: str, limit: int) -> Iterator[bytes]:
-        """The whole lines of a file without their ends, none where there is no such file.
+        """The complete lines of a file without their line ends; none if the file does not exist.
 
         Args:
-            name: relative to the folder, with `/`.
-            limit: bytes that a line may have.
+            name: path relative to the folder, with `/`.
+            limit: largest size of a line in bytes.
 
         Raises:
-            OSError: where it is a link, or not a regular file, or a line is too long.
+            OSError: if the file is a link or is not a regular file, or a line is too long.
         """
         try:
             opened = self._open(name)
@@ -90,10 +90,10 @@ class Folder:
                     raise OSError(f"{self.path / name}, line {number}, has more than {limit:,} bytes")
 
     def size(self, name: str) -> int:
-        """The bytes of a file, 0 where there is no such file.
+        """The size of a file in bytes; 0 if the file does not exist.
 
         Raises:
-            OSError: where it is a link or something else than a file.
+            OSError: if the file is a link or is not a regular file.
         """
         try:
             with self._parent(name, create=False) as (folder, leaf):
@@ -103,10 +103,10 @@ class Folder:
             return 0
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file whole, in the place of an older one.
+        """Write a file atomically; replace an existing one.
 
         Raises:
-            OSError: where a link or something else than a file has its name.
+            OSError: if the path is a link or is not a regular file.
         """
         with self._parent(name, create=True) as (folder, leaf):
             self._refuse_others(folder, leaf)
@@ -123,22 +123,22 @@ class Folder:
                 raise
 
     def sweep(self, name: str) -> None:
-        """Remove what killed processes have left of writing a file of the folder, which nobody may be writing now."""
+        """Remove incomplete files that killed processes left; no process may be writing the file now."""
         for part in self.path.glob(f".{glob.escape(name)}.*.part"):
             part.unlink(missing_ok=True)
 
     def append(self, name: str, lines: bytes) -> None:
-        """Add whole lines to a file; the end of one that a killed process left is cut off first.
+        """Append complete lines to a file; first cut off an incomplete line that a killed process left.
 
         Raises:
-            OSError: where a link, hard or symbolic, or something else than a file has its name.
+            OSError: if the path is a symbolic link, has a second hard link, or is not a regular file.
         """
         with self._parent(name, create=True) as (folder, leaf):
             self._refuse_others(folder, leaf)
             opened = os.open(leaf, _flags(os.O_RDWR | os.O_CREAT, False), 0o666, dir_fd=folder)
             with os.fdopen(opened, "r+b") as file:
                 if os.fstat(file.fileno()).st_nlink > 1:
-                    raise OSError(f"{self.path / name} has a second name, which would change with it; copy the folder")
+                    raise OSError(f"{self.path / name} has a second hard link, which would change too; copy the folder")
                 if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
@@ -148,7 +148,7 @@ class Folder:
                 os.fsync(file.fileno())
 
     def remove(self, name: str) -> None:
-        """Remove a file that the folder may have, and folders around it that are empty then."""
+        """Remove a file, if it exists, and the folders around it that become empty."""
         with suppress(FileNotFoundError, NotADirectoryError), self._parent(name, create=False) as (folder, leaf):
             os.unlink(leaf, dir_fd=folder)
         for around in list(Path(name).parents)[:-1]:
@@ -162,7 +162,7 @@ class Folder:
 
     @contextmanager
     def _parent(self, name: str, create: bool) -> Iterator[tuple[int, str]]:
-        """The folder of a file, opened one step after the other, and the file's own name in it."""
+        """Open the folder of a file one level at a time, without following links; yield it and the file's name."""
         *steps, leaf = Path(name).parts
         if Path(name).is_absolute() or ".." in steps or leaf == "..":
             raise OSError(f"{name} is not a path below {self.path}")
@@ -183,7 +183,7 @@ class Folder:
             os.close(folder)
 
     def _refuse_others(self, folder: int, name: str, wanted: Callable[[int], bool] = stat.S_ISREG) -> None:
-        """Refuse what has the name of a file (or of a folder) and is something else."""
+        """Raise OSError if the name exists and is not a regular file (or not a folder)."""
         with suppress(FileNotFoundError):
             mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
             if not wanted(mode):
@@ -202,5 +202,5 @@ def _read(opened: int, path: Path, limit: int) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is not a regular file")
         if status.st_size > limit:
-            raise OSError(f"{path} has {status.st_size:,} bytes; it may have {limit:,} at most")
+            raise OSError(f"{path} has {status.st_size:,} bytes; the limit is {limit:,}")
         return file.read()

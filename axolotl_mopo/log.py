@@ -1,10 +1,10 @@
-"""Axolotl's logger for modules that must not import it before they need it, since it imports torch."""
+"""Log with Axolotl's logger, which is imported on first use because it imports torch."""
 
 from typing import Any
 
 
 def warn(message: str, *values: Any) -> None:
-    """Log a warning, on the first rank of a run only."""
+    """Log a warning on the first rank only."""
     from axolotl.utils.logging import get_logger
 
     get_logger("axolotl.mopo").warning(message, *values)

@@ -4,15 +4,11 @@ Notation: B pairs, J margin rewards, D dimension prompts; a log-prob is summed o
 end-of-turn token included.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MODPOLossType = Literal["sigmoid", "hinge"]
-AMoPOLossType = Literal["simpo", "orpo"]
-DrawScheme = Literal["gaussian", "mean"]
+from axolotl_mopo.choices import AMoPOLossType, DrawScheme, MODPOLossType
 
 
 def modpo_loss(
@@ -37,13 +33,13 @@ def modpo_loss(
         policy_chosen_logps, policy_rejected_logps: log-probs under the policy, [B].
         ref_chosen_logps, ref_rejected_logps: log-probs under the reference, [B].
         chosen_margin_rewards, rejected_margin_rewards: rewards r_j of the other objectives, [B, J]; J may be 0.
-        beta: strength of the pull to the reference.
+        beta: strength of the KL penalty towards the reference.
         objective_weight: w_k, the weight of the objective that orders the pairs; positive.
         margin_weights: w_j, [J].
         loss_type: `sigmoid` or `hinge`.
 
     Returns:
-        losses [B], and the implied rewards s of chosen and rejected [B], detached.
+        losses [B], and the implicit rewards s of chosen and rejected [B], detached.
     """
     chosen_rewards = (
         beta * (policy_chosen_logps - ref_chosen_logps) - chosen_margin_rewards @ margin_weights
@@ -84,11 +80,11 @@ def amopo_loss(
         chosen_lengths, rejected_lengths: completion tokens, [B, D].
         weights: alpha, [B, D], summing to 1 over D; no gradient flows through them.
         beta: scale of the reward.
-        gamma: target margin of `simpo`; `orpo` has none.
+        gamma: target margin of `simpo`; `orpo` ignores it.
         loss_type: `simpo` or `orpo`.
 
     Returns:
-        losses [B], and the dimensions' losses before weighting [B, D].
+        losses [B], and the losses of the dimensions before weighting [B, D].
     """
     chosen = chosen_logps / chosen_lengths
     rejected = rejected_logps / rejected_lengths
@@ -112,36 +108,36 @@ def adaptive_weights(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """AMoPO's weights of the dimensions from the model's own token probabilities (arXiv 2506.07165, section 3).
+    """AMoPO: weights of the dimensions from the policy's token probabilities (arXiv 2506.07165, section 3).
 
-    `gaussian` draws one number from N(mean, std^2) for the chosen and one for the rejected completion, `mean` takes the
-    means; their sum goes through a softmax over the dimensions of each pair.
+    `gaussian` draws one number from N(mean, std^2) for the chosen and one for the rejected completion; `mean` uses the
+    means. A softmax over the dimensions of each pair turns their sum into weights.
 
     Args:
         chosen_prob_mean, chosen_prob_std, rejected_prob_mean, rejected_prob_std: mean and standard deviation of the
             token probabilities of each completion, [B, D].
         scheme: `gaussian` or `mean`.
-        temperature: divides the sum before the softmax; 1 is the paper's.
-        generator: source of the draws, on the tensors' device; torch's global one where None.
+        temperature: divides the sum before the softmax; the paper uses 1.
+        generator: source of the draws, on the tensors' device; torch's global generator if None.
 
     Returns:
         weights [B, D], summing to 1 over D, detached.
     """
-    scores = (chosen_prob_mean + rejected_prob_mean).detach()
+    logits = (chosen_prob_mean + rejected_prob_mean).detach()
     match scheme:
         case "gaussian":
             for std in (chosen_prob_std, rejected_prob_std):
                 noise = torch.randn(std.shape, generator=generator, dtype=std.dtype, device=std.device)
-                scores = scores + std.detach() * noise
+                logits = logits + std.detach() * noise
         case "mean":
             pass
         case _:
             raise ValueError(f"unknown scheme {scheme!r}: use 'gaussian' or 'mean'")
-    return torch.softmax(scores / temperature, dim=-1)
+    return torch.softmax(logits / temperature, dim=-1)
 
 
 def _log_odds(logp: Tensor) -> Tensor:
-    """log(p / (1 - p)) of a log-probability, exact near p = 0 and p = 1; p = 1 counts as the largest number below 1."""
+    """log(p / (1 - p)) of a log-prob, accurate near p = 0 and p = 1; p = 1 is replaced by the largest p below 1."""
     below_one = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     near_one = below_one > -0.6931471805599453
     log_complement = torch.where(

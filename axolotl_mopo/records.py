@@ -1,4 +1,4 @@
-"""JSON files that are read back: what they must hold, and where it is wrong. Nothing heavy is imported here."""
+"""Read and validate JSON files; errors name the file and the key. Imports nothing heavy."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ _SHOWN = 60
 
 
 class Record(BaseModel):
-    """What a file holds: no type is converted, NaN and infinity are errors."""
+    """Schema of a JSON file: no type is converted, and NaN and infinity are errors."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True)
 
@@ -23,29 +23,29 @@ R = TypeVar("R")
 
 
 def read_record(model: type[R], path: Path) -> R:
-    """Read a JSON file that may come from anybody.
+    """Read and validate an untrusted JSON file.
 
     Args:
-        model: what it must hold.
-        path: of the file.
+        model: type that the file must match.
+        path: path of the file.
 
     Raises:
-        ConfigError: naming file and key.
-        OSError: where the file cannot be read.
+        ConfigError: if the content does not match; names the file and the key.
+        OSError: if the file cannot be read.
     """
     return parse_record(TypeAdapter(model), read_file(path, _LIMIT), str(path))
 
 
 def parse_record(adapter: TypeAdapter[R], content: bytes, where: str) -> R:
-    """Read JSON.
+    """Parse and validate JSON.
 
     Args:
-        adapter: of the type that it must hold.
-        content: UTF-8.
-        where: the file, and the line where it holds one value a line.
+        adapter: adapter of the type that the content must match.
+        content: JSON in UTF-8.
+        where: the file, and the line in a JSON Lines file, for messages.
 
     Raises:
-        ConfigError: naming `where` and the key.
+        ConfigError: if the content does not match; names `where` and the key.
     """
     try:
         return adapter.validate_json(content)
@@ -54,7 +54,7 @@ def parse_record(adapter: TypeAdapter[R], content: bytes, where: str) -> R:
 
 
 def explain(error: ValidationError) -> str:
-    """What is wrong and at which key; begins with a colon, or with a comma and the key."""
+    """Describe a validation error; the text begins with a colon, or with a comma and the key."""
     first, *rest = error.errors(include_url=False, include_context=False)
     more = f" (and {len(rest)} more)" if rest else ""
     if first["type"] == "json_invalid":

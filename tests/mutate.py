@@ -3,8 +3,9 @@
 python -m tests.mutate                 # every target below
 python -m tests.mutate losses passes   # some of them
 
-It needs mutmut (`pip install 'mutmut>=3.8,<4'`) and works in a copy of the repository. It prints the number of mutants and
-of those that were killed, and a diff of every survivor. Whether a survivor is equivalent is for the reader to decide.
+It needs mutmut (`pip install 'mutmut>=3.8,<4'`) and works in a copy of the repository. It prints how many mutants there
+were, how many of them were killed, and a diff of every survivor. Whether a survivor is equivalent is for the reader to
+decide.
 """
 
 import re

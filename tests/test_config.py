@@ -59,14 +59,17 @@ def test_the_two_bases_are_accepted():
 @pytest.mark.parametrize(
     ("cfg", "words"),
     [
-        (changed(AMOPO, amopo__betta=1), ["`amopo.betta` is not a known key", "did you mean `beta`?", "known are"]),
+        (
+            changed(AMOPO, amopo__betta=1),
+            ["`amopo.betta` is not a known key", "did you mean `beta`?", "the known keys are"],
+        ),
         (changed(MODPO, modpo__objektive="x"), ["`modpo.objektive` is not a known key", "did you mean `objective`?"]),
         (
             changed(MODPO, modpo__margins={"safer": {"source": "column", "feild": "x"}}),
             ["`modpo.margins.safer.feild` is not a known key", "did you mean `field`?"],
         ),
-        (changed(AMOPO, modpo={"objective": "x"}), ["`modpo:` stands beside `rl: amopo`", "drop the block"]),
-        (changed(MODPO, amopo={"dimensions": ["x"]}), ["`amopo:` stands beside `rl: modpo`", "drop the block"]),
+        (changed(AMOPO, modpo={"objective": "x"}), ["`modpo:` has no effect with `rl: amopo`", "remove the block"]),
+        (changed(MODPO, amopo={"dimensions": ["x"]}), ["`amopo:` has no effect with `rl: modpo`", "remove the block"]),
         ({"rl": "amopo"}, ["`rl: amopo` needs a block `amopo:`", "dimensions"]),
         ({"rl": "modpo"}, ["`rl: modpo` needs a block `modpo:`", "objective and weights"]),
         (changed(AMOPO, rl="dpo"), ["`amopo:` has no effect with `rl: dpo`", "set `rl: amopo`"]),
@@ -120,11 +123,11 @@ def test_the_two_bases_are_accepted():
         (changed(AMOPO, amopo__beta="strong"), ["`amopo.beta`", "a positive number", "'strong'"]),
         (changed(AMOPO, amopo__gamma=-1), ["`amopo.gamma`", "greater than or equal to 0", "-1"]),
         (changed(AMOPO, amopo__gamma=math.inf), ["`amopo.gamma`", "finite", "inf"]),
-        (changed(AMOPO, amopo__temperature=0), ["`amopo.temperature`", "greater than 0", "1.0 is the paper's"]),
+        (changed(AMOPO, amopo__temperature=0), ["`amopo.temperature`", "greater than 0", "The paper uses 1.0"]),
         (changed(AMOPO, amopo__temperature=-1), ["`amopo.temperature`", "greater than 0", "-1"]),
         (changed(AMOPO, amopo__sft_coef=-1), ["`amopo.sft_coef`", "greater than or equal to 0"]),
         (changed(AMOPO, amopo__dimensions=[]), ["`amopo.dimensions`", "at least 1", "a list of at least one"]),
-        (changed(AMOPO, amopo__dimensions=["a", "b", "a"]), ["`amopo.dimensions`", "a stands there more than once"]),
+        (changed(AMOPO, amopo__dimensions=["a", "b", "a"]), ["`amopo.dimensions`", "a is named more than once"]),
         (changed(AMOPO, amopo__dimensions=["a", " "]), ["`amopo.dimensions`", "empty name"]),
         (
             changed(AMOPO, amopo__dimensions=["integrated"]),
@@ -161,17 +164,28 @@ def test_the_two_bases_are_accepted():
         (changed(AMOPO, amopo__integrated="maybe"), ["`amopo.integrated`", "true or false"]),
         (
             changed(AMOPO, amopo__directives={"dimension": "Mind {{ dimesion }}."}),
-            ["`amopo.directives.dimension`", "unknown variable dimesion", "known are dimension, dimensions, high"],
+            [
+                "`amopo.directives.dimension`",
+                "unknown variable dimesion",
+                "the known variables are dimension, dimensions, high",
+            ],
         ),
         (
             changed(AMOPO, amopo__directives={"integrated": "Score {{ score }}."}),
-            ["`amopo.directives.integrated`", "unknown variable score", "known are dimensions, high, low"],
+            [
+                "`amopo.directives.integrated`",
+                "unknown variable score",
+                "the known variables are dimensions, high, low",
+            ],
         ),
         (
             changed(AMOPO, amopo__directives={"integrated": "{% if %}"}),
             ["it is not a valid Jinja template", "in line 1"],
         ),
-        (changed(AMOPO, amopo__directives={"integrated": "  "}), ["`amopo.directives.integrated`", "says nothing"]),
+        (
+            changed(AMOPO, amopo__directives={"integrated": "  "}),
+            ["`amopo.directives.integrated`", "it renders to an empty text"],
+        ),
         (
             changed(AMOPO, amopo__directives={"integratd": "x"}),
             ["`amopo.directives.integratd`", "did you mean `integrated`"],
@@ -195,7 +209,7 @@ def test_the_two_bases_are_accepted():
         ),
         (
             changed(AMOPO, amopo__directives={"integrated": "{% include '/etc/passwd' %}"}),
-            ["`amopo.directives.integrated`", "it may hold variables, conditions, filters and loops, 2 deep"],
+            ["`amopo.directives.integrated`", "it may contain only variables, conditions, filters and loops, 2 deep"],
         ),
         (
             changed(AMOPO, amopo__directives={"integrated": "{{ dimensions.append(1) }}"}),
@@ -216,7 +230,7 @@ def test_the_two_bases_are_accepted():
         (changed(AMOPO, activation_offloading="legacy"), ["`activation_offloading: legacy` does not work"]),
         (changed(MODPO, gradient_checkpointing="offload"), ["`gradient_checkpointing: offload` does not work"]),
         (changed(MODPO, dpo_beta=0.1), ["`dpo_beta` has no effect with `rl: modpo`", "see `modpo.beta`"]),
-        (changed(AMOPO, amopo__on_bad_loss="skip", fp16=True), ["`on_bad_loss: skip` does not go with", "`fp16`"]),
+        (changed(AMOPO, amopo__on_bad_loss="skip", fp16=True), ["`on_bad_loss: skip` does not work with", "`fp16`"]),
         (changed(AMOPO, amopo__on_bad_loss="skip", deepspeed="zero3.json"), ["`on_bad_loss: skip`", "DeepSpeed"]),
         (changed(MODPO, modpo__on_bad_loss="skip", optimizer="q_galore_adamw8bit_layerwise"), ["in the backward pass"]),
         (changed(MODPO, modpo__on_bad_loss="skip", optimizer="adalomo"), ["in the backward pass", "remove it"]),
@@ -227,11 +241,11 @@ def test_the_two_bases_are_accepted():
         (changed(AMOPO, amopo__directive_position="behind"), ["`amopo.directive_position`", "before or after"]),
         (
             changed({**MODPO, "attn_implementation": "flex_attention"}, modpo__layout="packed"),
-            ["`modpo.layout: packed` does not go with the attention implementation 'flex_attention'", "one of sdpa,"],
+            ["`modpo.layout: packed` does not work with the attention implementation 'flex_attention'", "one of sdpa,"],
         ),
         (
             changed({**AMOPO, "xformers_attention": True}, amopo__layout="packed"),
-            ["does not go with the attention implementation 'xformers_attention'", "or drop `layout`"],
+            ["does not work with the attention implementation 'xformers_attention'", "or remove `layout`"],
         ),
         (changed(AMOPO, trainer_cls="my.Trainer"), ["`trainer_cls` has no effect with `rl: amopo`", "remove it"]),
         (changed(AMOPO, datasets=3), ["`datasets` must be a list of mappings", "not 3"]),
@@ -289,7 +303,7 @@ def test_an_attention_implementation_that_cannot_carry_trees_is_told_of(host_log
         host_log.clear()
         cfg = changed({**AMOPO, "attn_implementation": attention}, amopo__layout=layout)
         MOPOPlugin().register(cfg)
-        assert (f"'{attention}' cannot carry packed trees, so padded rows are trained" in host_log.text) is told
+        assert (f"'{attention}' does not support packed trees, so rows are padded" in host_log.text) is told
         assert cfg["amopo"]["layout"] == ("padded" if told else layout)
 
 
@@ -378,7 +392,7 @@ def test_a_step_can_be_skipped_where_the_package_makes_it(keys, refused):
     MOPOPlugin().register(changed({**AMOPO, **keys}, amopo__on_bad_loss="raise"))
     skipping = changed({**AMOPO, **keys}, amopo__on_bad_loss="skip")
     if refused:
-        assert "`on_bad_loss: skip` does not go with DeepSpeed" in refusal(skipping)
+        assert "`on_bad_loss: skip` does not work with DeepSpeed" in refusal(skipping)
     else:
         MOPOPlugin().register(skipping)
 
@@ -413,13 +427,13 @@ def with_margin(**settings):
         (changed(AMOPO, amopo__weighting={**THIRDS, "helpfulness": 10**400}), "it must be a finite number of at least"),
         (changed(AMOPO, amopo__score_range=[3, 3]), "the lowest score 3 is not below the highest 3"),
         (changed(AMOPO, amopo__score_range=[-2e6, 1]), "goes beyond 1e+06"),
-        (changed(AMOPO, amopo__score_range=[1, 1.004]), "are the same number once they are written with two decimals"),
+        (changed(AMOPO, amopo__score_range=[1, 1.004]), "are the same number with two decimals"),
         (changed(AMOPO, amopo__dimensions=["n" * 201]), "has 201 characters"),
         (changed(AMOPO, gradient_checkpointing="offload_disk"), "`gradient_checkpointing: offload_disk` does not work"),
         (changed(AMOPO, cpo_alpha=0.1), "see `amopo.sft_coef`"),
         (
             {**changed(AMOPO, amopo__layout="packed"), "sage_attention": True},
-            "does not go with the attention implementation 'sage_attention'",
+            "does not work with the attention implementation 'sage_attention'",
         ),
         (with_margin(source="column", clip=[1, 1]), "the lowest reward 1 is not below the highest 1"),
         (with_margin(source="reward_model", path="x", head=True), "input should be a number, not true or false"),
@@ -432,7 +446,7 @@ def with_margin(**settings):
                 modpo__weights={"better": 1, "safer": 1, "safer/rejected": 1},
                 modpo__margins={key: {"source": "column"} for key in ("safer", "safer/rejected")},
             ),
-            "the log calls the rejected responses' rewards of the margin 'safer' safer/rejected",
+            "the margin 'safer' logs the rewards of rejected responses as safer/rejected",
         ),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_new_method_is_trained(tmp_path):
     [
         ({"tchebycheff": {"betta": 1}}, "`tchebycheff.betta` is not a known key; did you mean `beta`?"),
         ({"tchebycheff": None}, "`rl: tchebycheff` needs a block `tchebycheff:` with at least dimensions"),
-        ({"amopo": {"dimensions": ["a"]}}, "`amopo:` stands beside `rl: tchebycheff`"),
+        ({"amopo": {"dimensions": ["a"]}}, "`amopo:` has no effect with `rl: tchebycheff`"),
         ({"rl": "dpo"}, "the block `tchebycheff:` has no effect with `rl: dpo`"),
         ({"datasets": [{"path": "x", "type": "axolotl_mopo.stack_exchang"}]}, "axolotl_mopo.stack_exchange"),
         (

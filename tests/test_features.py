@@ -418,7 +418,7 @@ def test_what_the_host_leaves_out_of_preference_runs_is_refused(base, key):
 @pytest.mark.parametrize("base", [AMOPO, MODPO], ids=METHODS)
 @pytest.mark.parametrize("key", ["cut_cross_entropy", "chunked_cross_entropy", "liger_fused_linear_cross_entropy"])
 def test_kernels_of_another_loss_are_refused(base, key):
-    assert "whose loss is no cross-entropy" in refusal(changed(base, **{key: True}))
+    assert "whose loss is not a cross-entropy" in refusal(changed(base, **{key: True}))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -67,7 +67,7 @@ def stand_in_for_two_gpus(monkeypatch):
 
 def test_a_single_process_that_sees_several_gpus_is_refused(stand_in_for_two_gpus, monkeypatch):
     cfg = registered(AMOPO)
-    with pytest.raises(ConfigError, match=r"sees 2 GPUs.* leave out `--launcher python`.*CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(ConfigError, match=r"sees 2 GPUs.* remove `--launcher python`.*CUDA_VISIBLE_DEVICES=0"):
         MOPOPlugin().pre_model_load(cfg)
     for other in ({"merge_lora": True}, {"rl": None, "inference": True}, {"amopo": None}):
         MOPOPlugin().pre_model_load(DictDefault({**cfg, **other}))
@@ -230,5 +230,5 @@ def test_a_hook_that_the_host_lacks_is_named():
             """The only hook of an imagined host."""
 
     check_hooks(MOPOPlugin, BasePlugin)
-    with pytest.raises(ConfigError, match=r"does not call `get_input_args`, .* of its plugins, .* pip install"):
+    with pytest.raises(ConfigError, match=r"does not call the plugin hooks `get_input_args`, .* pip install"):
         check_hooks(MOPOPlugin, OldBase)

@@ -264,7 +264,7 @@ def test_lines_are_not_added_to_a_file_that_has_a_second_name(tmp_path):
     (tmp_path / "victim").write_text("mine\n")
     (tmp_path / "folder").mkdir()
     os.link(tmp_path / "victim", tmp_path / "folder" / "a.jsonl")
-    with pytest.raises(OSError, match="has a second name"):
+    with pytest.raises(OSError, match="has a second hard link"):
         Folder(tmp_path / "folder").append("a.jsonl", b"x\n")
     Folder(tmp_path / "folder").write("a.jsonl", b"x\n")  # in its place, not into it
     assert (tmp_path / "victim").read_text() == "mine\n"
@@ -272,7 +272,7 @@ def test_lines_are_not_added_to_a_file_that_has_a_second_name(tmp_path):
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
     (tmp_path / "a").write_bytes(b"0" * 100)
-    with pytest.raises(OSError, match="100 bytes; it may have 99 at most"):
+    with pytest.raises(OSError, match="100 bytes; the limit is 99"):
         Folder(tmp_path).read("a", 99)
     assert len(Folder(tmp_path).read("a", 100)) == 100
 

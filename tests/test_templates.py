@@ -137,7 +137,7 @@ def test_a_rendering_ends_by_its_steps_on_a_fast_machine_too(monkeypatch):
 )
 def test_no_value_is_longer_than_ten_thousand_characters(template):
     assert sandbox.render("{{ a }}", {"a": "x" * 6000}) == "x" * 6000
-    with pytest.raises(ValueError, match=r"1[28],.* characters of one value are more than 10,000"):
+    with pytest.raises(ValueError, match=r"1[28],.* characters of one value are more than the limit of 10,000"):
         sandbox.render(template, {"a": "x" * 6000})
 
 
@@ -154,7 +154,7 @@ def test_no_value_is_longer_than_ten_thousand_characters(template):
 )
 def test_a_template_is_tried_with_scores_all_over_the_range(range_, template, score):
     message = refusal(changed(AMOPO, amopo__directives={"dimension": template}, amopo__score_range=range_))
-    assert "`directives.dimension` does not go with these dimensions and this range: it " in message
+    assert "`directives.dimension` does not work with these dimensions and this range: it " in message
     assert f" for helpfulness at the score {score}" in message
 
 
@@ -178,13 +178,15 @@ def test_a_model_is_asked_at_any_score_of_its_range():
     for score, said in ((2, "2"), (4.5, "4.5"), (7, "7"), (None, "7")):
         assert block.inference_directive("tact", score).around("Q") == f"tact {said}\n\nQ"
     for score in (1.99, 7.01):
-        with pytest.raises(ValueError, match=f"the score {score} is outside `score_range`, 2 to 7"):
+        with pytest.raises(ValueError, match=f"the score {score} is outside `score_range`; choose one from 2 to 7"):
             block.inference_directive("tact", score)
     assert block.inference_directive().around("Q") == "wittact\n\nQ"
-    with pytest.raises(ValueError, match="a score needs a dimension; the integrated prompt has none"):
+    with pytest.raises(
+        ValueError, match="a score needs a dimension, since the integrated prompt has none; name a dimension"
+    ):
         block.inference_directive(score=3)
     alone = block.model_copy(update={"integrated": False, "directive_position": "after"})
-    with pytest.raises(ValueError, match="so there is no integrated prompt; choose one dimension of wit, tact"):
+    with pytest.raises(ValueError, match="so there is no integrated prompt; choose one of the dimensions wit, tact"):
         alone.inference_directive()
     assert alone.inference_directive("wit", 3).around("Q") == "Q\n\nwit 3"
 
@@ -196,7 +198,7 @@ def test_a_model_is_asked_at_any_score_of_its_range():
         ({"directives": {"integrated": "a\ud800"}}, "surrogate"),
         ({"directives": {"integrated": "{{ 'a\\ud800' }}"}}, "surrogate"),
         ({"dimensions": ["a" * 201]}, "has 201 characters"),
-        ({"score_range": [0, 0.004]}, "are the same number once they are written with two decimals"),
+        ({"score_range": [0, 0.004]}, "are the same number with two decimals"),
         ({"score_range": [0, 2e6]}, "goes beyond 1e+06"),
         ({"score_range": [-1e308, 1e308]}, "goes beyond 1e+06"),
     ],
@@ -256,7 +258,7 @@ def test_the_text_of_a_file_in_the_folder_of_the_yaml_takes_its_place(folder, na
         ("named.jinja", "a link to notes.txt, is not a template"),
         ("pipe.jinja", "is not a regular file"),
         ("folder.jinja", "cannot be read"),
-        ("long.jinja", "it may have 40,000 at most"),
+        ("long.jinja", "the limit is 40,000"),
         ("bytes.jinja", "cannot be read"),
         ("none.jinja", "cannot be read"),
     ],

@@ -66,7 +66,7 @@ def test_what_is_written_is_read_by_the_strategy_pairs(rows, tmp_path, tokenizer
     expected = prepare(rows, tokenizer, kind="helpsteer", score_range=[1, 5])
     for name in ("out.jsonl", "out.parquet"):
         output = run("pairs", tmp_path / "raw.jsonl", *HELPFULNESS, "-o", tmp_path / name)
-        (entry,) = yaml.safe_load(output.split("In the YAML:\n\n")[1])["datasets"]
+        (entry,) = yaml.safe_load(output.split("put this in the YAML:\n\n")[1])["datasets"]
         assert entry.pop("path") == str(tmp_path / name)
         table = load_dataset(entry.pop("ds_type", "parquet"), data_files=str(tmp_path / name), split="train")
         assert entry.pop("type") == "axolotl_mopo.pairs"
@@ -160,7 +160,10 @@ def test_ratings_and_a_ratio_of_votes_are_options_too(tmp_path):
         (["--type", "shp", "--on-bad-row", "drop"], ["no pair could be made", "4 bad rows", "4 missing column"]),
         ([*HELPFULNESS, "--attributes", "beauty"], ["no pair has a score of beauty", "coherence"]),
         ([*HELPFULNESS, "--split", "test"], ["raw.jsonl, split test, cannot be loaded"]),
-        (["--type", "helpsteer", "--objective", "overall,overall"], ["'overall,overall' names one twice"]),
+        (
+            ["--type", "helpsteer", "--objective", "overall,overall"],
+            ["'overall,overall' has a repeated or an empty name"],
+        ),
         ([*HELPFULNESS, "--field-prompt", "q"], ["--field-prompt has no effect with --type helpsteer"]),
         ([*HELPFULNESS, "--name", "x"], ["it takes no name, data files or revision"]),
         ([*HELPFULNESS, "-o", "/"], ["/: unknown kind of file"]),
@@ -190,7 +193,7 @@ def test_scores_of_several_scales_are_told(tmp_path):
     arguments = ("--type", "ultrafeedback", "--objective", "overall", "-o", tmp_path / "o # ut.jsonl")
     output = run("pairs", tmp_path / "raw.jsonl", *arguments)
     assert "# Its scores have several scales" in output
-    (entry,) = yaml.safe_load(output.split("In the YAML:\n\n")[1])["datasets"]
+    (entry,) = yaml.safe_load(output.split("put this in the YAML:\n\n")[1])["datasets"]
     assert entry == {"path": str(tmp_path / "o # ut.jsonl"), "type": "axolotl_mopo.pairs", "ds_type": "json"}
 
 
@@ -289,7 +292,12 @@ def test_the_chat_template_puts_the_directive_in_by_itself(config, tmp_path, tok
         ("modpo", [], {}, "has no `amopo:` block"),
         ("amopo", ["--dataset", "1"], {}, "there are 1 entries, counted from 0"),
         ("amopo", ["--row", "320"], {}, "there is no pair from row 320 on, of 320 rows"),
-        ("amopo", ["--question", "x", "--dimension", "beauty"], {}, "unknown dimension beauty; known are helpfulness,"),
+        (
+            "amopo",
+            ["--question", "x", "--dimension", "beauty"],
+            {},
+            "unknown dimension beauty; use one of helpfulness,",
+        ),
         ("amopo", ["--question", "x", "--dimension", "correctness", "--score", "9"], {}, "outside `score_range`"),
         ("amopo", ["--question", "x", "--score", "3"], {}, "a score needs a dimension"),
         (

@@ -1,4 +1,4 @@
-"""The YAML blocks of the methods and every check of them. Nothing heavy is imported here."""
+"""Schema and validation of the YAML blocks of the methods. Imports nothing heavy."""
 
 from axolotl_mopo.config.directives import INTEGRATED, Directives, PromptSettings
 from axolotl_mopo.config.host_keys import attention_advice, check_skipping, checkpoint_advice

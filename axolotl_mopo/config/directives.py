@@ -1,4 +1,4 @@
-"""AMoPO's directives: the settings of its prompts, and what each prompt says (arXiv 2506.07165, section 3)."""
+"""AMoPO's directives: settings of its prompts and their texts (arXiv 2506.07165, section 3)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,40 +12,40 @@ from axolotl_mopo.config.settings import Number, Settings
 from axolotl_mopo.config.templates import Template, dimension_values, integrated_values
 
 INTEGRATED = "integrated"
-"""Name of AMoPO's prompt that asks for all dimensions together."""
+"""Name of AMoPO's prompt for all dimensions together."""
 
 _LARGEST_SCORE = 1e6
 _NARROWEST_RANGE = 0.01
-"""Directives write scores with two decimals."""
+"""Directives write scores with two decimals, so the two ends of a narrower range could look the same."""
 _LONGEST_NAME = 200
 
 
 class Directive(NamedTuple):
-    """What stands around the question in the user's turn: before it, after it, or nothing."""
+    """Texts before and after the question in the user's turn; either may be empty."""
 
     before: str
     after: str
 
     def around(self, question: str) -> str:
-        """The user's turn."""
+        """The user's turn: the question with the directive."""
         return f"{self.before}{question}{self.after}"
 
 
 class Directives(Settings):
-    """What AMoPO's prompts say beside the question: Jinja templates, rendered in a sandbox."""
+    """Texts that AMoPO's prompts add to the question: Jinja templates, rendered in a sandbox."""
 
     dimension: Template = Field(
         default=templates.DIMENSION,
         description=(
-            "Text of the prompt of one dimension: a Jinja template of dimension, score, low, high and dimensions, or "
-            "{file: PATH}."
+            "Directive of the prompt for one dimension: a Jinja template with the variables dimension, score, low, "
+            "high and dimensions, or {file: PATH}."
         ),
     )
     integrated: Template = Field(
         default=templates.INTEGRATED,
         description=(
-            "Text of the prompt for all dimensions together: a Jinja template of low, high and dimensions, or {file: "
-            "PATH}."
+            "Directive of the prompt for all dimensions together: a Jinja template with the variables low, high and "
+            "dimensions, or {file: PATH}."
         ),
     )
 
@@ -62,7 +62,7 @@ class Directives(Settings):
         return template
 
     def for_all(self, dimensions: Sequence[str], score_range: tuple[float, float]) -> str:
-        """Ask for all dimensions together, without a score.
+        """Text that asks for all dimensions together, without a score.
 
         Raises:
             ValueError: if the template cannot be rendered.
@@ -73,7 +73,7 @@ class Directives(Settings):
             raise ValueError(f"the directive `integrated` cannot be rendered: {error}; change the template") from None
 
     def for_one(self, dimension: str, score: float, dimensions: Sequence[str], score_range: tuple[float, float]) -> str:
-        """Ask for one dimension at a score within `score_range`, the worst and the best.
+        """Text that asks for one dimension at a score within `score_range`, [lowest, highest].
 
         Raises:
             ValueError: if the template cannot be rendered with this score.
@@ -89,40 +89,38 @@ class Directives(Settings):
 
 
 class PromptSettings(Settings):
-    """The settings of a method with one prompt for each dimension that its prepared rows depend on."""
+    """Settings that prepared rows depend on, for a method with one prompt for each dimension."""
 
     dimensions: list[str] = Field(
         min_length=1,
         description=(
-            "Qualities that prompts ask for, each the name of a score in the data: a list of at least one score name, "
-            "[helpfulness, ...]."
+            "Qualities that the prompts ask for: a list of at least one score name of the data, [helpfulness, ...]."
         ),
     )
     integrated: bool = Field(
         True,
         description=(
-            "Whether there is a prompt for all dimensions together as well, called `integrated` in the log: true or "
-            "false."
+            "Whether to add a prompt for all dimensions together, which the log calls `integrated`: true or false."
         ),
     )
     score_range: tuple[Number, Number] = Field(
         (1, 5),
         description=(
-            "Scale that directives speak of: [lowest, highest], two different numbers. Scores of the data are mapped "
-            "to it."
+            "Scale of the scores in directives: [lowest, highest], two different numbers. Scores of the data are "
+            "mapped to it."
         ),
     )
     directives: Directives = Field(
         Directives(),
         description=(
-            "What the prompts say beside the question: {dimension: TEMPLATE, integrated: TEMPLATE}. Default: the "
+            "Texts that the prompts add to the question: {dimension: TEMPLATE, integrated: TEMPLATE}. Default: the "
             "texts in the guide."
         ),
     )
     directive_position: Literal["before", "after"] = Field(
         "before",
         description=(
-            "Where the directive stands: before or after the question. `after` lets all prompts share the question, "
+            "Position of the directive: before or after the question. With `after`, all prompts share the question, "
             "so fewer tokens are computed."
         ),
     )
@@ -131,12 +129,12 @@ class PromptSettings(Settings):
     @classmethod
     def _distinct(cls, dimensions: list[str]) -> list[str]:
         if repeated := sorted({name for name in dimensions if dimensions.count(name) > 1}):
-            raise ValueError(f"{', '.join(repeated)} stands there more than once; name every dimension once")
+            raise ValueError(f"{', '.join(repeated)} is named more than once; name every dimension once")
         if any(not name.strip() for name in dimensions):
             raise ValueError("a dimension has an empty name; a dimension is the name of a score in the data set")
         for name in dimensions:
             if len(name) > _LONGEST_NAME:
-                raise ValueError(f"the name {name[:20]!r}... has {len(name):,} characters; give it {_LONGEST_NAME}")
+                raise ValueError(f"the name {name[:20]!r}... has {len(name):,} characters; limit: {_LONGEST_NAME}")
             check_unicode(name)
         return dimensions
 
@@ -144,17 +142,20 @@ class PromptSettings(Settings):
     @classmethod
     def _ascending(cls, score_range: tuple[float, float]) -> tuple[float, float]:
         if score_range[0] >= score_range[1]:
-            raise ValueError(f"the lowest score {score_range[0]:g} is not below the highest {score_range[1]:g}")
+            raise ValueError(
+                f"the lowest score {score_range[0]:g} is not below the highest {score_range[1]:g}; write [lowest, "
+                "highest]"
+            )
         if max(map(abs, score_range)) > _LARGEST_SCORE:
             raise ValueError(
-                f"{score_range[0]:g} to {score_range[1]:g} goes beyond {_LARGEST_SCORE:g}; choose a range that a "
-                "prompt can name, such as [1, 5]"
+                f"{score_range[0]:g} to {score_range[1]:g} goes beyond {_LARGEST_SCORE:g}; choose a smaller range, "
+                "such as [1, 5]"
             )
         low, high = map(templates.readable_number, score_range)
         if high - low < _NARROWEST_RANGE / 2:
             raise ValueError(
-                f"{score_range[0]:g} and {score_range[1]:g} are the same number once they are written with two "
-                "decimals, as directives do; choose a wider range, such as [1, 5]"
+                f"{score_range[0]:g} and {score_range[1]:g} are the same number with two decimals, which directives "
+                "use; choose a wider range, such as [1, 5]"
             )
         return score_range
 
@@ -162,7 +163,7 @@ class PromptSettings(Settings):
     def _names_differ(self) -> Self:
         if self.integrated and INTEGRATED in self.dimensions:
             raise ValueError(
-                f"a dimension is named {INTEGRATED!r}, as the prompt that asks for all of them is; rename the "
+                f"a dimension is named {INTEGRATED!r}, which is the name of the prompt for all dimensions; rename the "
                 "dimension or set `integrated: false`"
             )
         return self
@@ -176,30 +177,30 @@ class PromptSettings(Settings):
                 templates.check(getattr(self.directives, key), known, trials)
             except ValueError as error:
                 raise ValueError(
-                    f"`directives.{key}` does not go with these dimensions and this range: {error}"
+                    f"`directives.{key}` does not work with these dimensions and this range: {error}"
                 ) from None
         return self
 
     @property
     def prompt_names(self) -> list[str]:
-        """The D prompts of every pair, in order."""
+        """Names of the D prompts of every pair, in order."""
         return [INTEGRATED, *self.dimensions] if self.integrated else list(self.dimensions)
 
     scores_key: ClassVar[str] = "dimensions"
-    """The key that names the scores."""
+    """Key of the YAML that names the scores."""
     margins: ClassVar[None] = None
-    """There are none, so prepared rows have no columns for them."""
+    """No margins, so prepared rows have no columns for them."""
     texts: ClassVar[bool] = False
-    """Prepared rows need not keep the texts."""
+    """Prepared rows do not keep the texts."""
 
     @property
     def score_names(self) -> list[str]:
-        """The scores that a pair's chosen response must have."""
+        """Scores that the chosen response of a pair must have."""
         return list(self.dimensions)
 
     @property
     def rejected_score_names(self) -> list[str]:
-        """The scores that a pair's rejected response must have."""
+        """Scores that the rejected response of a pair must have."""
         return []
 
     @classmethod
@@ -211,7 +212,7 @@ class PromptSettings(Settings):
         """The directives of the D prompts of a pair.
 
         Args:
-            scores: the chosen response's score of every dimension, within `score_range`.
+            scores: the score of the chosen response on every dimension, within `score_range`.
 
         Raises:
             ValueError: if a template cannot be rendered with these scores.
@@ -222,11 +223,11 @@ class PromptSettings(Settings):
         return [self._placed(text) for text in first + others]
 
     def inference_directive(self, dimension: str | None = None, score: float | None = None) -> Directive:
-        """The directive to ask a trained model with.
+        """The directive for a trained model.
 
         Args:
-            dimension: the only one to ask for; all of them together where None.
-            score: of this dimension; the best where None.
+            dimension: the only dimension to ask for; all dimensions together if None.
+            score: the score of this dimension; the best if None.
 
         Raises:
             ValueError: if the model was not trained with such a prompt, or a template cannot be rendered.
@@ -234,19 +235,19 @@ class PromptSettings(Settings):
         common = (self.dimensions, self.score_range)
         if dimension is None:
             if score is not None:
-                raise ValueError("a score needs a dimension; the integrated prompt has none")
+                raise ValueError("a score needs a dimension, since the integrated prompt has none; name a dimension")
             if not self.integrated:
                 raise ValueError(
-                    f"`integrated` is false, so there is no integrated prompt; choose one dimension of "
+                    f"`integrated` is false, so there is no integrated prompt; choose one of the dimensions "
                     f"{', '.join(self.dimensions)}"
                 )
             return self._placed(self.directives.for_all(*common))
         if dimension not in self.dimensions:
-            raise ValueError(f"unknown dimension {dimension}; known are {', '.join(self.dimensions)}")
+            raise ValueError(f"unknown dimension {dimension}; use one of {', '.join(self.dimensions)}")
         low, high = self.score_range
         score = high if score is None else score
         if not low <= score <= high:
-            raise ValueError(f"the score {score:g} is outside `score_range`, {low:g} to {high:g}")
+            raise ValueError(f"the score {score:g} is outside `score_range`; choose one from {low:g} to {high:g}")
         return self._placed(self.directives.for_one(dimension, score, *common))
 
     def _placed(self, text: str) -> Directive:
@@ -254,12 +255,12 @@ class PromptSettings(Settings):
 
 
 def user_template(directive: Directive) -> str:
-    """What the user's turn says, with `{question}` where the question stands."""
+    """The user's turn with `{question}` in the place of the question."""
     return directive.around("{question}")
 
 
 def with_directive_in_template(chat_template: str, directive: Directive) -> str:
-    """A chat template that puts the directive into the last user turn by itself, as `with_directive` does."""
+    """A chat template that adds the directive to the last user turn, as `with_directive` does."""
     before, after = (json.dumps(text, ensure_ascii=False) for text in directive)
     return (
         "{% set mopo = namespace(last=-1) %}"

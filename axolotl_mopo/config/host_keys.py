@@ -1,4 +1,4 @@
-"""Axolotl's own keys: those that a run of one of the methods refuses, and those that Axolotl must be given."""
+"""Checks of Axolotl's own keys: refuse those that do not work with the methods, warn about others."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,16 +17,16 @@ TREE_BACKENDS = (
     "kernels-community/flash-attn4",
     "kernels-community/vllm-flash-attn3",
 )
-"""Attention implementations that carry packed trees; a kernel's `@revision` or `:function` may follow its name."""
+"""Attention implementations that support packed trees; `@revision` or `:function` may follow a kernel's name."""
 
 
 def carries_trees(implementation: str) -> bool:
-    """Whether packed trees can go through an attention implementation."""
+    """Whether an attention implementation supports packed trees."""
     return implementation.partition("@")[0].partition(":")[0] in TREE_BACKENDS
 
 
 _OLD_ATTENTION_KEYS = ("flex_attention", "xformers_attention", "sage_attention")
-"""Keys of the host for what `attn_implementation` says today, and trees cannot go by."""
+"""Older keys of Axolotl for attention implementations, none of which supports packed trees."""
 _OTHER_METHODS_KEYS = {
     "rl_beta": "beta",
     "dpo_beta": "beta",
@@ -35,7 +35,7 @@ _OTHER_METHODS_KEYS = {
     "orpo_alpha": "beta",
     "trl": "beta",
 }
-"""Keys of Axolotl for what another key of the block says."""
+"""Keys of Axolotl's other methods, and the key of the block that replaces each."""
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     ": it belongs to another method of Axolotl": (
         "center_rewards_coefficient",
@@ -53,7 +53,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "reward_model",
         "rl_adapter_ref_model",
     ),
-    ": Axolotl reads it for supervised training alone": (
+    ": Axolotl reads it for supervised training only": (
         "auto_find_batch_size",
         "batch_flattening",
         "bench_dataset",
@@ -106,7 +106,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "train_on_inputs",
         "use_pose",
     ),
-    ", whose loss is no cross-entropy": (
+    ", whose loss is not a cross-entropy": (
         "chunked_cross_entropy",
         "chunked_cross_entropy_num_chunks",
         "cut_cross_entropy",
@@ -116,7 +116,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "liger_use_token_scaling",
         "use_eaft",
     ),
-    ": Axolotl reads it nowhere": (
+    ": Axolotl never reads it": (
         "evaluation_strategy",
         "fsdp_final_state_dict_type",
         "lr_div_factor",
@@ -124,20 +124,20 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "preprocess_iterable",
     ),
 }
-"""Keys of Axolotl that would change nothing, by the reason that the error gives."""
+"""Keys of Axolotl that would change nothing, grouped by the reason that the error gives."""
 
 
 def check_keys(cfg: Mapping[str, Any], method: str) -> None:
     """Refuse keys of Axolotl that have no effect on a run of `rl: <method>`, or break it.
 
     Raises:
-        ConfigError: naming the first one.
+        ConfigError: if there is such a key; names the first one.
     """
     for key, ours in _OTHER_METHODS_KEYS.items():
         if cfg.get(key) is not None:
             raise ConfigError(f"`{key}` has no effect with `rl: {method}`; remove it (see `{method}.{ours}`)")
     if cfg.get("pad_to_multiple_of"):
-        raise ConfigError(f"`pad_to_multiple_of` has no effect with `rl: {method}`, which packs; remove it")
+        raise ConfigError(f"`pad_to_multiple_of` has no effect with `rl: {method}`, which packs sequences; remove it")
     for reason, keys in WITHOUT_EFFECT.items():
         for key in keys:
             if cfg.get(key):
@@ -155,7 +155,7 @@ def check_keys(cfg: Mapping[str, Any], method: str) -> None:
 
 
 def _check_offloading(cfg: Mapping[str, Any], method: str) -> None:
-    """Refuse what Axolotl builds into its trainer of supervised training alone."""
+    """Refuse offloading that Axolotl implements for supervised training only."""
     if cfg.get("layer_offloading"):
         raise ConfigError(f"`layer_offloading` does not work with `rl: {method}`; remove it")
     checkpointing = cfg.get("gradient_checkpointing")
@@ -166,31 +166,31 @@ def _check_offloading(cfg: Mapping[str, Any], method: str) -> None:
     else:
         return
     raise ConfigError(
-        f"`{key}` does not work with `rl: {method}`; set `gradient_checkpointing: true`, and for the CPU to hold what "
-        "it keeps `activation_offloading: hidden_states`"
+        f"`{key}` does not work with `rl: {method}`; set `gradient_checkpointing: true`, and to keep its checkpoints "
+        "on the CPU `activation_offloading: hidden_states`"
     )
 
 
 def check_skipping(cfg: Mapping[str, Any], on_bad_loss: str | None) -> None:
-    """Refuse to skip steps that are not made where a step can be skipped.
+    """Refuse `on_bad_loss: skip` if the trainer cannot skip an optimizer step.
 
     Raises:
-        ConfigError: naming what makes them.
+        ConfigError: if DeepSpeed, `fp16` or the backward pass controls the optimizer steps.
     """
     optimizer = str(cfg.get("optimizer"))
     within_backward = "lomo" in optimizer or "layerwise" in optimizer
     if on_bad_loss == "skip" and (cfg.get("deepspeed") or cfg.get("fp16") or within_backward):
         raise ConfigError(
-            "`on_bad_loss: skip` does not go with DeepSpeed or an optimizer that makes its steps in the backward pass, "
-            "nor with `fp16`, whose loss scaling skips steps by itself; remove it"
+            "`on_bad_loss: skip` does not work with DeepSpeed, with an optimizer that steps in the backward pass, or "
+            "with `fp16`, whose loss scaling skips steps itself; remove it"
         )
 
 
 def attention_advice(cfg: Mapping[str, Any], method: str, block: MethodConfig) -> str | None:
-    """What to tell of an attention implementation that cannot carry packed trees, where the YAML names one.
+    """A warning if the YAML names an attention implementation that does not support packed trees, else None.
 
     Raises:
-        ConfigError: where packed trees are asked for all the same.
+        ConfigError: if the YAML also sets `layout: packed`.
     """
     old_keys = (key for key in _OLD_ATTENTION_KEYS if cfg.get(key))
     chosen = cfg.get("attn_implementation") or next(old_keys, None)
@@ -199,17 +199,17 @@ def attention_advice(cfg: Mapping[str, Any], method: str, block: MethodConfig) -
     choices = ", ".join(TREE_BACKENDS)
     if block.layout == "packed":
         raise ConfigError(
-            f"`{method}.layout: packed` does not go with the attention implementation {chosen!r}; set "
-            f"`attn_implementation` to one of {choices}, or drop `layout`"
+            f"`{method}.layout: packed` does not work with the attention implementation {chosen!r}; set "
+            f"`attn_implementation` to one of {choices}, or remove `layout`"
         )
     return (
-        f"The attention implementation {chosen!r} cannot carry packed trees, so padded rows are trained, which costs "
-        f"more; set `attn_implementation` to one of {choices}."
+        f"The attention implementation {chosen!r} does not support packed trees, so rows are padded, which is slower; "
+        f"set `attn_implementation` to one of {choices}."
     )
 
 
 def checkpoint_advice(cfg: Mapping[str, Any]) -> str | None:
-    """Advice on checkpoints that a run cannot be resumed from, or None."""
+    """A warning if a run could not be resumed from its checkpoints, else None."""
     fsdp = cfg.get("fsdp_config")
     if not isinstance(fsdp, Mapping) or not cfg.get("adapter"):
         return None
@@ -217,6 +217,6 @@ def checkpoint_advice(cfg: Mapping[str, Any]) -> str | None:
     if str(version) != "2" or fsdp.get("state_dict_type") != "FULL_STATE_DICT":
         return None
     return (
-        "With FSDP2, an adapter and `fsdp_config.state_dict_type: FULL_STATE_DICT`, accelerate writes one rank's part "
-        "of the adapter into a checkpoint, so a resumed run goes on from wrong weights; set it to SHARDED_STATE_DICT."
+        "With FSDP2, an adapter and `fsdp_config.state_dict_type: FULL_STATE_DICT`, accelerate saves only one "
+        "rank's part of the adapter, so a resumed run starts from wrong weights; set it to SHARDED_STATE_DICT."
     )

@@ -13,20 +13,20 @@ from axolotl_mopo.config.sources import SOURCES, TRAINING_KEYS, Margin, RewardSo
 
 
 class MethodConfig(Settings):
-    """What the block of every method may say of how a step is computed."""
+    """Settings of every method: how a step is computed."""
 
     rl: ClassVar[str]
-    """What `rl:` calls the method; its block has the same name."""
+    """Name of the method in `rl:`, and of its block."""
     trainer: ClassVar[str]
-    """The dotted name of its trainer, which Axolotl imports when it is needed."""
+    """Dotted name of the trainer, which Axolotl imports when it needs it."""
 
     renamed: ClassVar = {"max_tokens_per_step": "max_tokens_per_pass"}
 
     layout: Literal["packed", "padded"] | None = Field(
         None,
         description=(
-            "How token sequences are laid out: packed or padded. `packed` is prefix trees without padding, `padded` "
-            "one row for every prompt and completion. Default: the fastest that passes the start-up check."
+            "Layout of token sequences: packed or padded. `packed` uses prefix trees without padding, `padded` one row "
+            "for every prompt and completion. Default: the fastest layout that passes the start-up check."
         ),
     )
     max_tokens_per_pass: int | None = Field(
@@ -42,23 +42,22 @@ class MethodConfig(Settings):
         1.5,
         gt=0,
         description=(
-            "Memory in GiB that logits and their gradient may take, a positive number. Above it the head runs in "
-            "chunks."
+            "Largest memory in GiB for logits and their gradient; a positive number. Above it, the head runs in chunks."
         ),
     )
     router_aux_loss_coef: Number | None = Field(
         None,
         ge=0,
         description=(
-            "Coefficient of the load-balancing loss of a mixture of experts; a number of at least 0, and 0 leaves the "
-            "term out. Default: 0.001 for a mixture of experts."
+            "Coefficient of the load-balancing loss of a mixture of experts; a number of at least 0, and 0 disables "
+            "it. Default: 0.001 for a mixture of experts."
         ),
     )
     on_bad_loss: Literal["raise", "skip"] = Field(
         "raise",
         description=(
-            "What happens at a loss that is not finite: raise or skip. `raise` stops the run; `skip` makes no "
-            "optimizer step and counts it in the log."
+            "What happens if a loss is not finite: raise or skip. `raise` stops the run; `skip` skips the optimizer "
+            "step and counts it in the log."
         ),
     )
 
@@ -69,32 +68,32 @@ class MethodConfig(Settings):
 
     @property
     def ordering(self) -> tuple[str, list[str]]:
-        """The key and the names by which rated responses are ordered, unless the data-set entry names others."""
+        """The key that orders rated responses and the names in it; a data-set entry may name others."""
         raise NotImplementedError
 
 
 class MarginColumns(Settings):
-    """The part of MODPO's settings that prepared rows depend on: not the weights, so that a sweep shares its rows."""
+    """MODPO's settings that prepared rows depend on, without the weights, so that a sweep shares its rows."""
 
     margins: dict[str, Margin]
-    """The sources that rows decide by themselves, without clip, normalize and scale."""
+    """The sources whose rewards are computed from a row alone, without clip, normalize and scale."""
     texts: bool
     """Whether a margin reads the texts."""
 
     scores_key: ClassVar[str] = "margins"
-    """The key that names the scores."""
+    """Key of the YAML that names the scores."""
     score_range: ClassVar[None] = None
-    """There are no directives, so scores are used as they are."""
+    """No directives, so scores are not mapped to a range."""
 
     @property
     def score_names(self) -> list[str]:
-        """The scores that both responses of a pair must have."""
+        """Scores that both responses of a pair must have."""
         names = (source.score_name(margin) for margin, source in self.margins.items())
         return [name for name in names if name is not None]
 
     @property
     def rejected_score_names(self) -> list[str]:
-        """The same."""
+        """Same as `score_names`."""
         return self.score_names
 
     def training_directives(self, scores: Mapping[str, float]) -> list[Directive]:
@@ -111,49 +110,46 @@ class MODPOConfig(MethodConfig):
     rl: ClassVar = "modpo"
     trainer: ClassVar = "axolotl_mopo.training.modpo.MODPOTrainer"
 
-    objective: str = Field(
-        description="Name of the objective that orders the pairs: what `chosen` over `rejected` means in the data."
-    )
+    objective: str = Field(description="Name of the objective that orders the pairs into `chosen` and `rejected`.")
     weights: dict[str, Number] = Field(
         description=(
-            "How much each objective counts: a mapping from the objective and every margin to its weight. The weight "
-            "of the objective is positive; others are any number, and a negative one turns a score around. They need "
-            "not sum to 1."
+            "Weights of the objectives: a mapping from the objective and every margin to its weight. The weight of the "
+            "objective is positive; others are any number, and a negative one reverses a score. They need not sum to 1."
         ),
     )
     beta: Number = Field(
         0.1,
         gt=0,
         description=(
-            "Strength of the KL penalty towards the reference; a positive number. The authors use 0.1. The loss sees "
-            "beta divided by the weight of the objective."
+            "Strength of the KL penalty towards the reference; a positive number. The authors use 0.1. The loss "
+            "divides beta by the weight of the objective."
         ),
     )
     loss_type: MODPOLossType = Field(
         "sigmoid",
         description=(
-            "Loss of a pair with the implicit reward s: sigmoid or hinge, -log sigmoid(s(chosen) - s(rejected)) or "
-            "relu(1 - (s(chosen) - s(rejected)))."
+            "Loss of a pair with the implicit reward s: sigmoid or hinge, which are -log sigmoid(s(chosen) - "
+            "s(rejected)) and relu(1 - (s(chosen) - s(rejected)))."
         ),
     )
     margins: dict[str, Margin] = Field(
         {},
         description=(
-            "Where the reward of each other objective comes from: a mapping from a name to {source: ...}, one for "
-            "every weight except that of the objective."
+            "Sources of the rewards of the other objectives: a mapping from a name to {source: ...}, one for every "
+            "weight except that of the objective."
         ),
     )
     reference: Literal["initial", "base"] = Field(
         "initial",
         description=(
-            "Model that the policy is pulled towards: initial or base. `initial` is the policy before its first step, "
-            "a loaded adapter included; `base` is the base model without adapters."
+            "Reference model of the KL penalty: initial or base. `initial` is the policy before its first step, "
+            "including a loaded adapter; `base` is the base model without adapters."
         ),
     )
     cache_dir: str | None = Field(
         None,
         description=(
-            "Where reference log-probs and margin rewards are kept: a folder. Default: modpo-cache in "
+            "Folder of the cache of reference log-probs and margin rewards. Default: modpo-cache in "
             "`dataset_prepared_path`."
         ),
     )
@@ -169,45 +165,46 @@ class MODPOConfig(MethodConfig):
             for side in ("chosen", "rejected"):
                 if f"{name}/{side}" in self.margins:
                     raise ValueError(
-                        f"the log calls the {side} responses' rewards of the margin {name!r} {name}/{side}, which is "
-                        f"the name of another margin; rename one of the two"
+                        f"the margin {name!r} logs the rewards of {side} responses as {name}/{side}, which is the name "
+                        "of another margin; rename one of the two"
                     )
         if self.objective in self.margins:
             raise ValueError(
-                f"margins names the objective {self.objective!r} itself; a margin is the reward of another objective"
+                f"margins names the objective {self.objective!r} itself, but a margin is the reward of another "
+                "objective; remove the margin"
             )
         weighted, given = set(self.weights) - {self.objective}, set(self.margins)
         if missing := sorted(weighted - given):
             raise ValueError(
                 f"weights names {', '.join(missing)}, for which margins has no entry; add "
-                f"`{missing[0]}: {{source: column}}` under margins, or drop the weight"
+                f"`{missing[0]}: {{source: column}}` under margins, or remove the weight"
             )
         if unweighted := sorted(given - weighted):
             raise ValueError(
                 f"margins names {', '.join(unweighted)}, for which weights has no entry; add "
-                f"`{unweighted[0]}: 0.5` under weights, or drop the margin"
+                f"`{unweighted[0]}: 0.5` under weights, or remove the margin"
             )
         if self.objective_weight <= 0:
             raise ValueError(
                 f"the weight of the objective {self.objective!r} is {self.objective_weight:g} but must be positive: "
-                "the loss divides by it; at weight 0 the optimal policy is that of the margins alone, so train that "
-                "one directly on their own preferences"
+                "the loss divides by it; with weight 0 the optimal policy depends on the margins alone, so train "
+                "directly on their own preferences instead"
             )
         return self
 
     @property
     def objective_weight(self) -> float:
-        """w_k."""
+        """w_k, the weight of the objective."""
         return self.weights[self.objective]
 
     @property
     def margin_weights(self) -> list[float]:
-        """w_j, in the order of `margins`."""
+        """w_j, the weights of the margins, in the order of `margins`."""
         return [self.weights[name] for name in self.margins]
 
     @property
     def row_settings(self) -> MarginColumns:
-        """The margins that rows decide, and whether rows must keep their texts."""
+        """The margins that are computed from a row alone, and whether rows must keep their texts."""
         # In one order, since runs whose YAML has another order find the same prepared rows.
         sources = sorted(self.margins.items())
         unused = {key: RewardSource.model_fields[key].default for key in TRAINING_KEYS}
@@ -262,33 +259,33 @@ class AMoPOConfig(DimensionsConfig):
         2.0,
         ge=0,
         description=(
-            "Margin by which the reward of chosen should exceed that of rejected (`simpo` only); a number of at least "
-            "0. The authors use 2.0."
+            "Target difference between the rewards of chosen and rejected (`simpo` only); a number of at least 0. The "
+            "authors use 2.0."
         ),
     )
     loss_type: AMoPOLossType = Field("simpo", description="Loss of one dimension: simpo or orpo.")
     weighting: WeightingScheme | dict[str, float] = Field(
         "gaussian",
         description=(
-            "Where the weights of the dimensions come from: gaussian (drawn from the mean and standard deviation of "
-            "token probabilities), mean (without drawing), uniform (1/D), or {name: weight, ...} for every prompt, "
-            "which sum to 1. Evaluation never draws."
+            "Weights of the dimensions: gaussian (drawn from the mean and standard deviation of token probabilities), "
+            "mean (the mean, without drawing), uniform (1/D), or {name: weight, ...} for every prompt, which sum to 1. "
+            "Evaluation never draws."
         ),
     )
     temperature: Number = Field(
         1.0,
         gt=0,
         description=(
-            "Divides the draws before the softmax over dimensions (`gaussian` and `mean` only); a positive number; "
-            "1.0 is the paper's. At 1.0 weights are nearly uniform; below it they differ more."
+            "Temperature of the softmax over dimensions (`gaussian` and `mean` only); a positive number. The paper "
+            "uses 1.0, where weights are nearly uniform; below it they differ more."
         ),
     )
     sft_coef: Number = Field(
         0.0,
         ge=0,
         description=(
-            "Coefficient of an SFT term, the mean negative log-likelihood of a chosen token; a number of at least 0, "
-            "and 0.0 leaves the term out."
+            "Coefficient of an SFT loss, the mean negative log-likelihood of a chosen token; a number of at least 0, "
+            "and 0.0 disables it."
         ),
     )
 
@@ -322,13 +319,13 @@ class AMoPOConfig(DimensionsConfig):
 
 
 METHODS: dict[str, type[MethodConfig]] = {method.rl: method for method in (MODPOConfig, AMoPOConfig)}
-"""The methods that `rl:` may name. Another package's plugin enters its own."""
+"""The methods that `rl:` may name. A plugin of another package can add its own."""
 
 
 class MOPOArgs(BaseModel):
-    """The fields that the plugin adds to Axolotl's configuration."""
+    """Fields that the plugin adds to Axolotl's configuration."""
 
     modpo: MODPOConfig | None = None
     amopo: AMoPOConfig | None = None
     mopo_data: dict[str, Any] | None = None
-    """What `axolotl_mopo.data.entries` learned of each data set; filled in by the plugin, not by the user."""
+    """Settings of each data set from `axolotl_mopo.data.entries`; set by the plugin, not by the user."""

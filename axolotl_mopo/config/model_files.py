@@ -1,4 +1,4 @@
-"""The JSON files beside a model: `mopo.json`, `adapter_config.json`, `config.json`."""
+"""JSON files in a model's folder: `mopo.json`, `adapter_config.json`, `config.json`."""
 
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,7 +17,7 @@ R = TypeVar("R", bound=Record)
 
 
 class Manifest(Record):
-    """`mopo.json`: what a model was trained for."""
+    """`mopo.json`: the method and settings that a model was trained with."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -25,18 +25,18 @@ class Manifest(Record):
     base_model: str | None = None
     beta: Annotated[float, Field(gt=0)] | None = None
     weights: dict[str, float] | None = None
-    """Of MODPO's objectives."""
+    """Weights of MODPO's objectives."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The method's own."""
+        """The settings of the method."""
         return self.model_extra or {}
 
     def prompt_settings(self) -> PromptSettings | None:
-        """What its prompts say, if the method has one for each dimension.
+        """The settings of the prompts; None if the method does not have one for each dimension.
 
         Raises:
-            ValueError: if the settings are not those of such a method.
+            ValueError: if the settings are invalid.
         """
         method = METHODS.get(self.method)
         if method is None or not issubclass(method, PromptSettings):
@@ -49,7 +49,7 @@ class Manifest(Record):
 
 
 class AdapterConfig(Record):
-    """`adapter_config.json`, as PEFT writes it: what PEFT relies on without looking."""
+    """`adapter_config.json` of PEFT: the keys that PEFT uses without validating them."""
 
     peft_type: str = "LORA"
     base_model_name_or_path: str | None = None
@@ -70,23 +70,23 @@ class AdapterConfig(Record):
 
 
 class ModelConfig(Record):
-    """What is read of a model's `config.json` without loading the model."""
+    """The keys of a model's `config.json` that are read without loading the model."""
 
     architectures: list[str] | None = None
     id2label: dict[str, str | int | float] | None = None
-    """Indices of its scores and their names."""
+    """Names of the scores by index."""
 
 
 def read_model_file(kind: type[R], path: Path, where: str) -> R:
     """Read one of these files.
 
     Args:
-        kind: what it holds.
-        path: of the file.
-        where: what names it, for messages.
+        kind: schema of the file.
+        path: path of the file.
+        where: name of the file in messages.
 
     Raises:
-        ConfigError: if it cannot be read, or holds something else.
+        ConfigError: if the file cannot be read or does not match the schema.
     """
     try:
         return read_record(kind, path)

@@ -1,8 +1,8 @@
-"""A small part of Jinja for templates of strangers: values stay short, and a rendering ends soon.
+"""A small subset of Jinja for untrusted templates, with limits on memory and time.
 
-A template is parsed by Jinja and then checked node by node: what is not listed here is refused. Whatever could make a
-long value is replaced by a filter that checks the length first. So no expression and no chain of them can take more
-than a few megabytes, and every loop and every filter is paid for from a budget.
+Jinja parses a template, and then every node is checked: a node that is not listed here is refused. A node that could
+make a long value is wrapped in a filter that checks the length first, so no expression can take more than a few
+megabytes. Every loop and every filter takes steps from a budget.
 """
 
 import time
@@ -28,9 +28,9 @@ _LARGEST_NUMBER = 10**15
 _DEEPEST_NESTING = 50
 _DEEPEST_LOOP = 2
 _STEPS = 100_000
-"""About as many nodes may be evaluated in one rendering; it bounds loops, deterministically."""
+"""Approximate limit on the nodes evaluated in one rendering; a deterministic bound on loops."""
 _SECONDS = 0.5
-"""CPU time of one rendering, in case a step is slower than expected."""
+"""Limit on the CPU time of one rendering, in case a step is slower than expected."""
 _LONGEST_ERROR = 200
 
 _LOOP_ATTRIBUTES = (
@@ -48,17 +48,17 @@ _TESTS = (
     *("number", "string", "sequence", "lower", "upper", "in", "==", "eq", "equalto", "!=", "ne", ">", "gt"),
     *("greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le"),
 )
-# Names of what is put around nodes; no template can write them, since they hold a space.
+# Names of the wrapping filters and of the budget; no template can write them, since they contain a space.
 _BUDGET, _BOUNDED, _JOINED, _LOOP = "the budget", "is bounded", "is joined", "is looped over"
 
 
 class SandboxError(ValueError):
-    """A template that is refused, or that cannot be rendered; the text says why."""
+    """A template that is refused or cannot be rendered; the message gives the reason."""
 
 
 @dataclass
 class _Budget:
-    """What one rendering may still spend."""
+    """Steps and CPU time that one rendering has left."""
 
     steps: int = _STEPS
     deadline: float = field(default_factory=lambda: time.thread_time() + _SECONDS)
@@ -74,7 +74,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _scalar_size(value: Any) -> int:
-    """Characters of a text, a number, true, false or none, about."""
+    """Approximate number of characters of a text, a number, true, false or none."""
     if isinstance(value, str):
         return len(value)
     if _is_number(value):
@@ -82,9 +82,9 @@ def _scalar_size(value: Any) -> int:
             raise SandboxError(f"a number is larger than {_LARGEST_NUMBER:,}")
         return 4
     if isinstance(value, Undefined):
-        return len(str(value))  # raises where a variable is missing
+        return len(str(value))  # raises if a variable is missing
     if value is not None:
-        raise SandboxError(f"a {type(value).__name__} stands where a text, a number or a flat list of these may stand")
+        raise SandboxError(f"a {type(value).__name__} is not allowed; use a text, a number or a flat list of these")
     return 4
 
 
@@ -98,12 +98,12 @@ def _size(value: Any) -> int:
 
 def _refuse_more(count: int, limit: int, what: str) -> None:
     if count > limit:
-        raise SandboxError(f"{count:,} {what} are more than {limit:,}")
+        raise SandboxError(f"{count:,} {what} are more than the limit of {limit:,}")
 
 
 @pass_context
 def _bounded(context: Context, value: Any) -> Any:
-    """The value, paid for; refused where it is too long."""
+    """Return the value and take steps for it from the budget; raise SandboxError if it is too long."""
     size = _size(value)
     _refuse_more(size, _LONGEST_VALUE, "characters of one value")
     context[_BUDGET].spend(1 + size // 100)
@@ -167,7 +167,7 @@ def _sum(value: Any, start: float = 0) -> float:
 
 def _number(value: Any) -> float:
     if not _is_number(value):
-        raise SandboxError(f"a number is needed, and here is a {type(value).__name__}")
+        raise SandboxError(f"a number is needed, not a {type(value).__name__}")
     return value
 
 
@@ -206,7 +206,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "unique": _unique,
     "upper": lambda value: str(value).upper(),
 }
-"""What a directive may use; arguments and results are bounded, and no result is longer than thrice its arguments."""
+"""Filters for directives; arguments and results are bounded, and no result is over three times its arguments."""
 
 
 def _as_filter(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -255,12 +255,12 @@ def _short_range(*limits: int) -> range:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Renders trees that `_Checker` made; the second wall behind it."""
+    """Renders the trees that `_Checker` returns; a second line of defence."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute with numbers, and put texts or lists together."""
+        """Compute with numbers; concatenate texts or lists."""
         for given in (left, right):
             _bounded(context, given)
         texts = operator == "+" and isinstance(left, str | list) and type(left) is type(right)
@@ -269,11 +269,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _bounded(context, self.binop_table[operator](left, right))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Only loops have attributes."""
+        """Allow attributes of loops only."""
         return isinstance(obj, LoopContext) and attr in _LOOP_ATTRIBUTES
 
     def wrap_str_format(self, value: Any) -> None:
-        """No formatting, whose width could be anything."""
+        """Allow no formatting, since its width has no limit."""
 
 
 _ENVIRONMENT = _Environment(
@@ -290,7 +290,7 @@ _ENVIRONMENT.tests = {name: _ENVIRONMENT.tests[name] for name in _TESTS}
 
 
 class _Checker(NodeTransformer):
-    """Refuses every node that is not known, and puts a filter around what makes values."""
+    """Refuses every unknown node, and wraps nodes that make values in a filter."""
 
     def __init__(self) -> None:
         self.used: set[str] = set()
@@ -300,8 +300,8 @@ class _Checker(NodeTransformer):
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         if type(node) not in _NODES:
             raise SandboxError(
-                f"it may hold variables, conditions, filters and loops, {_DEEPEST_LOOP} deep, and nothing else; "
-                f"line {node.lineno} holds {type(node).__name__}"
+                f"it may contain only variables, conditions, filters and loops, {_DEEPEST_LOOP} deep; "
+                f"line {node.lineno} contains {type(node).__name__}"
             )
         self._depth += 1
         if self._depth > _DEEPEST_NESTING:
@@ -311,17 +311,17 @@ class _Checker(NodeTransformer):
         return visited
 
     def _inner(self, node: Any) -> Any:
-        """The node with its parts visited."""
+        """Visit the parts of a node and return the node."""
         return self.generic_visit(node)
 
     def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802
         if node.recursive or len(self._loops) == _DEEPEST_LOOP:
-            raise SandboxError(f"loops may stand within one another {_DEEPEST_LOOP} deep, and not call themselves")
+            raise SandboxError(f"loops may be nested {_DEEPEST_LOOP} deep and must not be recursive")
         within = sum(1 for _ in node.find_all(nodes.Node))
         node.iter = _around(self.visit(node.iter), _LOOP, nodes.Const(within))
         targets = node.target.items if isinstance(node.target, nodes.Tuple) else [node.target]
         if not all(isinstance(target, nodes.Name) for target in targets):
-            raise SandboxError("a loop may have names as its variables and nothing else")
+            raise SandboxError("the variables of a loop must be names")
         self._loops.append({"loop", *(target.name for target in targets)})  # type: ignore[attr-defined]
         node.body = [self.visit(child) for child in node.body]
         node.test = node.test and self.visit(node.test)
@@ -352,13 +352,13 @@ class _Checker(NodeTransformer):
 
     def visit_Filter(self, node: nodes.Filter) -> nodes.Filter:  # noqa: N802
         if node.node is None or node.name not in _KNOWN_FILTERS:
-            raise SandboxError(f"unknown filter `{node.name[:40]}`; known are {', '.join(_KNOWN_FILTERS)}")
+            raise SandboxError(f"unknown filter `{node.name[:40]}`; the known filters are {', '.join(_KNOWN_FILTERS)}")
         _plain(node)
         return self._inner(node)
 
     def visit_Test(self, node: nodes.Test) -> nodes.Test:  # noqa: N802
         if node.name not in _TESTS:
-            raise SandboxError(f"unknown test `{node.name[:40]}`; known are {', '.join(_TESTS)}")
+            raise SandboxError(f"unknown test `{node.name[:40]}`; the known tests are {', '.join(_TESTS)}")
         _plain(node)
         node = self._inner(node)
         node.args = [_around(given, _BOUNDED) for given in node.args]
@@ -386,9 +386,9 @@ class _Checker(NodeTransformer):
 
 
 def _plain(node: Any) -> list[nodes.Expr]:
-    """The arguments of a call, a filter or a test, given one by one."""
+    """The arguments of a call, a filter or a test; raises SandboxError if one is unpacked with `*` or `**`."""
     if node.dyn_args is not None or node.dyn_kwargs is not None:
-        raise SandboxError("arguments with `*` or `**` are not known here")
+        raise SandboxError("arguments with `*` or `**` are not allowed; write them one by one")
     return node.args
 
 
@@ -401,7 +401,7 @@ def _around(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
 class _Compiled:
     template: Template
     used: frozenset[str]
-    """Names of the variables that it needs."""
+    """Names of the variables that the template needs."""
 
 
 @lru_cache(maxsize=256)
@@ -415,8 +415,8 @@ def _compiled(text: str) -> _Compiled:
         raise
     except TemplateSyntaxError as error:
         raise SandboxError(f"it is not a valid Jinja template: {_short(error)}, in line {error.lineno}") from None
-    except Exception as error:  # a recursion too deep, a number too long
-        raise SandboxError(f"it is not a Jinja template that can be read: {_short(error)}") from None
+    except Exception as error:  # such as too deep a recursion or too long a number
+        raise SandboxError(f"it cannot be parsed as a Jinja template: {_short(error)}") from None
     return _Compiled(template, frozenset(checker.used - set(_ENVIRONMENT.globals)))
 
 
@@ -424,20 +424,20 @@ def variables(text: str) -> frozenset[str]:
     """Names of the variables that a template needs.
 
     Raises:
-        SandboxError: where the template holds what it may not hold.
+        SandboxError: if the template contains a node that is not allowed.
     """
     return _compiled(text).used
 
 
 def render(text: str, values: Mapping[str, Any]) -> str:
-    """The template's text with its variables filled in.
+    """Render a template.
 
     Args:
         text: the template.
-        values: of its variables: texts, numbers, and flat lists of these.
+        values: values of its variables: texts, numbers, and flat lists of these.
 
     Raises:
-        SandboxError: where that is not possible, or makes too long a text, or takes too long.
+        SandboxError: if the template cannot be rendered, the text is too long, or rendering takes too long.
     """
     compiled = _compiled(text)
     for value in values.values():
@@ -456,14 +456,14 @@ def check_unicode(text: str) -> None:
     """Refuse a text that cannot be written as UTF-8, which tokenizers need.
 
     Raises:
-        SandboxError: naming the first character that is wrong.
+        SandboxError: if there is a lone surrogate; names the first one.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise SandboxError(
-            f"{ascii(text[error.start])[1:-1]} at character {error.start} is half of a surrogate pair and no valid "
-            "Unicode; remove it"
+            f"{ascii(text[error.start])[1:-1]} at character {error.start} is half of a surrogate pair, which is not "
+            "valid Unicode; remove it"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""What every part of the YAML that belongs to this package is made of, and the texts of validation errors."""
+"""The base class of this package's YAML settings, and the texts of their validation errors."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -11,10 +11,10 @@ from axolotl_mopo.errors import ConfigError
 
 
 def number(value: Any) -> Any:
-    """Refuse values that pydantic would turn into a number although nobody meant one."""
+    """Refuse values that pydantic would convert to a number by accident."""
     if isinstance(value, bool):
         raise ValueError("input should be a number, not true or false")
-    if isinstance(value, bytes):  # of YAML's !!binary
+    if isinstance(value, bytes):  # from YAML's !!binary
         raise ValueError("input should be a number, not binary data")
     return value
 
@@ -28,18 +28,18 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Keys of older versions, and what they are called now."""
+    """Keys of older versions and their new names."""
 
     @classmethod
     def nested(cls, keys: list[Any], raw: Mapping[str, Any]) -> tuple[str, type[BaseModel], list[Any]] | None:
-        """The settings within these settings that an error at `keys` belongs to; None for a key of this class.
+        """The nested settings that an error at `keys` belongs to; None for a key of this class.
 
         Args:
-            keys: where the error is, from these settings down.
-            raw: these settings, as they were given.
+            keys: path of the error, relative to these settings.
+            raw: these settings before validation.
 
         Returns:
-            The path of the inner settings, their class, and the keys that are left below them.
+            The path of the nested settings, their class, and the rest of the keys.
         """
         return None
 
@@ -57,7 +57,7 @@ def parse_settings(kind: type[S], raw: Any, path: str, folder: Path | None = Non
         folder: the folder that must contain the template files the mapping names; None if it must not name any.
 
     Raises:
-        ConfigError: one line for each wrong key.
+        ConfigError: if a key is wrong; one line for each wrong key.
     """
     if not isinstance(raw, Mapping):
         raise ConfigError(f"`{path}` must be a mapping of keys to values, not {raw!r}")
@@ -68,7 +68,7 @@ def parse_settings(kind: type[S], raw: Any, path: str, folder: Path | None = Non
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name that is closest to a wrong one; empty if none is close."""
+    """A hint with the known name that is closest to a wrong one; empty if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean `{close[0]}`?" if close else ""
 
@@ -76,7 +76,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def _explain(kind: type[Settings], raw: Mapping[str, Any], path: str, error: dict[str, Any]) -> str:
     fields: type[BaseModel] = kind
     keys = list(error["loc"])
-    if keys[-1:] == ["[key]"] and error["type"] != "extra_forbidden":  # pydantic's mark of a key that is wrong itself
+    if keys[-1:] == ["[key]"] and error["type"] != "extra_forbidden":  # pydantic's marker for an invalid key
         keys.pop()
     if inner := kind.nested(keys, raw):
         below, fields, keys = inner
@@ -89,7 +89,8 @@ def _explain(kind: type[Settings], raw: Mapping[str, Any], path: str, error: dic
             return f"{where} was renamed to `{new}`; rename the key"
         case "extra_forbidden":
             known = ", ".join(fields.model_fields)
-            return f"{where} is not a known key{did_you_mean(str(keys[-1]), fields.model_fields)}; known are {known}"
+            hint = did_you_mean(str(keys[-1]), fields.model_fields)
+            return f"{where} is not a known key{hint}; the known keys are {known}"
         case "missing":
             return f"{where} is missing{expected}"
         case "unknown_source":

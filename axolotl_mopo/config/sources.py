@@ -1,4 +1,4 @@
-"""Where an objective's reward comes from: what each source has in common, and the table of the sources."""
+"""Sources of rewards: the common base class and the table of the sources."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 TRAINING_KEYS = frozenset({"clip", "normalize", "scale"})
-"""Keys of every source that say how MODPO uses the reward, not what the reward is."""
+"""Keys of every source that define how MODPO uses the reward, not the reward itself."""
 
 
 ModelKind = Literal["adapter", "model", "base", "classifier"]
-"""A LoRA adapter of the run's base model, a causal model of its own, the model that this was trained from, or a
+"""A LoRA adapter of the run's base model, a full causal model, the model that this model was trained from, or a
 sequence classifier."""
 
 
@@ -29,17 +29,17 @@ class RatedText(Protocol):
         """The response."""
 
     def score(self, name: str) -> float:
-        """Its score of a name; raises RowError if there is none."""
+        """The score called `name`; raises RowError if there is none."""
 
 
 class Responses(Protocol):
-    """Responses that a source gives rewards to: pairs of a training run, or a policy's in a comparison.
+    """Responses that a source computes rewards for: pairs of a training run, or responses of a policy in a comparison.
 
     Every method returns one number for each response, in a shape that the caller knows.
     """
 
     def row_rewards(self, source: "RewardSource") -> "Tensor":
-        """The rewards of a source that needs nothing but the row, by its `row_reward`."""
+        """The rewards of a source that needs only the row, from its `row_reward`."""
 
     def text_rewards(self, source: Any) -> "Tensor":
         """The rewards of a `TextSource`, which reads prompts and responses."""
@@ -52,23 +52,23 @@ class Responses(Protocol):
 
 
 class RewardSource(Settings):
-    """A source of rewards: its settings, its check before anything is loaded, its content's digest, its rewards.
+    """A source of rewards: its settings, their check before a model is loaded, the digest of its content, its rewards.
 
-    MODPO's margins and `axolotl mopo score` use the same class. To add a source, derive from this class, or from
-    `axolotl_mopo.rewards.TextSource`, and enter it into `SOURCES`.
+    MODPO's margins and `axolotl mopo score` use the same class. To add a source, derive from this class or from
+    `axolotl_mopo.rewards.TextSource` and add it to `SOURCES`.
     """
 
     source: str
     clip: tuple[Number, Number] | None = Field(
         None,
         description=(
-            "Bounds of the reward: [lowest, highest], two different numbers. A value outside is set to the nearer one."
+            "Bounds of the reward: [lowest, highest], two different numbers. A reward outside is set to the nearer one."
         ),
     )
     normalize: Literal["none", "std"] = Field(
         "none",
         description=(
-            "Standardisation of the reward: none or std, which divides it by the standard deviation of chosen minus "
+            "Normalization of the reward: none or std, which divides it by the standard deviation of chosen minus "
             "rejected over the training pairs."
         ),
     )
@@ -80,46 +80,48 @@ class RewardSource(Settings):
     argument: ClassVar[str | None] = None
     """The key that ARGUMENT sets in `axolotl mopo score --scorer NAME=SOURCE:ARGUMENT`."""
     in_rows: ClassVar[bool] = False
-    """Whether `row_reward` gives the reward, so that it is computed once, when rows are prepared."""
+    """Whether `row_reward` computes the reward, once, when rows are prepared."""
     needs_texts: ClassVar[bool] = False
     """Whether prepared rows must keep the texts of prompt and responses."""
     needs_scores: ClassVar[bool] = False
-    """Whether the reward is a score of the data set, which responses made by a policy do not have."""
+    """Whether the reward is a score of the data set, which generated responses do not have."""
     negated: ClassVar[str | None] = None
-    """What the reward is the negative of, if it is that of something of which one may want less."""
+    """Name of the quantity that the reward is the negative of, if less of it can be better; else None."""
 
     @field_validator("clip")
     @classmethod
     def _ascending(cls, clip: tuple[float, float] | None) -> tuple[float, float] | None:
         if clip and clip[0] >= clip[1]:
-            raise ValueError(f"the lowest reward {clip[0]:g} is not below the highest {clip[1]:g}")
+            raise ValueError(
+                f"the lowest reward {clip[0]:g} is not below the highest {clip[1]:g}; write [lowest, highest]"
+            )
         return clip
 
     def score_name(self, margin: str) -> str | None:
-        """The score of the data set that the reward of the margin `margin` is; None if it is not a score."""
+        """Name of the data set's score that the margin `margin` uses as its reward; None if it uses none."""
         return None
 
     @property
     def code(self) -> str | None:
-        """The name of the code of others that computes the rewards, for messages; None if there is none."""
+        """Name of the user's code that computes the rewards, for messages; None if there is none."""
         return None
 
     @property
     def model_paths(self) -> dict[str, ModelKind]:
-        """The keys that name a model, and what kind of model each is."""
+        """The keys that name a model, and the kind of each model."""
         return {}
 
     @property
     def needs_base_model(self) -> bool:
-        """Whether the rewards are measured against the run's base model, whose weights must not be changed."""
+        """Whether the rewards depend on the run's base model, whose weights must not change."""
         return False
 
     def resolve(self, where: str, run: Mapping[str, Any]) -> Self:
         """Validate the source without loading a model, and fill in settings that its own files define.
 
         Args:
-            where: the beginning of its key in messages, with a backtick before it and none after it.
-            run: the raw YAML of the run; empty where it is not for one.
+            where: start of its key in messages, with an opening backtick only.
+            run: the raw YAML of the run; empty outside a run.
 
         Raises:
             ConfigError: if the source does not exist, does not fit the run, or a setting is missing.
@@ -127,19 +129,19 @@ class RewardSource(Settings):
         return self
 
     def content_digest(self) -> str:
-        """A digest of all that the rewards depend on besides these settings and the responses."""
+        """A digest of everything besides these settings and the responses that the rewards depend on."""
         return ""
 
     def row_reward(self, margin: str, response: RatedText, tokens: int) -> float:
-        """The reward of one response, if `in_rows`.
+        """The reward of one response; implemented if `in_rows`.
 
         Args:
             margin: the name of the margin.
-            response: its text and scores.
-            tokens: the number of its tokens, the end-of-turn token included.
+            response: its text and its scores.
+            tokens: number of its tokens, including the end-of-turn token.
 
         Raises:
-            RowError: if the response does not have the score that is needed.
+            RowError: if the response does not have the needed score.
         """
         raise NotImplementedError
 
@@ -149,16 +151,16 @@ class RewardSource(Settings):
 
 
 SOURCES: dict[str, type[RewardSource]] = {}
-"""The classes that `source:` may name. `axolotl_mopo.rewards` enters this package's own, a plugin may enter others."""
+"""The classes that `source:` may name. `axolotl_mopo.rewards` adds those of this package; a plugin can add others."""
 
 
 def _source(value: Any) -> RewardSource:
     source = value.get("source") if isinstance(value, Mapping) else getattr(value, "source", None)
     if not isinstance(source, str) or source not in SOURCES:
         known = ", ".join(SOURCES)
-        raise PydanticCustomError("unknown_source", "it has no known source, one of {known}", {"known": known})
+        raise PydanticCustomError("unknown_source", "its source is unknown; use one of {known}", {"known": known})
     return SOURCES[source].model_validate(value)
 
 
 Margin = Annotated[SerializeAsAny[RewardSource], BeforeValidator(_source)]
-"""A source of any class, which `source:` names."""
+"""A source of the class that `source:` names."""

@@ -1,4 +1,4 @@
-"""Directives as Jinja templates, rendered in a sandbox, since a shared YAML is not to be trusted."""
+"""Directives as Jinja templates, rendered in a sandbox because a shared YAML is untrusted."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -21,33 +21,33 @@ DIMENSION_VARIABLES = INTEGRATED_VARIABLES | {"dimension", "score"}
 
 _EXAMPLE = {"dimension": "helpfulness", "score": 4, "low": 1, "high": 5, "dimensions": ["helpfulness", "correctness"]}
 _MOST_SCORES = 100
-"""Whole numbers of a range that a template is tried with, and as many numbers between them."""
+"""Largest number of whole scores that a template is tried with; as many scores between them are tried too."""
 _SHOWN = 200
 _SECONDS = 0.5
-"""CPU time of the trial of one template, after which no more values are tried."""
+"""CPU time for the trials of one template; no further values are tried after it."""
 
 
 def readable_number(value: float) -> float:
-    """A score as one would write it: 4 and not 4.0, 3.33 and not 3.3333333."""
+    """A score rounded for reading: 4 instead of 4.0, 3.33 instead of 3.3333333."""
     rounded = round(value, 2)
     return int(rounded) if rounded == int(rounded) else rounded
 
 
 def readable_names(dimensions: Iterable[str]) -> list[str]:
-    """Names of dimensions as a directive spells them."""
+    """Names of dimensions in a directive, with spaces instead of underscores."""
     return [dimension.replace("_", " ") for dimension in dimensions]
 
 
 def dimension_values(
     dimension: str, score: float, dimensions: Sequence[str], score_range: tuple[float, float]
 ) -> dict[str, Any]:
-    """What the directive of one dimension can name."""
+    """Variables of the directive of one dimension."""
     (name,) = readable_names([dimension])
     return {"dimension": name, "score": readable_number(score), **integrated_values(dimensions, score_range)}
 
 
 def integrated_values(dimensions: Sequence[str], score_range: tuple[float, float]) -> dict[str, Any]:
-    """What the directive of all dimensions can name."""
+    """Variables of the directive of all dimensions."""
     low, high = map(readable_number, score_range)
     return {"low": low, "high": high, "dimensions": readable_names(dimensions)}
 
@@ -55,7 +55,7 @@ def integrated_values(dimensions: Sequence[str], score_range: tuple[float, float
 def tried_values(
     known: Set[str], dimensions: Sequence[str], score_range: tuple[float, float]
 ) -> Iterator[dict[str, Any]]:
-    """Values to try a template with: every dimension, and scores all over the range."""
+    """Values to try a template with: every dimension at scores across the range."""
     if "score" not in known:
         yield integrated_values(dimensions, score_range)
         return
@@ -65,7 +65,7 @@ def tried_values(
 
 
 def _tried_scores(low: float, high: float) -> list[float]:
-    """The ends and the middle of a range, whole numbers in it, and the numbers between these."""
+    """The ends and the middle of a range, its whole numbers, and the numbers halfway between them."""
     first, last = int(-(-low // 1)), int(high // 1)
     whole = range(first, last + 1, 1 + (last - first) // _MOST_SCORES)
     scores = [low, high, (low + high) / 2, *whole, *(number + 0.5 for number in whole if number + 0.5 < high)]
@@ -73,18 +73,19 @@ def _tried_scores(low: float, high: float) -> list[float]:
 
 
 def check(template: str, known: Set[str], trials: Iterable[Mapping[str, Any]] = (_EXAMPLE,)) -> None:
-    """Try a template before any row is read.
+    """Render a template with trial values, so that errors show before any row is read.
 
     Args:
-        template: its text.
-        known: the names that it may use.
-        trials: values of these names.
+        template: text of the template.
+        known: names of the variables that it may use.
+        trials: values of these variables.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: if the template uses another variable, cannot be rendered, or renders to an empty text.
     """
     if unknown := variables(template) - known:
-        raise ValueError(f"unknown variable {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
+        unknown_names, known_names = ", ".join(sorted(unknown)), ", ".join(sorted(known))
+        raise ValueError(f"unknown variable {unknown_names}; the known variables are {known_names}")
     deadline = time.thread_time() + _SECONDS
     for number, values in enumerate(trials):
         if number and time.thread_time() > deadline:
@@ -95,7 +96,7 @@ def check(template: str, known: Set[str], trials: Iterable[Mapping[str, Any]] = 
         except ValueError as error:
             raise ValueError(f"it cannot be rendered{_at(given)}: {error}") from None
         if not text.strip():
-            raise ValueError(f"it says nothing{_at(given)}")
+            raise ValueError(f"it renders to an empty text{_at(given)}")
 
 
 def _at(values: Mapping[str, Any]) -> str:
@@ -103,7 +104,7 @@ def _at(values: Mapping[str, Any]) -> str:
 
 
 def _template(value: Any, info: ValidationInfo) -> Any:
-    """The template's text, from the file where the YAML names one."""
+    """The text of a template, read from the file if the YAML names one."""
     if not isinstance(value, Mapping):
         return value
     if set(value) != {"file"} or not isinstance(value["file"], str):
@@ -117,17 +118,17 @@ def _template(value: Any, info: ValidationInfo) -> Any:
 
 
 def _read_template(name: str, folder: Path) -> str:
-    """The text of a template's file.
+    """Read a template file.
 
     A shared YAML must not be able to put any file of the machine into prompts and saved models.
 
     Args:
-        name: relative to the working directory.
-        folder: where the file must be, or in a folder of it, once links are followed.
+        name: path relative to the working directory.
+        folder: folder that must contain the file, directly or in a subfolder, after links are resolved.
 
     Raises:
-        ValueError: where it is elsewhere, or is no template by its name.
-        OSError: where it cannot be read.
+        ValueError: if the file is outside the folder, or its name does not end with .jinja.
+        OSError: if the file cannot be read.
     """
     path = Path(name).resolve()
     if not (name.endswith(".jinja") and path.name.endswith(".jinja")):
@@ -135,7 +136,7 @@ def _read_template(name: str, folder: Path) -> str:
         raise ValueError(f"the file {name}{to} is not a template; its name must end with .jinja")
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(
-            f"the file {name} is outside {folder.resolve()}, the folder of the YAML; put it there or in a folder of it"
+            f"the file {name} is outside {folder.resolve()}, the folder of the YAML; move it into this folder"
         )
     return read_file(path, 4 * LONGEST_TEMPLATE, follow_links=False).decode("utf-8").strip()
 

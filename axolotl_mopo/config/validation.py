@@ -1,4 +1,4 @@
-"""From the raw YAML to the settings of a method."""
+"""Validate the raw YAML and return the settings of a method."""
 
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from axolotl_mopo.errors import ConfigError
 
 
 def fold_dotted_keys(cfg: MutableMapping[str, Any]) -> None:
-    """Move top-level keys such as `modpo.weights` into their block, in place; a sweep replaces top-level keys only."""
+    """Move top-level keys such as `modpo.weights` into their block, in place; sweeps only set top-level keys."""
     for dotted in [key for key in cfg if isinstance(key, str) and key.partition(".")[0] in METHODS and "." in key]:
         *parents, key = dotted.split(".")
         block = cfg
@@ -20,7 +20,9 @@ def fold_dotted_keys(cfg: MutableMapping[str, Any]) -> None:
                 block[parent] = {}
             block = block[parent]
             if not isinstance(block, MutableMapping):
-                raise ConfigError(f"`{dotted}`: `{parent}` is not a mapping, so nothing can be set in it")
+                raise ConfigError(
+                    f"`{dotted}`: `{parent}` is not a mapping, so nothing can be set in it; remove one of the two keys"
+                )
         block[key] = cfg.pop(dotted)
 
 
@@ -28,16 +30,16 @@ def read_method(cfg: Mapping[str, Any], method: str, folder: Path | None = None)
     """Check the raw YAML of a run of `rl: <method>` and return the method's block.
 
     Args:
-        cfg: the YAML.
-        method: one of ours.
-        folder: below which the YAML may name files of templates; None where it may name none.
+        cfg: the raw YAML.
+        method: a key of `METHODS`.
+        folder: folder that must contain the template files of the YAML; None if it must not name any.
 
     Raises:
-        ConfigError: naming every wrong key of the block, or the keys outside it that contradict it.
+        ConfigError: if keys of the block are wrong, or keys outside it conflict with it; names the keys.
     """
     for other in METHODS:
         if other != method and cfg.get(other) is not None:
-            raise ConfigError(f"`{other}:` stands beside `rl: {method}`; drop the block, or set `rl: {other}`")
+            raise ConfigError(f"`{other}:` has no effect with `rl: {method}`; remove the block, or set `rl: {other}`")
     if cfg.get(method) is None:
         required = " and ".join(name for name, field in METHODS[method].model_fields.items() if field.is_required())
         raise ConfigError(f"`rl: {method}` needs a block `{method}:` with at least {required}")
@@ -51,10 +53,11 @@ def no_stray_block(cfg: Mapping[str, Any]) -> None:
     """Refuse a method's block under an `rl:` that would ignore it.
 
     Raises:
-        ConfigError: naming block and `rl`.
+        ConfigError: if there is such a block; names it and `rl`.
     """
     for method in METHODS:
         if cfg.get(method) is not None:
             raise ConfigError(
-                f"the block `{method}:` has no effect with `rl: {cfg.get('rl')}`; set `rl: {method}`, or drop the block"
+                f"the block `{method}:` has no effect with `rl: {cfg.get('rl')}`; set `rl: {method}`, or remove the "
+                "block"
             )

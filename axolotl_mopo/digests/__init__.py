@@ -1,6 +1,6 @@
-"""Every content hash: what was computed from some content is found again by it, and only by it.
+"""Content hashes, which key caches and prepared rows.
 
-This module needs neither torch nor datasets; `rows` and `weights` are the digests of data sets and of models.
+This module imports neither torch nor datasets; `rows` has the digests of data sets, `weights` those of models.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 from axolotl_mopo.errors import ConfigError
 
 TOKENIZER_FILES = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges", "spiece")
-"""How the names of a tokenizer's files begin."""
+"""Prefixes of the names of a tokenizer's files."""
 _CONFIGS = ("config.json", "adapter_config.json")
 
 
@@ -24,18 +24,18 @@ def digest(content: Any) -> str:
 
 
 def text_digest(text: str) -> str:
-    """A digest of a text; a lone surrogate, which is not valid Unicode, counts as well."""
+    """A digest of a text, which may contain lone surrogates."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def fingerprint(value: Any) -> int:
-    """A 63-bit number made of a JSON-like value, where a date counts as its text; the same on every machine."""
+    """A 63-bit digest of a JSON-like value as a number, the same on every machine; dates are hashed as text."""
     content = json.dumps(value, sort_keys=True, default=str).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def token_ids_digest(responses: Iterable[Sequence[int]]) -> str:
-    """A digest of sequences of whole numbers."""
+    """A digest of sequences of token ids."""
     hasher = hashlib.blake2b(digest_size=8)
     for numbers in responses:
         hasher.update(array("q", numbers).tobytes())
@@ -43,7 +43,7 @@ def token_ids_digest(responses: Iterable[Sequence[int]]) -> str:
 
 
 def source_digest(function: Any, settings: str) -> str:
-    """A digest of the source code of a function's module, and of settings.
+    """A digest of settings and of the source code of a function's module.
 
     Raises:
         TypeError, OSError: if the function has no Python source.
@@ -53,7 +53,7 @@ def source_digest(function: Any, settings: str) -> str:
 
 
 def files_digest(paths: Iterable[Path]) -> str:
-    """A digest of the names and the content of files; folders among them do not count.
+    """A digest of the names and the content of files; folders are ignored.
 
     Raises:
         OSError: if a file cannot be read.
@@ -67,9 +67,9 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def tokenizer_digest(cfg: Mapping[str, Any]) -> str:
-    """A digest of the files of a tokenizer in a local folder, and of the tokens that the YAML adds.
+    """A digest of the files of a tokenizer in a local folder and of the tokens that the YAML adds.
 
-    Axolotl's own name of prepared rows has the folder's path, and what other keys say of the tokenizer.
+    Axolotl's own hash of prepared rows covers the path of the folder and the other keys of the tokenizer.
 
     Raises:
         OSError: if a file cannot be read.
@@ -81,10 +81,10 @@ def tokenizer_digest(cfg: Mapping[str, Any]) -> str:
 
 
 def model_digest(path: str) -> str:
-    """A digest of a model's files, or of the commit that the model hub gives them.
+    """A digest of a model's files, or of its commit on the model hub.
 
     Raises:
-        ConfigError: if neither this machine nor the hub has the model.
+        ConfigError: if the model is neither on this machine nor on the hub.
     """
     if Path(path).is_dir():
         return model_files_digest(Path(path))
@@ -98,7 +98,7 @@ def model_digest(path: str) -> str:
 
 
 def model_files_digest(folder: Path) -> str:
-    """A name made of the weights, the configs and the tokenizer in a model's folder."""
+    """A digest of the weights, the configs and the tokenizer in a model's folder."""
     return files_digest(path for path in folder.iterdir() if _is_of_model(path))
 
 

@@ -14,11 +14,11 @@ _BATCH = 1000
 
 
 def rows_digest(rows: Dataset, columns: Sequence[str]) -> str:
-    """A name made of the values of some columns, in the order of the rows, however Arrow holds them.
+    """A digest of the values of some columns in the order of the rows, however Arrow stores them.
 
     Args:
-        rows: in any number of shards, slices and selections.
-        columns: of integers, strings, or lists of them.
+        rows: the data set, with any number of shards, slices and selections.
+        columns: names of columns of integers, strings, or lists of them.
     """
     hasher = hashlib.sha256(f"{len(rows)} {list(columns)}".encode())
     for batch in rows.select_columns(list(columns)).with_format("arrow").iter(_BATCH):
@@ -29,12 +29,12 @@ def rows_digest(rows: Dataset, columns: Sequence[str]) -> str:
 
 
 def _canonical_parts(values: pa.Array) -> Iterator[NDArray[Any]]:
-    """Arrays whose bytes tell values apart, and depend on nothing else: lengths, -1 for null, then what is in them.
+    """Arrays whose bytes depend on the values only: lengths, with -1 for null, then the content.
 
-    Arrow's own buffers also hold padding, offsets that a slice does not begin at 0, and bytes below nulls.
+    Arrow's own buffers also have padding, offsets of slices that do not start at 0, and arbitrary bytes at nulls.
 
     Raises:
-        TypeError: where values are of another type.
+        TypeError: if values have another type.
     """
     kind = values.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
@@ -49,7 +49,7 @@ def _canonical_parts(values: pa.Array) -> Iterator[NDArray[Any]]:
         yield values.is_valid().to_numpy(zero_copy_only=False)
         yield values.cast(pa.int64()).drop_null().to_numpy()
     else:
-        raise TypeError(f"values of type {kind} have no digest")
+        raise TypeError(f"values of type {kind} have no digest; use integers, strings, or lists of them")
 
 
 def _lengths(lengths: pa.Array) -> NDArray[np.int64]:

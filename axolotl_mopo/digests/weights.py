@@ -16,21 +16,20 @@ _CHUNK = 1 << 22
 
 
 def table_digest(name: str, values: Tensor) -> str:
-    """A digest of a table's name and of all that it holds."""
+    """A digest of the name, type, shape and values of a table."""
     head = f"{name} {values.dtype} {list(values.shape)}\n".encode()
     return hashlib.sha256(head + values.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A name made of tensors: see `tensor_digests`."""
+    """One digest of all tensors; see `tensor_digests`."""
     return digest(list(tensor_digests(tensors).items()))
 
 
 def tensor_digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """What tells each tensor from another: its whole shape, its type and its bits, which never leave their device.
+    """A digest of each tensor: its full shape, its type and a sum of its bits, which is computed on its device.
 
-    Of a tensor that is sharded it is the bits of this process's shard. Quantised weights count with what dequantises
-    them.
+    For a sharded tensor, the sum covers the shard of this process. Quantized weights include their quantization state.
     """
     named = [part for name, tensor in tensors for part in _with_scales(name, tensor)]
     sums = torch.stack([_bits_sum(tensor) for _, tensor in named]).tolist() if named else []
@@ -41,7 +40,7 @@ def tensor_digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def _with_scales(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor, and what bitsandbytes keeps beside one of 4 or 8 bits."""
+    """A tensor, and the state that bitsandbytes keeps for a tensor of 4 or 8 bits."""
     yield name, tensor
     if (state := getattr(tensor, "quant_state", None)) is not None:
         yield from ((f"{name}.{part}", value) for part, value in state.as_dict(packed=True).items())
@@ -50,9 +49,9 @@ def _with_scales(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def policy_digests(model: nn.Module) -> tuple[str, str]:
-    """Names of the base model, and of the model with its adapters: weights, buffers and settings.
+    """Digests of the base model and of the model with its adapters, of weights, buffers and settings.
 
-    The two are the same where there are no adapters, or adapters that change nothing yet.
+    The two are equal if there are no adapters, or if the adapters do not change the model yet.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     adapted = set(model.peft_config) if isinstance(model, PeftModel) else set()
@@ -70,14 +69,14 @@ def _outside_wrappers(parts: Sequence[str]) -> str:
 
 
 def _is_neutral(adapters: Sequence[tuple[str, Tensor]]) -> bool:
-    """Whether LoRA's second factors are all zero, as before any training, whatever the random first ones are."""
+    """Whether all LoRA B matrices are zero, as before training; the random A matrices have no effect then."""
     if any("lora_A" not in name and "lora_B" not in name for name, _ in adapters):
         return False
     return not any(_local(parameter).any() for name, parameter in adapters if "lora_B" in name)
 
 
 def _settings(content: Any, without: Set[str]) -> Any:
-    """A configuration without the keys that change no number, on any level."""
+    """A configuration without private keys and the keys in `without`, on every level."""
     match content:
         case Mapping():
             kept = [key for key in content if not str(key).startswith("_") and key not in without]
@@ -93,14 +92,14 @@ def _settings(content: Any, without: Set[str]) -> Any:
 
 
 def _adapter_settings(model: PeftModel) -> Any:
-    """What makes adapters of equal weights differ, above all how they are scaled."""
-    configs = {name: _settings(config.to_dict(), _OF_ADAPTERS_START) for name, config in model.peft_config.items()}
+    """Settings that make adapters with equal weights differ, above all their scaling."""
+    configs = {name: _settings(config.to_dict(), _CHANGE_NO_ADAPTER) for name, config in model.peft_config.items()}
     scaling = {name: module.scaling for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return [configs, _settings(scaling, frozenset())]
 
 
 def _bits_sum(tensor: Tensor) -> Tensor:
-    """A 64-bit sum over all elements' bits, each mixed with its mixed position."""
+    """A 64-bit sum over the bits of all elements, each mixed with its position."""
     bits = _local(tensor).contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), _CHUNK):
@@ -111,23 +110,23 @@ def _bits_sum(tensor: Tensor) -> Tensor:
 
 
 def _mixed(values: Tensor) -> Tensor:
-    """Integers scattered over 64 bits; different ones stay different."""
+    """Scatter integers over 64 bits; different integers stay different."""
     values = (values ^ (values >> 32)) * 0x2545F4914F6CDD1D
     values = (values ^ (values >> 29)) * 0x1B03738712FAD5C9
     return values ^ (values >> 32)
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, under FSDP and ZeRO-3."""
+    """The shard of a tensor in this process, under FSDP and ZeRO-3."""
     tensor = getattr(tensor, "ds_tensor", tensor).detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 PEFT_WRAPPERS = frozenset({"base_layer", "modules_to_save", "original_module", "token_adapter"})
-"""What PEFT puts into the names of the base model's own tensors."""
+"""Parts that PEFT adds to the names of the base model's tensors."""
 _CHANGE_NO_LOGITS = frozenset({"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"})
-"""Keys of a model's configuration; types are known of the weights themselves."""
-_OF_ADAPTERS_START = frozenset(
+"""Keys of a model's configuration that do not change its logits; the digests of the weights cover their types."""
+_CHANGE_NO_ADAPTER = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
@@ -139,5 +138,5 @@ _OF_ADAPTERS_START = frozenset(
         "task_type",
     }
 )
-"""Keys of an adapter's configuration that say where it came from."""
+"""Keys of an adapter's configuration about its origin and training, which do not change its outputs."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
