@@ -69,7 +69,7 @@ def _render_in_fork(render: Callable[[], str]) -> str | None:
 
 
 def _render_and_exit(render: Callable[[], str]) -> NoReturn:
-    """Render in the fork and report limits by the exit code; the parent process meets all other errors itself."""
+    """Render in the fork and report limits by the exit code; all other errors occur in the parent process as well."""
     code = 0
     try:
         gc.disable()  # objects of the parent must not be finalised in the fork

@@ -105,5 +105,5 @@ def _to_parquet(rows: Path, output: Path, names: Sequence[str]) -> None:
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     for message in row["prompt"]:
         if extra := set(message) - {"role", "content"}:
-            raise DataError(f"a prompt's turn has {', '.join(sorted(extra))}, which Parquet cannot hold; write .jsonl")
+            raise DataError(f"a turn has {', '.join(sorted(extra))}, which Parquet cannot store; write a .jsonl file")
     return row

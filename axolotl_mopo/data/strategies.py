@@ -83,7 +83,7 @@ def _strategy(cfg: Mapping[str, Any], dataset_idx: int | None = None, *, key: st
         transform = partial(_transform, store=_read(cfg, spec), spec=spec, sequence_len=cfg["sequence_len"])
     except DataError as error:
         # Axolotl turns an error raised here into a warning; an error raised in its map stops the run.
-        transform = partial(_refuse, message=str(error))
+        transform = partial(_raise_data_error, message=str(error))
     arguments = {"batched": True, "with_indices": True, "remove_columns": "__all__"}
     return transform, {**arguments, "features": Features(_columns(spec.settings))}
 
@@ -144,7 +144,7 @@ def directive_scores(pair: PreferencePair, spec: DataSpec) -> dict[str, float]:
     )
 
 
-def _refuse(batch: Mapping[str, list[Any]], indices: Sequence[int], *, message: str) -> Columns:
+def _raise_data_error(batch: Mapping[str, list[Any]], indices: Sequence[int], *, message: str) -> Columns:
     raise DataError(message)
 
 
