@@ -249,7 +249,7 @@ def test_the_two_bases_are_accepted():
         ),
         (changed(AMOPO, trainer_cls="my.Trainer"), ["`trainer_cls` has no effect with `rl: amopo`", "remove it"]),
         (changed(AMOPO, datasets=3), ["`datasets` must be a list of mappings", "not 3"]),
-        (changed(AMOPO, mopo_data=[1]), ["`mopo_data` is what the plugin fills in itself", "remove it"]),
+        (changed(AMOPO, mopo_data=[1]), ["`mopo_data` is set by the plugin", "remove it"]),
         (
             changed(AMOPO, datasets=[{"path": "p", "type": "axolotl_mopo.pairs@0123"}]),
             ["`datasets[0].type` is 'axolotl_mopo.pairs@0123'"],

@@ -233,9 +233,9 @@ def test_margins_from_columns_and_lengths(tokenizer):
     [
         ({"prompt": None}, {}, ["has no prompt", "field_prompt"]),
         ({"prompt": "  "}, {}, ["its prompt is empty"]),
-        ({"prompt": [{"role": "assistant", "content": "x"}]}, {}, ["role 'assistant'", "must end with the user's"]),
-        ({"prompt": [{"role": "user"}]}, {}, ["lacks a `role` or a `content`"]),
-        ({"prompt": 3}, {}, ["neither a string nor messages", "int"]),
+        ({"prompt": [{"role": "assistant", "content": "x"}]}, {}, ["role 'assistant'", "must end with a user turn"]),
+        ({"prompt": [{"role": "user"}]}, {}, ["has no `role` or no `content`"]),
+        ({"prompt": 3}, {}, ["must be a string or messages, not int"]),
         ({"chosen": ""}, {}, ["`chosen` is an empty response"]),
         ({"rejected": None}, {}, ["`rejected` is empty"]),
         ({}, {"field_chosen": "better"}, ["no column `better`", "name the right one with field_chosen"]),
@@ -243,21 +243,21 @@ def test_margins_from_columns_and_lengths(tokenizer):
         (
             {"chosen": [{"role": "user", "content": "Another?"}, {"role": "assistant", "content": "x"}]},
             {},
-            ["turns of `chosen` before its last one are not the prompt"],
+            ["turns of `chosen` before its last one differ from the prompt"],
         ),
         ({"rejected": ROW["chosen"] + " "}, {}, ["chosen and rejected responses are the same text"]),
-        ({"chosen_scores": {"helpfulness": None}}, {}, ["score of helpfulness for the chosen", "no finite number"]),
-        ({"chosen_scores": {"helpfulness": "N/A"}}, {}, ["score of helpfulness for the chosen", "no finite number"]),
-        ({"chosen_scores": {"helpfulness": float("nan")}}, {}, ["score of helpfulness", "no finite number"]),
-        ({"chosen_scores": {"helpfulness": float("inf")}}, {}, ["score of helpfulness", "no finite number"]),
+        ({"chosen_scores": {"helpfulness": None}}, {}, ["score of helpfulness for the chosen", "not a finite number"]),
+        ({"chosen_scores": {"helpfulness": "N/A"}}, {}, ["score of helpfulness for the chosen", "not a finite number"]),
+        ({"chosen_scores": {"helpfulness": float("nan")}}, {}, ["score of helpfulness", "not a finite number"]),
+        ({"chosen_scores": {"helpfulness": float("inf")}}, {}, ["score of helpfulness", "not a finite number"]),
         (
             {"chosen_scores": {"other": 1}},
             {},
-            ["no score of helpfulness", "found were", "field_chosen_scores"],
+            ["no score of helpfulness", "its scores are", "field_chosen_scores"],
         ),
         ({}, {"field_chosen_scores": "{}_x"}, ["no column like `{}_x`; its columns are prompt,"]),
         ({}, {"field_chosen_scores": "ratings"}, ["no column `ratings`; its columns are prompt,"]),
-        ({"chosen_scores": "4"}, {}, ["`chosen_scores` is no mapping of names to scores, but str"]),
+        ({"chosen_scores": "4"}, {}, ["`chosen_scores` must be a mapping of names to scores, not str"]),
         ({"chosen_scores": {"helpfulness": 5}}, {}, ["score of helpfulness, 5, is outside 0 to 4", "score_scale"]),
     ],
 )
@@ -320,7 +320,7 @@ def test_a_tokenizer_that_adds_special_tokens_adds_none_to_what_the_template_wri
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
     rewriting = copy.deepcopy(tokenizer)
     rewriting.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(DataError, match="row 0: the chat template writes the prompt differently"):
+    with pytest.raises(DataError, match="row 0: the chat template renders the prompt differently"):
         prepare([ROW], rewriting)
 
 
@@ -403,7 +403,7 @@ def test_control_tokens_in_texts_are_counted_and_stay(tokenizer, host_log):
 def test_a_template_that_leaves_the_answer_out_is_refused(tokenizer):
     mute = copy.deepcopy(tokenizer)
     mute.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}x"
-    with pytest.raises(DataError, match="leaves out what the assistant says"):
+    with pytest.raises(DataError, match="leaves out the assistant's response"):
         prepare([ROW], mute)
 
 
@@ -456,7 +456,7 @@ def test_the_hosts_length_filter_counts_the_directive_in(tokenizer):
 def test_over_long_rows_raise_with_their_number(tokenizer):
     rows = [ROW, {**ROW, "chosen": "very " * 400}]
     with pytest.raises(
-        DataError, match=r"row 1: it needs \d+ tokens, its directive included, more than sequence_len: 200"
+        DataError, match=r"row 1: it needs \d+ tokens including its directive, more than sequence_len: 200"
     ):
         prepare(rows, tokenizer, sequence_len=200, excess_length_strategy="raise")
 

@@ -1,4 +1,4 @@
-"""Data-set entries: what orders the pairs, which scores they hold, and what the host would silently ignore."""
+"""Data-set entries: what orders the pairs, which scores they hold, and what Axolotl would silently ignore."""
 
 import copy
 
@@ -129,7 +129,10 @@ def test_rows_of_another_value_are_named_by_a_scalar():
         (
             BETTER,
             {"type": "axolotl_mopo.helpsteer"},
-            ["`datasets[0].objective` is missing, and `modpo.objective` does not say", "better cannot order the pairs"],
+            [
+                "`datasets[0].objective` is missing, and `modpo.objective` cannot be used",
+                "better cannot order the pairs",
+            ],
         ),
         (
             changed(AMOPO, amopo__dimensions=["better", "safer"]),
@@ -139,22 +142,22 @@ def test_rows_of_another_value_are_named_by_a_scalar():
         (
             HELPFUL,
             {"type": "axolotl_mopo.helpsteer", "objective": ["helpfulness", "beauty"]},
-            ["`datasets[0].objective`: beauty cannot order the pairs; choose of helpfulness, correctness,"],
+            ["`datasets[0].objective`: beauty cannot order the pairs; choose from helpfulness, correctness,"],
         ),
         (BETTER, {"type": "axolotl_mopo.safe_rlhf", "objective": ["better", "safer"]}, ["name one of better, safer"]),
-        (HELPFUL, {"type": "axolotl_mopo.helpsteer", "objective": []}, ["the list is empty; name at least one"]),
+        (HELPFUL, {"type": "axolotl_mopo.helpsteer", "objective": []}, ["the list is empty; name at least one score"]),
         (HELPFUL, {"type": "axolotl_mopo.pairs", "objective": "x"}, ["`datasets[0].objective` is not a known key"]),
         (
             AMOPO,
             {"type": "axolotl_mopo.ultrafeedback"},
-            ["`amopo.dimensions` needs a score of correctness from `datasets[0]`, but ultrafeedback holds", "honesty"],
+            ["`amopo.dimensions` needs a score of correctness from `datasets[0]`, but ultrafeedback has", "honesty"],
         ),
-        (AMOPO, {"type": "axolotl_mopo.hh_rlhf"}, ["`amopo.dimensions` needs", "hh_rlhf holds no scores"]),
-        (MODPO, {"type": "axolotl_mopo.shp"}, ["`modpo.margins` needs a score of safer", "shp holds no scores"]),
+        (AMOPO, {"type": "axolotl_mopo.hh_rlhf"}, ["`amopo.dimensions` needs", "hh_rlhf has no scores"]),
+        (MODPO, {"type": "axolotl_mopo.shp"}, ["`modpo.margins` needs a score of safer", "shp has no scores"]),
         (
             changed(AMOPO, amopo__dimensions=["severity_level", "safe"]),
             {"type": "axolotl_mopo.safe_rlhf", "objective": "safer"},
-            ["`amopo.dimensions` has severity_level, of which more is worse in `datasets[0]`"],
+            ["`amopo.dimensions` has severity_level, for which higher is worse in `datasets[0]`"],
         ),
         (
             AMOPO,
@@ -168,7 +171,7 @@ def test_rows_of_another_value_are_named_by_a_scalar():
         (
             AMOPO,
             {"type": "axolotl_mopo.pairs", "where": {"split": ["a", "b"]}},
-            ["`datasets[0].where.split`: a column is compared with one text, number, true or false, not with ['a', 'b"],
+            ["`datasets[0].where.split`: a column's value must be one text, number, true or false, not ['a', 'b"],
         ),
         (AMOPO, {"type": "axolotl_mopo.pairs", "where": {"n": float("nan")}}, ["`datasets[0].where.n`"]),
         (AMOPO, {"type": "axolotl_mopo.pairs", "keep_unfinished": True}, ["keep_unfinished` is not a known key"]),
@@ -176,7 +179,7 @@ def test_rows_of_another_value_are_named_by_a_scalar():
         (
             AMOPO,
             {"type": "axolotl_mopo.helpsteer2", "ratings_split": "x"},
-            ["ratings_split has no effect without ratings"],
+            ["`ratings_split` has no effect without `ratings`"],
         ),
         (HELPFUL, {"type": "axolotl_mopo.hh_rlhf", "min_score_ratio": 2}, ["min_score_ratio` is not a known key"]),
         (
@@ -209,7 +212,7 @@ def test_an_entry_that_cannot_work_is_refused(base, entry, words):
 def test_a_test_set_of_the_hub_needs_its_split():
     entry = {"path": "nvidia/HelpSteer2", "type": "axolotl_mopo.helpsteer2"}
     text = refusal(changed(AMOPO, datasets=[entry], test_datasets=[entry]))
-    assert "`test_datasets[0].split` is missing; the host would evaluate on the train split" in text
+    assert "`test_datasets[0].split` is missing; Axolotl would evaluate on the train split" in text
     cfg = changed(AMOPO, datasets=[dict(entry)], test_datasets=[{**entry, "split": "validation"}])
     MOPOPlugin().register(cfg)
 

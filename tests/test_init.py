@@ -291,7 +291,7 @@ def test_a_few_bad_rows_are_dropped_and_many_are_refused(init, tmp_path):
             [{"instruction": "p", "input": "q", "chosen": "a", "rejected": "b"}],
             "`instruction` or `input`; name its col",
         ),
-        ([{"query": "p", "context": "q", "chosen": "a", "rejected": "b"}], "it has no prompt: neither a column"),
+        ([{"query": "p", "context": "q", "chosen": "a", "rejected": "b"}], "it has no prompt: no column"),
         ([{"prompt": "p", "chosen": "a", "rejected": "a"}], "its chosen and rejected responses are the same text"),
     ],
 )
@@ -306,7 +306,7 @@ def test_a_named_type_and_named_columns_are_all_that_is_tried(init):
     row = {"instruction": "p", "input": "q", "chosen": "a", "rejected": "b"}
     _, cfg = init([row, {**row, "chosen": "c"}], "modpo", "--field-prompt", "input")
     assert cfg["datasets"][0]["field_prompt"] == "input"
-    with pytest.raises(DataError, match="hh_rlhf: the data, row 0: its `chosen` does not begin with a turn") as refused:
+    with pytest.raises(DataError, match="hh_rlhf: the data, row 0: its `chosen` must begin with a turn") as refused:
         recognize(Dataset.from_list([row]), "hh_rlhf")
     assert "helpsteer3" not in str(refused.value)
 

@@ -83,7 +83,7 @@ def test_a_chat_template_that_takes_the_machine_is_tried_in_a_process_of_its_own
 def test_a_chat_template_is_tried_as_it_is_asked_for_a_prompt_too(tokenizer):
     loops = "{% for i in range(2500) %}" * 3 + "{{ i }}" + "{% endfor %}" * 3
     bomb = with_template(tokenizer, tokenizer.chat_template + "{% if add_generation_prompt %}" + loops + "{% endif %}")
-    with pytest.raises(RowError, match=r"it takes more than|it writes more than|in a process that rendered it"):
+    with pytest.raises(RowError, match=r"it takes more than|it writes more than|the process that rendered it"):
         ChatRenderer(bomb).prompt(QUESTION)
 
 
@@ -91,7 +91,7 @@ def test_a_chat_template_that_leaves_a_turn_out_is_refused(tokenizer):
     own = "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }}{% endfor %}"
     renderer = ChatRenderer(with_template(tokenizer, own))
     renderer.check_roles(QUESTION)
-    with pytest.raises(RowError, match="the chat template leaves out what a turn of the role system says"):
+    with pytest.raises(RowError, match="the chat template leaves out the content of a turn of role system"):
         renderer.check_roles([{"role": "system", "content": "Be brief."}, *QUESTION])
 
 

@@ -23,32 +23,32 @@ TWICE = '{"prompt": "p", "chosen": "a", "chosen": "b"}\n'
 HALF = LINE + LINE[:20]
 SURROGATE = json.dumps({"prompt": "p \U0001f600 \udc9f", "chosen": "a", "rejected": "b"}) + "\n"
 FAULTY = {
-    "half.jsonl": (HALF, ["is no JSON in line 2", "fix the line or take it out"]),
-    "utf-16.jsonl": (LINE.encode("utf-16"), ["is not UTF-8, from line 1 on", "iconv"]),
+    "half.jsonl": (HALF, ["is not valid JSON in line 2", "fix or remove the line"]),
+    "utf-16.jsonl": (LINE.encode("utf-16"), ["is not UTF-8 from line 1 on", "iconv"]),
     "twice.jsonl": (LINE + TWICE, ["has the key 'chosen' twice in one JSON object in line 2; rename or remove one"]),
     "twice.json": (f"[{LINE.strip()},\n{TWICE}]", ["has the key 'chosen' twice in one JSON object in line 2; rename"]),
     "one.json": (f"\n{TWICE}", ["has the key 'chosen' twice in one JSON object in line 2; rename or remove one"]),
     "lone.jsonl": (
         LINE + SURROGATE,
-        ["holds the lone surrogate '\\udc9f' in line 2, which is not valid Unicode text; remove"],
+        ["contains the lone surrogate '\\udc9f' in line 2, which is not valid Unicode text; remove"],
     ),
-    "lone.json": (f"[{LINE},{SURROGATE}]", ["holds the lone surrogate '\\udc9f' in row 1, which is not valid Unicode"]),
+    "lone.json": (f"[{LINE},{SURROGATE}]", ["contains the lone surrogate '\\udc9f' in row 1, which is not valid Uni"]),
     "deep.jsonl": (
         '{"prompt": [{"role": "user", "role": "user"}]}',
         ["the key 'role' twice in one JSON object in line 1"],
     ),
     "empty.jsonl": ("", ["is empty"]),
     "empty.jsonl.gz": (gzip.compress(b""), ["is empty"]),
-    "half.jsonl.gz": (gzip.compress(HALF.encode()), ["is no JSON in line 2"]),
+    "half.jsonl.gz": (gzip.compress(HALF.encode()), ["is not valid JSON in line 2"]),
     "cut.jsonl.gz": (
         gzip.compress(LINE.encode() * 99)[:40],
-        ["is not a .gz file, or only a part of one", "download it"],
+        ["is not a .gz file, or is incomplete", "download it"],
     ),
-    "text.jsonl.gz": (LINE, ["is not a .gz file, or only a part of one (Not a gzipped file"]),
-    "text.jsonl.zst": (LINE, ["is not a .zst file, or only a part of one"]),
-    "text.jsonl.xz": (LINE, ["is not a .xz file, or only a part of one"]),
-    "text.jsonl.bz2": (LINE, ["is not a .bz2 file, or only a part of one"]),
-    "text.parquet": (LINE, ["is no Parquet file, or only a part of one"]),
+    "text.jsonl.gz": (LINE, ["is not a .gz file, or is incomplete (Not a gzipped file"]),
+    "text.jsonl.zst": (LINE, ["is not a .zst file, or is incomplete"]),
+    "text.jsonl.xz": (LINE, ["is not a .xz file, or is incomplete"]),
+    "text.jsonl.bz2": (LINE, ["is not a .bz2 file, or is incomplete"]),
+    "text.parquet": (LINE, ["is not a Parquet file, or is incomplete"]),
 }
 
 
@@ -80,8 +80,8 @@ def test_a_faulty_file_is_named_wherever_it_stands(name, place, tmp_path):
 def test_the_commands_that_read_pairs_and_prompts_say_which_file_is_faulty(tmp_path):
     path = write(tmp_path / "half.jsonl", HALF)
     output = run("pairs", path, "--type", "pairs", "-o", tmp_path / "out.jsonl", fails=True)
-    assert f"Error: {path} is no JSON in line 2" in output
-    with pytest.raises(DataError, match=f"^{path} is no JSON in line 2"):
+    assert f"Error: {path} is not valid JSON in line 2" in output
+    with pytest.raises(DataError, match=f"^{path} is not valid JSON in line 2"):
         read_prompts(str(path))
 
 
@@ -128,7 +128,7 @@ def test_what_stands_beside_the_data_of_a_folder_has_no_fault(tmp_path, data, ot
     (tmp_path / "b.json").mkdir()
     (tmp_path / data).write_bytes(b"PAR1 broken")
     if len(others) != 1 or data.startswith("data"):
-        assert "is no Parquet file" in data_fault(tmp_path)
+        assert "is not a Parquet file" in data_fault(tmp_path)
 
 
 def test_a_pipe_and_a_device_are_refused_and_not_waited_for(tmp_path):
@@ -184,7 +184,7 @@ def test_the_reason_is_the_cause_that_says_something(tmp_path, monkeypatch):
         raise StopIteration
 
     monkeypatch.setattr(tables, "load_dataset", silent)
-    with pytest.raises(DataError, match=r"it holds no rows that can be read \(StopIteration\); check the split, and"):
+    with pytest.raises(DataError, match=r"it has no readable rows \(StopIteration\); check the split, and"):
         load_table(str(path))
 
 

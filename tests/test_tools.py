@@ -119,7 +119,7 @@ def test_rows_are_chosen_by_the_values_of_their_columns(tmp_path):
         assert "is not COLUMN=VALUE" in run("pairs", "x", "--type", "pairs", "-o", "y", "--where", wrong, fails=True)
     arguments = ("--type", "pairs", "-o", tmp_path / "out.jsonl", "--where", "spilt=val")
     output = run("pairs", tmp_path / "raw.jsonl", *arguments, fails=True)
-    assert "`where` names the column spilt, which is not there" in output
+    assert "`where` names the column spilt, which does not exist" in output
 
 
 def test_responses_that_were_cut_off_are_kept_where_one_asks(tmp_path):
@@ -150,7 +150,7 @@ def test_ratings_and_a_ratio_of_votes_are_options_too(tmp_path):
         ([*HELPFULNESS, "--ratings", "x"], ["--ratings has no effect with --type helpsteer"]),
         ([*HELPFULNESS, "--min-score-ratio", "2"], ["--min-score-ratio has no effect with --type helpsteer"]),
         (["--type", "shp", "--min-score-ratio", "0.5"], ["min_score_ratio", "a number of at least 1"]),
-        (["--type", "helpsteer"], ["--objective: name what orders the responses", "helpfulness"]),
+        (["--type", "helpsteer"], ["--objective: name one of", "helpfulness"]),
         (["--type", "helpsteer", "--objective", "beauty"], ["--objective: beauty cannot order the pairs"]),
         (
             ["--type", "shp", "--objective", "better"],
@@ -165,10 +165,10 @@ def test_ratings_and_a_ratio_of_votes_are_options_too(tmp_path):
             ["'overall,overall' has a repeated or an empty name"],
         ),
         ([*HELPFULNESS, "--field-prompt", "q"], ["--field-prompt has no effect with --type helpsteer"]),
-        ([*HELPFULNESS, "--name", "x"], ["it takes no name, data files or revision"]),
-        ([*HELPFULNESS, "-o", "/"], ["/: unknown kind of file"]),
+        ([*HELPFULNESS, "--name", "x"], ["which has no name, data files or revision"]),
+        ([*HELPFULNESS, "-o", "/"], ["/: unknown file type"]),
         ([*HELPFULNESS, "-o", "/dev/null/pairs.jsonl"], ["/dev/null"]),
-        ([*HELPFULNESS, "-o", "pairs.csv"], ["pairs.csv: unknown kind of file; write .jsonl or .parquet"]),
+        ([*HELPFULNESS, "-o", "pairs.csv"], ["pairs.csv: unknown file type; use .jsonl or .parquet"]),
     ],
 )
 def test_wrong_options_leave_no_file(arguments, words, tmp_path):
@@ -208,7 +208,7 @@ def test_parquet_keeps_scores_that_one_side_has(tmp_path):
 def test_an_unknown_source_is_named(tmp_path):
     (tmp_path / "raw.doc").write_text("x")
     output = run("pairs", tmp_path / "raw.doc", *HELPFULNESS, "-o", tmp_path / "out.jsonl", fails=True)
-    assert "raw.doc: unknown kind of file; known are .json," in output
+    assert "raw.doc: unknown file type; known types are .json," in output
     output = run("pairs", tmp_path / "nowhere", *HELPFULNESS, "-o", tmp_path / "out.jsonl", fails=True)
     assert "nowhere, split train, cannot be loaded" in output
 
@@ -291,7 +291,7 @@ def test_the_chat_template_puts_the_directive_in_by_itself(config, tmp_path, tok
     [
         ("modpo", [], {}, "has no `amopo:` block"),
         ("amopo", ["--dataset", "1"], {}, "there are 1 entries, counted from 0"),
-        ("amopo", ["--row", "320"], {}, "there is no pair from row 320 on, of 320 rows"),
+        ("amopo", ["--row", "320"], {}, "there is no pair from row 320 on, in 320 rows; lower --row"),
         (
             "amopo",
             ["--question", "x", "--dimension", "beauty"],

@@ -58,7 +58,7 @@ def test_a_pair_that_fits_to_the_token_is_not_too_long(fitting):
     whole = fitting.whole(user(DIGITS))
     needed = whole.prompt_length + whole.completion_length
     assert fitting.fit(user(DIGITS), needed, "raise") == whole
-    with pytest.raises(RowError, match=f"it needs {needed} tokens, its directive included, more than sequence_len"):
+    with pytest.raises(RowError, match=f"it needs {needed} tokens including its directive, more than sequence_len"):
         fitting.fit(user(DIGITS), needed - 1, "raise")
 
 

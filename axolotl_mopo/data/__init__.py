@@ -1,1 +1,1 @@
-"""Raw data set -> canonical row -> token ids."""
+"""Turn a raw data set into canonical rows and token ids."""

@@ -1,8 +1,9 @@
-"""The entries of `datasets:` and `test_datasets:` that name one of our strategies.
+"""Check the entries of `datasets:` and `test_datasets:` and bind them to their settings.
 
-The host drops keys that it does not know from an entry, and names prepared rows after the entry's own keys only. So
-what a strategy needs (the entry's keys of ours, the method's settings) is put aside under a key made of its content,
-and that key joins the entry's `type`: rows prepared under other settings have another name and are never served.
+Axolotl drops unknown keys from an entry, and names prepared rows by a hash of the entry's own keys only. So the
+settings that a strategy needs (this package's keys of the entry, the method's settings) are stored in `mopo_data` under
+a digest of their content, and the digest is appended to the entry's `type`. Rows prepared with other settings then have
+another name and are never reused.
 """
 
 import re
@@ -22,9 +23,9 @@ from axolotl_mopo.errors import ConfigError
 
 PREFIX = "axolotl_mopo."
 
-_HOST_KEYS = ("path", "name", "split", "data_files", "revision", "ds_type", "trust_remote_code", "type")
+_AXOLOTL_KEYS = ("path", "name", "split", "data_files", "revision", "ds_type", "trust_remote_code", "type")
 _LARGEST_SCORE = 1e100
-_IGNORED_HOST_KEYS = ("shards", "shards_idx", "preprocess_shards")
+_IGNORED_AXOLOTL_KEYS = ("shards", "shards_idx", "preprocess_shards")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.parquet)(?<!\.csv)")
 
 
@@ -32,10 +33,10 @@ def bind_entries(cfg: MutableMapping[str, Any], block: MethodConfig) -> None:
     """Check every data-set entry and bind it to the settings that its rows depend on, in place.
 
     Raises:
-        ConfigError: naming entry and key.
+        ConfigError: if an entry is not valid; it names the entry and the key.
     """
     if cfg.get("mopo_data") is not None:
-        raise ConfigError("`mopo_data` is what the plugin fills in itself; remove it")
+        raise ConfigError("`mopo_data` is set by the plugin; remove it")
     try:
         tokenizer = tokenizer_digest(cfg)
     except (OSError, ValueError) as error:
@@ -45,7 +46,7 @@ def bind_entries(cfg: MutableMapping[str, Any], block: MethodConfig) -> None:
         entries = cfg.get(section) or []
         if not isinstance(entries, list):
             raise ConfigError(f"`{section}` must be a list of mappings with `path` and `type`, not {entries!r}")
-        # An anchor in the YAML may have put one entry, or the whole list, into both sections.
+        # With a YAML anchor, both sections may share an entry or the whole list.
         entries = [copy(entry) for entry in entries]
         for index, entry in enumerate(entries):
             where = f"{section}[{index}]"
@@ -53,7 +54,7 @@ def bind_entries(cfg: MutableMapping[str, Any], block: MethodConfig) -> None:
                 raise ConfigError(f"`{where}` must be a mapping with `path` and `type`, not {entry!r}")
             spec = _spec(cfg, block, entry, where, tokenizer)
             specs[spec.key] = spec.model_dump(mode="json")
-            for key in set(entry) - set(_HOST_KEYS):
+            for key in set(entry) - set(_AXOLOTL_KEYS):
                 del entry[key]
             entry["type"] = f"{PREFIX}{spec.strategy}@{spec.key}"
         if entries:
@@ -73,10 +74,10 @@ def _spec(
     strategy = kind.removeprefix(PREFIX) if isinstance(kind, str) and kind.startswith(PREFIX) else None
     if strategy not in FORMATS:
         raise ConfigError(f"`{where}.type` is {kind!r}; with `rl: {block.rl}` it must be one of {known}")
-    _check_host_keys(entry, where, block.rl)
+    _check_axolotl_keys(entry, where, block.rl)
     format = FORMATS[strategy]
     options = parse_settings(
-        format.options, {key: value for key, value in entry.items() if key not in _HOST_KEYS}, where
+        format.options, {key: value for key, value in entry.items() if key not in _AXOLOTL_KEYS}, where
     )
     if isinstance(options, ScoredOptions) and options.score_scale:
         _check_scale(options.score_scale, where)
@@ -89,7 +90,7 @@ def _spec(
     _check_scores(block, settings, options, format, where, strategy)
     content = _check_files(entry, where), tokenizer
     objective = _objective(block, options, format, where)
-    if objective and not format.read_responses:  # it picks the label that orders the pairs
+    if objective and not format.read_responses:  # it selects the label that orders the pairs
         options = options.model_copy(update={"objective": list(objective)})
     return DataSpec(
         where=f"{where} ({entry.get('path')})",
@@ -102,12 +103,12 @@ def _spec(
         settings=settings,
         excess_length_strategy=str(cfg.get("excess_length_strategy") or "drop").lower(),
         content=content,
-        seed=_seed(cfg) if options.max_pairs_per_prompt else 0,  # a seed that decides nothing changes no key
+        seed=_seed(cfg) if options.max_pairs_per_prompt else 0,  # an unused seed must not change the key
     )
 
 
 def _scales(settings: RowSettings, options: EntryOptions, format: Format) -> dict[str, tuple[float, float]]:
-    """The data set's own scale of every score that directives speak of: the entry's, the format's, or theirs."""
+    """Return the data set's scale of every score in directives: the entry's, the format's, or `score_range`."""
     if settings.score_range is None:
         return {}
     if own := getattr(options, "score_scale", None):
@@ -116,10 +117,10 @@ def _scales(settings: RowSettings, options: EntryOptions, format: Format) -> dic
 
 
 def _check_files(entry: MutableMapping[str, Any], where: str) -> str:
-    """Hold local files against what keeps them from being read.
+    """Check that local files can be read.
 
     Returns:
-        A name made of their content.
+        A digest of their content.
     """
     paths = data_paths(entry)
     try:
@@ -131,18 +132,20 @@ def _check_files(entry: MutableMapping[str, Any], where: str) -> str:
     except (OSError, ValueError) as error:
         raise ConfigError(f"`{where}` cannot be read: {error}") from None
     if literal:
-        raise ConfigError(f"`{where}`: Axolotl reads {literal} as a pattern, for its `*`, `?` or `[`; rename the file")
+        raise ConfigError(
+            f"`{where}`: Axolotl reads {literal} as a pattern because of its `*`, `?` or `[`; rename the file"
+        )
     if fault:
         raise ConfigError(f"`{where}`: {fault}")
     return digest
 
 
-def _check_host_keys(entry: MutableMapping[str, Any], where: str, method: str) -> None:
-    for key in _IGNORED_HOST_KEYS:
+def _check_axolotl_keys(entry: MutableMapping[str, Any], where: str, method: str) -> None:
+    for key in _IGNORED_AXOLOTL_KEYS:
         if entry.get(key) is not None:
             raise ConfigError(
-                f"`{where}.{key}` has no effect with `rl: {method}`, whose data the host does not shard; take a part "
-                "with `split: train[:10%]`"
+                f"`{where}.{key}` has no effect with `rl: {method}`, because Axolotl does not shard preference data; "
+                "select a part with `split: train[:10%]`"
             )
     if isinstance(entry.get("name"), list):
         raise ConfigError(f"`{where}.name` is a list; write one entry for each name")
@@ -160,8 +163,8 @@ def _check_host_keys(entry: MutableMapping[str, Any], where: str, method: str) -
     several = (folder or hub) and not entry.get("data_files")
     if where.startswith("test_datasets") and several and not entry.get("split"):
         raise ConfigError(
-            f"`{where}.split` is missing; the host would evaluate on the train split of {path}; say `split: test` or "
-            "what the data set calls it"
+            f"`{where}.split` is missing; Axolotl would evaluate on the train split of {path}; set `split: test`, or "
+            "the data set's own name of that split"
         )
 
 
@@ -170,7 +173,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _objective(block: MethodConfig, options: EntryOptions, format: Format, where: str) -> tuple[str, ...]:
-    """What orders responses that no label orders: the entry's own word, or else what the method trains for."""
+    """Return the scores that order responses without a label: the entry's `objective`, else what the method trains."""
     if not isinstance(options, ObjectiveOptions):
         return ()
     if options.objective is not None:
@@ -181,18 +184,16 @@ def _objective(block: MethodConfig, options: EntryOptions, format: Format, where
     if not (fault := format.objective_fault(names)):
         return tuple(names)
     if format.read_pair and format.read_responses:
-        # Only the data's columns tell whether a label orders its pairs.
+        # Whether a label orders the pairs is known only once the data's columns are read.
         return ()
-    raise ConfigError(
-        f"`{where}.objective` is missing, and `{block.rl}.{key}` does not say what orders the pairs: {fault}"
-    )
+    raise ConfigError(f"`{where}.objective` is missing, and `{block.rl}.{key}` cannot be used instead: {fault}")
 
 
 def _check_scale(scale: tuple[float, float], where: str) -> None:
-    """Refuse a scale whose width cannot be computed with."""
+    """Check that a scale is not too wide for floating-point arithmetic."""
     if max(map(abs, scale)) > _LARGEST_SCORE:
         raise ConfigError(
-            f"`{where}.score_scale` goes from {scale[0]:g} to {scale[1]:g}, too far to be mapped to `score_range`; "
+            f"`{where}.score_scale` goes from {scale[0]:g} to {scale[1]:g}, which is too wide to map to `score_range`; "
             f"choose numbers up to {_LARGEST_SCORE:g}"
         )
 
@@ -200,20 +201,20 @@ def _check_scale(scale: tuple[float, float], where: str) -> None:
 def _check_scores(
     block: MethodConfig, settings: RowSettings, options: EntryOptions, format: Format, where: str, strategy: str
 ) -> None:
-    """Refuse scores that data of this kind never holds."""
+    """Check that data of this type can have the scores that the method needs."""
     possible: Iterable[str] | None = format.scales or None
     if possible is None and not isinstance(options, ScoredOptions):
         possible = ()
     worse = [name for name in settings.score_names if name in format.higher_is_worse]
     if settings.score_range and worse:
         raise ConfigError(
-            f"`{block.rl}.{settings.scores_key}` has {', '.join(worse)}, of which more is worse in `{where}`, and "
-            "directives ask for the most; remove it, or give it a negative weight in a run of `rl: modpo`"
+            f"`{block.rl}.{settings.scores_key}` has {', '.join(worse)}, for which higher is worse in `{where}`, but "
+            "directives ask for the highest score; remove it, or use `rl: modpo` and give it a negative weight"
         )
     if possible is not None and (unknown := [name for name in settings.score_names if name not in possible]):
         raise ConfigError(
             f"`{block.rl}.{settings.scores_key}` needs a score of {', '.join(unknown)} from `{where}`, but {strategy} "
-            f"holds {', '.join(possible) or 'no scores'}"
+            f"has {', '.join(possible) or 'no scores'}"
         )
 
 

@@ -1,4 +1,4 @@
-"""A data set -> a file of canonical pairs, and a summary of what became of it."""
+"""Write a data set as a file of canonical pairs, and summarise how its rows were used."""
 
 import json
 import tempfile
@@ -20,20 +20,20 @@ _BATCH = 1000
 
 
 def export_pairs(reader: PairReader, output: Path, attributes: Sequence[str] | None) -> None:
-    """Write the pairs of a data set; the file appears when all of them are in it.
+    """Write the pairs of a data set to a file, which appears only when it is complete.
 
     Args:
-        reader: of the data set.
-        output: a `.jsonl` or a `.parquet` file.
-        attributes: the scores to keep; all where None.
+        reader: the reader of the data set.
+        output: a `.jsonl` or `.parquet` file.
+        attributes: the scores to keep; all if None.
 
     Raises:
-        DataError: for a bad row, or where no pair is made or none holds an attribute.
+        DataError: for a bad row, or if there are no pairs or no pair has one of the attributes.
     """
     if output.suffix not in (".jsonl", ".parquet"):
-        raise DataError(f"{output}: unknown kind of file; write .jsonl or .parquet")
+        raise DataError(f"{output}: unknown file type; use .jsonl or .parquet")
     if output.is_dir():
-        raise DataError(f"{output} is a folder")
+        raise DataError(f"{output} is a folder; name a file")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pairs-", dir=output.parent) as aside:
         rows, table = Path(aside, "rows.jsonl"), Path(aside, "rows.parquet")
@@ -47,15 +47,15 @@ def export_pairs(reader: PairReader, output: Path, attributes: Sequence[str] | N
 
 
 def summary(stats: RowStats, names: Sequence[str]) -> str:
-    """The counts, and how often the orders of the label and of the scores agree."""
+    """Describe the counts, and how often the orders of the label and of the scores agree."""
     lines = stats.lines()
     if names:
         heads = ["label", *names]
         width = max(map(len, heads)) + 2
         lines += [
             "",
-            "How often two orders agree, in percent of the pairs that neither leaves equal (100: no conflict at all,",
-            "50: nothing in common):",
+            "How often two orders agree, in percent of the pairs that are tied in neither (100: no conflict, 50: no",
+            "relation):",
             "".join(head.rjust(width) for head in ["", *heads]),
         ]
         for head, shares in zip(heads, stats.agreement(names), strict=True):
@@ -77,11 +77,11 @@ def _keep(pair: PreferencePair, attributes: Sequence[str] | None) -> PreferenceP
 def _check(reader: PairReader, attributes: Sequence[str] | None) -> None:
     stats = reader.stats
     if not stats.pairs:
-        raise DataError(f"{reader.spec.where}: no pair could be made of it: {'; '.join(stats.lines())}")
+        raise DataError(f"{reader.spec.where}: no pair could be made from it: {'; '.join(stats.lines())}")
     if absent := [name for name in attributes or () if name not in stats.score_names]:
         raise DataError(
-            f"{reader.spec.where}: no pair has a score of {', '.join(absent)}; found were "
-            f"{', '.join(stats.score_names) or 'no scores'}"
+            f"{reader.spec.where}: no pair has a score of {', '.join(absent)}; its scores are "
+            f"{', '.join(stats.score_names) or 'none'}"
         )
 
 
@@ -105,5 +105,5 @@ def _to_parquet(rows: Path, output: Path, names: Sequence[str]) -> None:
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     for message in row["prompt"]:
         if extra := set(message) - {"role", "content"}:
-            raise DataError(f"a prompt's turn has {', '.join(sorted(extra))}, which Parquet cannot hold; write .jsonl")
+            raise DataError(f"a turn has {', '.join(sorted(extra))}, which Parquet cannot store; write a .jsonl file")
     return row

@@ -1,6 +1,6 @@
-"""The local files of a data set: which there are, and what is wrong with them.
+"""Find the local files of a data set and check whether they can be read.
 
-Axolotl's loader would report a broken file without its name, or not at all.
+Axolotl's loader reports a broken file without its name, or not at all.
 """
 
 import codecs
@@ -29,22 +29,22 @@ _BETWEEN_ROWS = re.compile(r"[\s,\[]*")
 
 
 class _RepeatedKeyError(ValueError):
-    """A JSON object that has a key twice."""
+    """Raised for a JSON object that has a key twice."""
 
 
 def data_digest(entry: Mapping[str, Any]) -> str:
-    """A name made of the local files of a data-set entry; the same for all entries without any.
+    """Return a digest of the local files of a data-set entry; the same for all entries without local files.
 
     Raises:
-        OSError: where a file cannot be read.
+        OSError: if a file cannot be read.
     """
     return files_digest(file for path in data_paths(entry) for file in files_at(path))
 
 
 def data_paths(entry: Mapping[str, Any]) -> list[Path]:
-    """Whatever a data-set entry says that may be a local file, a folder or a pattern of files.
+    """Return the values of a data-set entry that may be a local file, a folder or a pattern of files.
 
-    Axolotl looks for `data_files` within `path`, where that is a folder. Ratings that rows are joined with count too.
+    Axolotl looks for `data_files` in `path` if that is a folder. The file in `ratings` is included.
     """
     given = entry.get("data_files") or []
     folder = Path(entry["path"]) if Path(entry["path"]).is_dir() else Path()
@@ -54,7 +54,7 @@ def data_paths(entry: Mapping[str, Any]) -> list[Path]:
 
 
 def files_at(path: Path) -> list[Path]:
-    """A file, those of a folder and the folders below it, or those that a pattern with `*`, `?` or `[` matches."""
+    """List a file, all files of a folder and its subfolders, or the matches of a pattern with `*`, `?` or `[`."""
     if path.is_dir():
         return sorted(path.rglob("*"))
     if path.exists() or not glob.has_magic(str(path)):
@@ -63,15 +63,15 @@ def files_at(path: Path) -> list[Path]:
 
 
 def data_fault(path: Path, kind: str | None = None) -> str | None:
-    """What keeps a file, a folder's files or those that match a pattern from being read, with the file's name.
+    """Describe why a file, a file of a folder or one that matches a pattern cannot be read; None if all can.
 
-    All files together are probed no further than 16 MiB or 64 KiB each, whichever is more.
+    At most 16 MiB of all files together or 64 KiB of each are read, whichever is more.
 
     Raises:
-        OSError: where one cannot be read at all.
+        OSError: if a file cannot be opened.
     """
     files = files_at(path)
-    if path.is_dir():  # the hidden files in it are not read
+    if path.is_dir():  # `datasets` does not read its hidden files
         files = _read_in_folder(path, files)
     limit = max(_PROBED // max(len(files), 1), _LEAST_PROBED)
     faults = ((file, file_fault(file, kind, limit)) for file in files)
@@ -79,7 +79,7 @@ def data_fault(path: Path, kind: str | None = None) -> str | None:
 
 
 def _read_in_folder(folder: Path, files: Sequence[Path]) -> list[Path]:
-    """Those files of a folder that `datasets` reads: not hidden, in `data` where that is there, of the main kind."""
+    """Return the files of a folder that `datasets` reads: not hidden, in `data` if it exists, and of the main type."""
     kept = [file for file in files if not _HIDDEN.search(file.relative_to(folder).as_posix())]
     kept = [file for file in kept if (folder / "data") in file.parents] or kept
     kinds = Counter(kind for file in kept if file.is_file() and (kind := _kind(file)))
@@ -89,20 +89,20 @@ def _read_in_folder(folder: Path, files: Sequence[Path]) -> list[Path]:
 
 
 def _kind(path: Path) -> str | None:
-    """How a file is read, by its name."""
+    """Return the type of a file by its name, ignoring a compression suffix."""
     return _KINDS.get((path.with_suffix("") if infer_compression(path.name) else path).suffix.lower())
 
 
 def file_fault(path: Path, kind: str | None = None, limit: int = _PROBED) -> str | None:
-    """What keeps a file from being read as rows, as far as its beginning and its end tell; None where nothing does.
+    """Describe why a file cannot be read as rows, judged by its beginning and end; None if no reason is found.
 
     Args:
-        path: of the file, compressed or not; nothing is known of one that does not exist.
-        kind: Axolotl's `ds_type`; what the file's name says where it is None.
-        limit: how many bytes of its content are read.
+        path: the file, compressed or not; a file that does not exist is not checked.
+        kind: Axolotl's `ds_type`; by the file's name if None.
+        limit: maximum number of bytes of its content to read.
 
     Raises:
-        OSError: where it cannot be read at all.
+        OSError: if it cannot be opened.
     """
     if not path.exists() or path.is_dir():
         return None
@@ -116,47 +116,47 @@ def file_fault(path: Path, kind: str | None = None, limit: int = _PROBED) -> str
         try:
             content = fsspec.compression.compr[compression](file, mode="rb") if compression else file
             head, whole = content.read(limit), not content.read(1)
-        except Exception as error:  # every kind of compression has errors of its own
+        except Exception as error:  # every compression format raises its own errors
             if compression is None:
                 raise
-            return f"is not a {path.suffix} file, or only a part of one ({error}); copy or download it again"
+            return f"is not a {path.suffix} file, or is incomplete ({error}); copy or download it again"
         file.seek(-min(file.seek(0, io.SEEK_END), len(_PARQUET)), io.SEEK_END)
         end = file.read()
     if not head.strip():
         return "is empty"
     if named == "parquet":
         whole_parquet = compression or head[:4] == end == _PARQUET
-        return None if whole_parquet else "is no Parquet file, or only a part of one; fetch it again"
+        return None if whole_parquet else "is not a Parquet file, or is incomplete; copy or download it again"
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head, final=whole)
     except UnicodeDecodeError as error:
         line = head[: error.start].count(b"\n") + 1
-        return f"is not UTF-8, from line {line} on; convert it, for instance with `iconv -t UTF-8`"
+        return f"is not UTF-8 from line {line} on; convert it, for example with `iconv -t UTF-8`"
     if named == "csv":
-        return None if len(text.strip().splitlines()) > 1 else "holds a header and no rows"
+        return None if len(text.strip().splitlines()) > 1 else "has a header but no rows"
     return _json_fault(text, whole)
 
 
 def _json_fault(text: str, whole: bool) -> str | None:
     try:
-        values = _loads(text, strict=False)  # the host takes line breaks within the strings of an array
+        values = _loads(text, strict=False)  # Axolotl accepts line breaks within the strings of an array
     except _RepeatedKeyError as error:
         return f"has {error} in line {_line_of_repeated_key(text)}; rename or remove one of them"
     except ValueError as error:
         if text.lstrip().startswith("["):
-            return f"is no JSON: {error}; it may have been cut off" if whole else None
+            return f"is not valid JSON: {error}; it may be cut off; fix it, or copy it again" if whole else None
         return _line_fault(text, whole)
     if values == []:
-        return "holds no rows"
+        return "has no rows"
     if not isinstance(values, list):
         values = [values]
     odd = [(index, value) for index, value in enumerate(values) if not isinstance(value, dict)]
     if odd:
-        return f"holds, as row {odd[0][0]}, no JSON object but {odd[0][1]!r:.60}"
+        return f"has {odd[0][1]!r:.60} instead of a JSON object in row {odd[0][0]}"
     if _SURROGATE.search(text):
         for index, value in enumerate(values):
             if surrogate := _lone_surrogate(value):
-                return f"holds {surrogate} in row {index}, {_NO_TEXT}"
+                return f"contains {surrogate} in row {index}, {_NOT_UNICODE}"
     return None
 
 
@@ -171,20 +171,20 @@ def _line_fault(text: str, whole: bool) -> str | None:
             return f"has {error} in line {number}; rename or remove one of them"
         except ValueError as error:
             if number == 1 and not whole:
-                return None  # a single value of many lines, perhaps
-            return f"is no JSON in line {number}: {error}; fix the line or take it out"
+                return None  # may be a single value of many lines
+            return f"is not valid JSON in line {number}: {error}; fix or remove the line"
         if not isinstance(value, dict):
-            return f"holds, in line {number}, no JSON object but {value!r:.60}"
+            return f"has {value!r:.60} instead of a JSON object in line {number}"
         if _SURROGATE.search(line) and (surrogate := _lone_surrogate(value)):
-            return f"holds {surrogate} in line {number}, {_NO_TEXT}"
+            return f"contains {surrogate} in line {number}, {_NOT_UNICODE}"
     return None
 
 
-_NO_TEXT = "which is not valid Unicode text; remove it, or replace it with '\\ufffd'"
+_NOT_UNICODE = "which is not valid Unicode text; remove it, or replace it with '\\ufffd'"
 
 
 def _lone_surrogate(value: Any) -> str | None:
-    """What `datasets` refuses without a word of where, or leaves out of the text."""
+    """Find a lone surrogate, which `datasets` removes from the text or rejects without naming the row."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -206,7 +206,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _line_of_repeated_key(text: str) -> int:
-    """The line where the first row with a repeated key begins, in a list of rows or in a single one."""
+    """Return the line where the first row with a repeated key begins, in a list of rows or a single row."""
     decoder = json.JSONDecoder(strict=False, object_pairs_hook=_unique)
     start = end = 0
     try:

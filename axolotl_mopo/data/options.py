@@ -1,4 +1,4 @@
-"""What an entry of `datasets:` may say besides where its data is."""
+"""The keys of an entry of `datasets:` besides those that locate the data."""
 
 import math
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -10,7 +10,7 @@ from axolotl_mopo.config import Number, Settings
 
 def _scalar(value: Any) -> Any:
     if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"a column is compared with one text, number, true or false, not with {value!r:.60}")
+        raise ValueError(f"a column's value must be one text, number, true or false, not {value!r:.60}")
     return value
 
 
@@ -18,16 +18,16 @@ Scalar = Annotated[Any, BeforeValidator(_scalar)]
 
 
 class EntryOptions(Settings):
-    """The keys that every strategy knows."""
+    """Keys of every strategy."""
 
     missing_score_hint: ClassVar[str] = ""
-    """How to fix a score that is needed and not found."""
+    """How to fix a missing score; appended to the error."""
 
     on_bad_row: Literal["raise", "drop"] = Field(
         "raise",
         description=(
             "What happens to a bad row: raise or drop. `raise` stops the run before a model is loaded and names the "
-            "row; `drop` leaves it out and counts it by what is wrong."
+            "row; `drop` leaves it out and logs the number of such rows by reason."
         ),
     )
     max_pairs_per_prompt: int | None = Field(
@@ -35,7 +35,7 @@ class EntryOptions(Settings):
         ge=1,
         strict=True,
         description=(
-            "Largest number of pairs of one prompt, drawn by the `seed` of the YAML; a whole number of at least 1. "
+            "Maximum number of pairs per prompt, sampled with the `seed` of the YAML; a whole number of at least 1. "
             "Default: all pairs."
         ),
     )
@@ -43,14 +43,14 @@ class EntryOptions(Settings):
         None,
         min_length=1,
         description=(
-            "Which rows are read: {column: value}; rows whose column has another value are left out before they are "
-            "read, and counted."
+            "Which rows are read: {column: value}. Rows with another value in the column are left out before they are "
+            "parsed; the log gives their number."
         ),
     )
 
 
 class ScoredOptions(EntryOptions):
-    """The keys of data with scores."""
+    """Keys of data with scores."""
 
     score_scale: tuple[Number, Number] | None = Field(
         None,
@@ -68,7 +68,7 @@ class ScoredOptions(EntryOptions):
 
 
 class PairsOptions(ScoredOptions):
-    """The keys of `type: axolotl_mopo.pairs`."""
+    """Keys of `type: axolotl_mopo.pairs`."""
 
     missing_score_hint: ClassVar = "; name their columns with field_chosen_scores and field_rejected_scores"
 
@@ -79,7 +79,7 @@ class PairsOptions(ScoredOptions):
         ),
     )
     field_system: str | None = Field(
-        None, description="Column of the system message. Default: system, where it holds a text."
+        None, description="Column of the system message. Default: system, if it holds a text."
     )
     field_chosen: str = Field("chosen", description="Column of the preferred response.")
     field_rejected: str = Field("rejected", description="Column of the other response.")
@@ -100,13 +100,13 @@ class PairsOptions(ScoredOptions):
 
 
 class ObjectiveOptions(ScoredOptions):
-    """The keys of data that several objectives could order."""
+    """Keys of data that several objectives can order."""
 
     objective: str | list[str] | None = Field(
         None,
         description=(
-            "What orders responses that no label orders: a name of a score, or a list of names whose mean decides, in "
-            "comparable units. Default: `modpo.objective`, or the mean of `amopo.dimensions`."
+            "What orders responses without a label: the name of a score, or a list of names to order by the mean of "
+            "their scores in comparable units. Default: `modpo.objective`, or the mean of `amopo.dimensions`."
         ),
     )
 
@@ -114,19 +114,19 @@ class ObjectiveOptions(ScoredOptions):
     @classmethod
     def _not_empty(cls, objective: str | list[str] | None) -> str | list[str] | None:
         if objective == []:
-            raise ValueError("the list is empty; name at least one")
+            raise ValueError("the list is empty; name at least one score")
         return objective
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """The names in `objective`; empty if it is not given."""
+        """The names in `objective`; empty if it is not set."""
         if self.objective is None:
             return ()
         return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective)
 
 
 class ResponsesOptions(ObjectiveOptions):
-    """The keys of `type: axolotl_mopo.responses`."""
+    """Keys of `type: axolotl_mopo.responses`."""
 
     keep_unfinished: bool = Field(
         False,
@@ -139,7 +139,7 @@ class ResponsesOptions(ObjectiveOptions):
 
 
 class HelpSteer2Options(ObjectiveOptions):
-    """The keys of `type: axolotl_mopo.helpsteer2`."""
+    """Keys of `type: axolotl_mopo.helpsteer2`."""
 
     missing_score_hint: ClassVar = "; name the file of the rated responses with ratings"
 
@@ -148,7 +148,7 @@ class HelpSteer2Options(ObjectiveOptions):
         min_length=1,
         description=(
             "Rated responses of HelpSteer2, joined with the preferences by prompt and response: a file, a folder or a "
-            "data set of the hub. A pair without both ratings is left out and counted."
+            "data set of the hub. Pairs without both ratings are left out; the log gives their number."
         ),
     )
     ratings_split: str | None = Field(
@@ -158,15 +158,15 @@ class HelpSteer2Options(ObjectiveOptions):
     @model_validator(mode="after")
     def _split_of_something(self) -> Self:
         if self.ratings_split and not self.ratings:
-            raise ValueError("ratings_split has no effect without ratings; add `ratings` or remove it")
+            raise ValueError("`ratings_split` has no effect without `ratings`; add `ratings` or remove it")
         return self
 
 
 class SHPOptions(EntryOptions):
-    """The keys of `type: axolotl_mopo.shp`."""
+    """Keys of `type: axolotl_mopo.shp`."""
 
     min_score_ratio: Number | None = Field(
         None,
         ge=1,
-        description="Smallest `score_ratio` of a pair that is kept: a number of at least 1. Default: all pairs.",
+        description="Minimum `score_ratio` of a pair that is kept; a number of at least 1. Default: all pairs.",
     )

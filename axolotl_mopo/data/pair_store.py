@@ -1,4 +1,4 @@
-"""Preference pairs in a file of this process, for the workers that turn them into token ids."""
+"""Store preference pairs in a temporary file for the worker processes that turn them into token ids."""
 
 import atexit
 import fcntl
@@ -25,13 +25,13 @@ _LOCK = "lock"
 
 @dataclass
 class PairStore:
-    """Pairs by the number of the row that completed them; memory-mapped, so that workers share it."""
+    """Pairs by the number of the row that completed them; memory-mapped, so that workers share the memory."""
 
     path: Path
 
     @classmethod
     def write(cls, pairs: Iterator[tuple[int, PreferencePair]], folder: Path) -> "PairStore":
-        """Put pairs, in ascending order of their rows, on a disk; they are gone when the process ends."""
+        """Write pairs, given in ascending order of their rows, to a file that is deleted when the process ends."""
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
         home = _home(folder)
@@ -51,7 +51,7 @@ class PairStore:
         return cls(path)
 
     def between(self, first: int, last: int) -> list[tuple[int, PreferencePair]]:
-        """The pairs of the rows from `first` to `last`, both included."""
+        """Return the pairs of the rows from `first` to `last`, both included."""
         start, stop = np.searchsorted(self._rows, [first, last + 1])
         found = self._table[int(start) : int(stop)]
         return [
@@ -68,21 +68,21 @@ class PairStore:
         return self._table.with_format("numpy")["row"][:]
 
     def __getstate__(self) -> dict[str, Path]:
-        """Only the path travels to a worker."""
+        """Send only the path to a worker."""
         return {"path": self.path}
 
 
 def _home(folder: Path) -> Path:
-    """A new folder, locked until this process ends in whatever way; it has its name when it is locked."""
+    """Create a folder that is locked until this process ends, even if it is killed; it is renamed once it is locked."""
     home = Path(tempfile.mkdtemp(prefix="new-", dir=folder))
-    with suppress(OSError):  # a disk without locks; nothing is swept there either
+    with suppress(OSError):  # a file system without locks, where nothing is removed either
         fcntl.flock(os.open(home / _LOCK, os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
     return home.rename(folder / home.name.replace("new-", "pairs-"))
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes have left that were killed."""
+    """Remove the folders of processes that were killed."""
     for lock in folder.glob(f"pairs-*/{_LOCK}"):
-        with suppress(OSError), lock.open("r+") as file:  # its process lives, or another one removes it already
+        with suppress(OSError), lock.open("r+") as file:  # its process is running, or another one is removing it
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)

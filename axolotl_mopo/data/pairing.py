@@ -1,4 +1,4 @@
-"""The rows of a data set -> preference pairs, in one pass and one order, whatever the number of processes."""
+"""Read the rows of a data set as preference pairs, in one pass and in an order that no number of processes changes."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ from axolotl_mopo.errors import DataError, RowError
 
 T = TypeVar("T")
 Numbered = Iterator[tuple[int, PreferencePair]]
-"""Pairs with the number of the row that completed them; the numbers ascend."""
+"""Pairs with the number of the row that completed them, in ascending order."""
 
 _BATCH = 1000
 
@@ -42,17 +42,17 @@ _BATCH = 1000
 class PairReader:
     """Reads a data set as preference pairs.
 
-    Rated responses of one prompt are compared two by two, whether they share a row or stand apart.
+    Rated responses to one prompt are compared two by two, whether they are in one row or in several.
 
     Args:
         table: the raw data set.
-        spec: how its rows are read, and what is needed of them.
-        check: refuses prompts, by a RowError, for reasons of the run.
+        spec: how its rows are read, and which scores they must have.
+        check: raises a RowError for a prompt that the run cannot use.
 
     Raises:
-        DataError: where no objective says how rated responses are ordered, or one is given for pairs with a label;
-            where `where` names no column, rows of several splits would be mixed, what the rows are joined with cannot
-            be loaded, or they are not joined with anything.
+        DataError: if rated responses have no objective to order them, or pairs with a label have one; if `where`
+            names an unknown column; if rows of several splits would be mixed; or if `ratings` cannot be loaded or has
+            no effect.
     """
 
     def __init__(
@@ -66,21 +66,21 @@ class PairReader:
         format, options, where = spec.format, spec.options, spec.where
         labelled = format.is_labelled(table.column_names)
         if labelled and format.read_responses and getattr(options, "objective", None):
-            raise DataError(f"{where}: its pairs are ordered by its own `{format.label_column}`; drop the `objective`")
+            raise DataError(f"{where}: its pairs are ordered by its own `{format.label_column}`; remove `objective`")
         if not labelled and not spec.objective:
             raise DataError(
-                f"{where}: its responses are rated and not ordered; name what orders them with objective: one or "
-                f"several of {'its scores' if format.objectives is None else ', '.join(format.objectives)}"
+                f"{where}: its responses are rated but not ordered; set `objective` to one or several of "
+                f"{'its scores' if format.objectives is None else ', '.join(format.objectives)}"
             )
         self._is_labelled = labelled
         self._where = (options.where or {}).items()
         if absent := [name for name, _ in self._where if name not in table.column_names]:
             raise DataError(
-                f"{where}: `where` names the column {', '.join(absent)}, which is not there; its columns are "
+                f"{where}: `where` names the column {', '.join(absent)}, which does not exist; its columns are "
                 f"{', '.join(table.column_names)}"
             )
         if not labelled and getattr(options, "ratings", None):
-            raise DataError(f"{where}: its rows are rated themselves, so `ratings` has no effect; remove it")
+            raise DataError(f"{where}: its rows have ratings already, so `ratings` has no effect; remove it")
         self._join: Join | None = None
         if labelled:
             self._check_splits()
@@ -90,7 +90,7 @@ class PairReader:
                 raise DataError(f"{where}: {error}") from None
 
     def pairs(self) -> Numbered:
-        """The pairs, counted in `stats`.
+        """Yield the pairs and count them in `stats`.
 
         Raises:
             DataError: for a bad row, with its number, unless `on_bad_row` is `drop`.
@@ -104,11 +104,11 @@ class PairReader:
     def _read(self) -> Numbered:
         return self._labelled() if self._is_labelled else self._rated()
 
-    def _twin(self) -> "PairReader":
-        """A reader of the same rows for a pass before this one, with counts of its own."""
-        twin = copy.copy(self)
-        twin.stats = RowStats()
-        return twin
+    def _first_pass(self) -> "PairReader":
+        """Return a reader for an additional pass over the same rows, with separate counts."""
+        reader = copy.copy(self)
+        reader.stats = RowStats()
+        return reader
 
     def _check_splits(self) -> None:
         column = self.spec.format.split_column
@@ -119,11 +119,11 @@ class PairReader:
         if len(found) > 1:
             raise DataError(
                 f"{self.spec.where}: its rows belong to several splits, {', '.join(found[:9])}, which must not be "
-                f"mixed; name the one to read with where: {{{column}: {found[0]}}} (--where {column}={found[0]})"
+                f"mixed; select one with where: {{{column}: {found[0]}}} (--where {column}={found[0]})"
             )
 
     def _is_left_out(self, row: Row) -> bool:
-        """Whether the entry's own settings leave a row out; counted where they do."""
+        """Whether the entry's own settings leave a row out; if so, count it."""
         what = next(
             (f"rows whose `{name}` is not {wanted!r}" for name, wanted in self._where if not _is(row[name], wanted)),
             None,
@@ -173,7 +173,7 @@ class PairReader:
                     yield from self._compare(number, group[0][0], [r for _, responses in group for r in responses])
 
     def _responses(self) -> Iterator[tuple[int, Row, list[Message], list[RatedResponse]]]:
-        """Every row with its prompt and those of its responses that are neither bad nor left out."""
+        """Yield every row with its prompt and its responses, without those that are bad or left out."""
         assert self.spec.format.read_responses  # noqa: S101 (a format has one of both)
         for number, row in self._rows("Reading responses"):
             prompt, responses = self._guard(number, self._read_rated, self.spec.format.read_responses, row) or ([], [])
@@ -199,20 +199,20 @@ class PairReader:
 
     @cached_property
     def _known_scales(self) -> dict[str, tuple[float, float]]:
-        """Where the scores that order responses must lie, as far as the entry or the format says it."""
+        """Scales of the scores that order responses, for those that the entry or the format defines."""
         own = getattr(self.spec.options, "score_scale", None)
         scales = dict.fromkeys(self.spec.objective, own) if own else self.spec.format.scales
         return {name: scales[name] for name in self.spec.objective if name in scales}
 
     @cached_property
     def _units(self) -> dict[str, tuple[float, float]]:
-        """Where each score of an objective of several has its zero, and how long its unit is, so that they compare.
+        """Zero and unit of each score of an objective, which make several scores comparable.
 
-        Scores of one scale are averaged as they are. Scores of several scales are mapped to 0..1 of their own; where a
-        scale is not known, they are standardised over the responses that are read.
+        Scores with the same scale are averaged as they are. Scores with different scales are mapped to 0..1 first. If
+        a scale is unknown, all are standardised over the responses that are read.
 
         Raises:
-            DataError: where a score of unknown scale has one value only.
+            DataError: if all scores are standardised and one of them has a single value.
         """
         names, scales = self.spec.objective, self._known_scales
         if any(name not in scales for name in names):
@@ -223,7 +223,7 @@ class PairReader:
 
     def _standard_units(self) -> dict[str, tuple[float, float]]:
         values: dict[str, list[float]] = {name: [] for name in self.spec.objective}
-        for _, _, _, responses in self._twin()._responses():
+        for _, _, _, responses in self._first_pass()._responses():
             for name, response in product(values, responses):
                 if (value := response.scores.get(name)) is not None:
                     values[name].append(value)
@@ -241,7 +241,7 @@ class PairReader:
         return zero, unit
 
     def _order(self, response: RatedResponse) -> float | None:
-        """What orders a response: its score, or the mean of several in comparable units."""
+        """Return what orders a response: its score, or the mean of several scores in comparable units."""
         if len(self.spec.objective) == 1:
             return response.scores.get(self.spec.objective[0])
         units = {
@@ -250,11 +250,11 @@ class PairReader:
             if (value := response.scores.get(name)) is not None
         }
         value = mean(units, self.spec.objective)
-        # So that two sums that differ by rounding alone remain a tie.
+        # Two sums that differ only by rounding errors must remain a tie.
         return None if value is None else round(value, 9)
 
     def _compare(self, number: int, prompt: list[Message], responses: list[RatedResponse]) -> Numbered:
-        """Every two responses to a prompt as a pair, the one with the higher mean score chosen."""
+        """Pair every two responses to a prompt; the one with the higher score is chosen."""
         self.stats.alone += len(responses) == 1
         rated = [(self._order(response), response) for response in responses]
         self.stats.unscored += sum(value is None for value, _ in rated)
@@ -274,8 +274,8 @@ class PairReader:
                 yield number, pair
 
     def _capped(self, pairs: Numbered, cap: int) -> Numbered:
-        """At most `cap` pairs of each prompt, drawn by the seed and the prompt; a second pass counts them first."""
-        sizes = Counter(pair.prompt_key for _, pair in self._twin()._read())
+        """Sample at most `cap` pairs per prompt, by the seed and the prompt; a separate pass counts them first."""
+        sizes = Counter(pair.prompt_key for _, pair in self._first_pass()._read())
         waiting: dict[int, list[PreferencePair]] = defaultdict(list)
         for number, pair in pairs:
             key = pair.prompt_key
@@ -283,7 +283,7 @@ class PairReader:
             if len(waiting[key]) < sizes[key]:
                 continue
             group = waiting.pop(key)
-            draw = random.Random(f"{self.spec.seed} {key}")  # noqa: S311 (no secret)
+            draw = random.Random(f"{self.spec.seed} {key}")  # noqa: S311 (not for secrets)
             kept = sorted(draw.sample(range(len(group)), min(cap, len(group))))
             self.stats.capped += len(group) - len(kept)
             yield from ((number, group[index]) for index in kept)
@@ -301,10 +301,10 @@ class PairReader:
         try:
             yield from table.iter(_BATCH)
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.spec.where}: a text is not UTF-8 ({error}); convert the data") from None
+            raise DataError(f"{self.spec.where}: a text is not UTF-8 ({error}); convert the data to UTF-8") from None
 
     def _rows(self, title: str) -> Iterator[tuple[int, Row]]:
-        """The rows and their numbers, counted."""
+        """Yield the rows with their numbers, and count them."""
         with tqdm(total=len(self.table), desc=title, unit=" rows") as progress:
             for batch in self._batches(self.table):
                 for values in zip(*batch.values(), strict=True):
@@ -313,7 +313,7 @@ class PairReader:
                 progress.update(self.stats.rows - progress.n)
 
     def _guard(self, number: int, function: Callable[..., T | None], *args: Any) -> T | None:
-        """Call `function`; a bad row is told with data set and number, or counted and left out."""
+        """Call `function`; a bad row is reported with its data set and number, or counted and left out."""
         try:
             return function(*args)
         except RowError as error:
@@ -327,10 +327,12 @@ class PairReader:
 
 
 def _is(value: Any, wanted: Any) -> bool:
-    """Whether a column holds what `where` asks for; either may be the text of the other, and 1 is not true.
+    """Whether a column has the value that `where` asks for.
+
+    A text equals the number or boolean that it spells; 1 does not equal true.
 
     Raises:
-        RowError: where a text is compared with a number whose own text is lost, as 1.10 is 1.1.
+        RowError: if a text is compared with a float, since YAML does not keep its spelling (1.10 becomes 1.1).
     """
     if isinstance(value, str) and isinstance(wanted, float):
         raise RowError(

@@ -1,4 +1,4 @@
-"""The prompts that a YAML of AMoPO means, for `axolotl mopo directives`."""
+"""Render the prompts of an AMoPO YAML, for `axolotl mopo directives`."""
 
 from pathlib import Path
 from typing import Any
@@ -21,29 +21,30 @@ from axolotl_mopo.errors import ConfigError, DataError
 def preview(
     config: str, *, dataset: int, row: int, question: str | None, dimension: str | None, score: float | None
 ) -> dict[str, Any]:
-    """The D prompts of one pair, or of a question at the best scores, and the prompt to use at inference.
+    """Render the D prompts of one pair, or of a question at the best scores, and the prompt to use at inference.
 
     Args:
-        config: the YAML's path.
-        dataset: which entry of `datasets:` the pair is of.
-        row: its row; a later one where that row completes no pair.
-        question: in the place of the pair's, so that no data is read.
-        dimension: what to ask for at inference; all dimensions together where None.
-        score: of this dimension; the best where None.
+        config: path of the YAML.
+        dataset: index of the pair's entry in `datasets:`.
+        row: number of the pair's row; if it yields no pair, the next one that does is used.
+        question: used in place of a pair, so that no data is read.
+        dimension: the dimension to ask for at inference; all dimensions together if None.
+        score: the score of this dimension; the best one if None.
 
     Returns:
-        `training`, a list of prompts, `inference`, one prompt, and `chat_template`, the tokenizer's with the directive
-        for inference built in. A prompt holds `name`, `messages`, `text`, and the one for inference `user_template`.
+        `training`, a list of prompts; `inference`, one prompt; and `chat_template`, the tokenizer's chat template with
+        the directive for inference built in. A prompt has `name`, `messages` and `text`; the one for inference also has
+        `user_template`.
 
     Raises:
-        ConfigError: where the YAML is not AMoPO's, or does not fit the other arguments.
-        DataError: where the data cannot be read.
+        ConfigError: if the YAML has no `amopo:` block, or another argument is not valid.
+        DataError: if the data cannot be read.
     """
     if not isinstance(yaml.safe_load(Path(config).read_text(encoding="utf-8")), dict):
-        raise ConfigError(f"{config} is no mapping of keys to values")
+        raise ConfigError(f"{config} must be a mapping of keys to values")
     cfg = load_cfg(config)
     if not cfg.get("amopo"):
-        raise ConfigError(f"{config} has no `amopo:` block; directives belong to `rl: amopo`")
+        raise ConfigError(f"{config} has no `amopo:` block; only `rl: amopo` has directives")
     method = AMoPOConfig.model_validate(cfg.amopo.to_dict())
     tokenizer = load_tokenizer(cfg)
     renderer = ChatRenderer(tokenizer)
@@ -81,5 +82,5 @@ def _pair(cfg: Any, dataset: int, row: int) -> tuple[list[Message], dict[str, fl
     reader = PairReader(raw_table(cfg, spec), spec)
     pair = next((pair for number, pair in reader.pairs() if number >= row), None)
     if pair is None:
-        raise DataError(f"{spec.where}: there is no pair from row {row} on, of {reader.stats.rows} rows")
+        raise DataError(f"{spec.where}: there is no pair from row {row} on, in {reader.stats.rows} rows; lower --row")
     return pair.prompt, directive_scores(pair, spec)

@@ -1,4 +1,4 @@
-"""The canonical row, a preference pair with its scores, and what can be wrong with a raw one."""
+"""The canonical row, a preference pair with its scores, and checks of raw rows."""
 
 import math
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RatedResponse:
-    """A response and its scores on the data set's own scale; None stands for a score that is no number."""
+    """A response and its scores on the data set's own scale. None marks a score that is not a finite number."""
 
     text: str
     scores: Mapping[str, float | None]
 
     def score(self, name: str) -> float:
-        """The score of a name.
+        """Return the score called `name`.
 
         Raises:
-            RowError: where there is none.
+            RowError: if the response has no such score.
         """
         value = self.scores.get(name)
         if value is None:
@@ -36,14 +36,14 @@ class RatedResponse:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt whose last turn is the user's, and two responses to it."""
+    """A prompt that ends with a user turn, and two responses to it."""
 
     prompt: list[Message]
     chosen: RatedResponse
     rejected: RatedResponse
 
     def to_row(self) -> dict[str, Any]:
-        """The canonical row, as JSONL and Parquet files hold it and the strategy `pairs` reads it."""
+        """Return the canonical row: the form in JSONL and Parquet files, which the strategy `pairs` reads."""
         return {
             "prompt": self.prompt,
             "chosen": self.chosen.text,
@@ -54,7 +54,7 @@ class PreferencePair:
 
     @classmethod
     def from_row(cls, row: Row) -> Self:
-        """The pair of a canonical row."""
+        """Return the pair in a canonical row."""
         chosen = RatedResponse(row["chosen"], row["chosen_scores"])
         return cls(row["prompt"], chosen, RatedResponse(row["rejected"], row["rejected_scores"]))
 
@@ -65,10 +65,10 @@ class PreferencePair:
 
 
 def check_pair(pair: PreferencePair) -> None:
-    """Hold what every pair must have, whatever its source.
+    """Check what every pair must have, whatever its source.
 
     Raises:
-        RowError: where the prompt does not end with the user's turn, or a text is empty, or both responses are one.
+        RowError: if the prompt does not end with a user turn, a text is empty, or both responses are the same text.
     """
     check_prompt(pair.prompt)
     for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -78,24 +78,24 @@ def check_pair(pair: PreferencePair) -> None:
 
 
 def check_prompt(prompt: list[Message]) -> None:
-    """Refuse a prompt that asks nothing.
+    """Check that a prompt ends with a question of the user.
 
     Raises:
-        RowError: where it is empty, its last turn is not the user's, or a turn is not valid Unicode text.
+        RowError: if it is empty, does not end with a user turn, or has a turn that is not valid Unicode text.
     """
     if not prompt or not prompt[-1]["content"].strip():
         raise RowError("its prompt is empty", "empty prompt")
     if prompt[-1]["role"] != "user":
-        raise RowError(f"the prompt ends with a turn of role {prompt[-1]['role']!r}; it must end with the user's")
+        raise RowError(f"its prompt ends with a turn of role {prompt[-1]['role']!r}; it must end with a user turn")
     for turn in prompt:
         valid_text(turn["content"], "prompt")
 
 
 def check_response(response: RatedResponse, name: str) -> None:
-    """Refuse a response without a text, or with one that is not valid Unicode.
+    """Check that a response has a text and that it is valid Unicode.
 
     Raises:
-        RowError: naming it.
+        RowError: if it has none or is not; the error names the column `name`.
     """
     if not response.text.strip():
         raise RowError(f"its `{name}` is an empty response", "empty response")
@@ -103,27 +103,29 @@ def check_response(response: RatedResponse, name: str) -> None:
 
 
 def valid_text(content: str, name: str) -> str:
-    """A text of the column `name`, unchanged. A lone surrogate, as "\\ud800" in JSON gives one, breaks the tokenizer.
+    """Return a text of the column `name` unchanged.
+
+    A lone surrogate, such as "\\ud800" in JSON, makes the tokenizer fail.
 
     Raises:
-        RowError: where there is one.
+        RowError: if the text contains a lone surrogate.
     """
     try:
         content.encode()
     except UnicodeEncodeError as error:
         raise RowError(
-            f"its `{name}` holds the lone surrogate {content[error.start]!a}, which is not valid Unicode text; remove "
-            "it, or replace it with '\\ufffd'",
+            f"its `{name}` contains the lone surrogate {content[error.start]!a}, which is not valid Unicode text; "
+            "remove it, or replace it with '\\ufffd'",
             "invalid text",
         ) from None
     return content
 
 
 def column(row: Row, name: str, hint: str = "") -> Any:
-    """The value of a column that must be there and hold something.
+    """Return the value of a column that must exist and must not be empty.
 
     Raises:
-        RowError: naming the column; `hint` says how to fix it.
+        RowError: if it does not exist or is empty; `hint` says how to fix a missing column.
     """
     if name not in row:
         raise RowError(f"it has no column `{name}`; its columns are {', '.join(row)}{hint}", "missing column")
@@ -133,19 +135,19 @@ def column(row: Row, name: str, hint: str = "") -> Any:
 
 
 def text(row: Row, name: str, hint: str = "") -> str:
-    """The string in a column; `hint` says how to fix a column that is missing.
+    """Return the string in a column; `hint` says how to fix a missing column.
 
     Raises:
-        RowError: where there is none, or it is not valid Unicode text.
+        RowError: if the column is missing, is not a string, or is not valid Unicode text.
     """
     value = column(row, name, hint)
     if not isinstance(value, str):
-        raise RowError(f"its `{name}` is no string, but {type(value).__name__}")
+        raise RowError(f"its `{name}` must be a string, not {type(value).__name__}")
     return valid_text(value, name)
 
 
 def score(value: Any) -> float | None:
-    """A score as a float, from a number or a string; None where it is neither, or not finite, as for "N/A"."""
+    """Convert a number or a string to a score; None if it is neither or not finite, such as "N/A"."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -154,10 +156,10 @@ def score(value: Any) -> float | None:
 
 
 def choice(row: Row, name: str, first: Any, second: Any) -> bool:
-    """Whether a label column says `first` and not `second`.
+    """Whether a label column is `first` and not `second`.
 
     Raises:
-        RowError: where it says neither.
+        RowError: if it is neither.
     """
     value = column(row, name)
     if value not in (first, second):
@@ -166,15 +168,15 @@ def choice(row: Row, name: str, first: Any, second: Any) -> bool:
 
 
 def rescale(value: float, scale: tuple[float, float], score_range: tuple[float, float], name: str) -> float:
-    """Map a score from the data set's scale to the one that the directives speak of, linearly.
+    """Map a score linearly from the data set's scale to the one that the directives use.
 
     Raises:
-        RowError: where the score lies outside its scale.
+        RowError: if the score is outside its scale.
     """
     low, high = scale
     if not low <= value <= high:
         raise RowError(
-            f"its score of {name}, {value:g}, is outside {low:g} to {high:g}; say the data set's own scale with "
+            f"its score of {name}, {value:g}, is outside {low:g} to {high:g}; set the data set's own scale with "
             "score_scale: [lowest, highest]",
             "score outside its scale",
         )

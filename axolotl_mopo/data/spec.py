@@ -1,4 +1,4 @@
-"""Everything that decides how the rows of one data set become training examples."""
+"""The settings that decide how the rows of one data set become training examples."""
 
 import json
 from typing import Any
@@ -15,31 +15,31 @@ from axolotl_mopo.version import __version__
 
 
 class DataSpec(BaseModel):
-    """One data set: how its rows are read, and what a run needs of them."""
+    """One data set: how its rows are read, and which scores a run needs from them."""
 
     model_config = ConfigDict(frozen=True)
 
     where: str
     """The entry in the YAML and its path, for messages."""
     strategy: str
-    """What `type:` names after `axolotl_mopo.`, a key of `FORMATS`."""
+    """The part of `type:` after `axolotl_mopo.`; a key of `FORMATS`."""
     options: SerializeAsAny[EntryOptions]
     objective: tuple[str, ...] = ()
-    """Names whose mean orders responses that no label orders."""
+    """Scores whose mean orders responses without a label."""
     seed: int = 42
-    """Decides which pairs of a prompt are kept where `max_pairs_per_prompt` caps them."""
+    """Decides which pairs of a prompt are kept if `max_pairs_per_prompt` limits them."""
     chosen_scores: tuple[str, ...] = ()
     rejected_scores: tuple[str, ...] = ()
     scales: dict[str, tuple[float, float]] = {}
-    """The data set's own scale of each of these scores, outside of which none may lie."""
+    """The data set's own scale of these scores; a score outside it is an error."""
     settings: RowSettings = MarginColumns(margins={}, texts=False)
-    """The part of the method's settings that prepared rows depend on."""
+    """The method's settings that prepared rows depend on."""
     excess_length_strategy: str = "drop"
-    """Axolotl's own key, which it leaves out of the name of prepared rows."""
+    """Axolotl's own key, which Axolotl does not include in its digest of prepared rows."""
     content: tuple[str, str] = ("", "")
-    """Digests of the local files that the data and the tokenizer are read from; Axolotl knows them by their paths."""
+    """Digests of the local files of the data and of the tokenizer; Axolotl identifies them by path only."""
     reading_version: int = 3
-    """Changes where the same rows and options are read as other examples."""
+    """Increased whenever the same rows and options yield different examples."""
     version: str = __version__
 
     @field_validator("options", mode="before")
@@ -47,24 +47,25 @@ class DataSpec(BaseModel):
     def _of_strategy(cls, options: Any, info: ValidationInfo) -> Any:
         if isinstance(options, EntryOptions):
             return options
-        # Axolotl turns mappings within mappings into a kind of its own, which has every attribute that is asked for.
+        # Axolotl turns nested mappings into DictDefault, which returns a value for every attribute.
         return FORMATS[info.data["strategy"]].options.model_validate(json.loads(json.dumps(options)))
 
     @property
     def key(self) -> str:
-        """A digest of the whole."""
+        """A digest of all settings."""
         return digest(self.model_dump(mode="json"))[:16]
 
     @property
     def format(self) -> Format:
-        """How the rows are laid out."""
+        """The layout of the rows."""
         return FORMATS[self.strategy]
 
     def missing(self, pair: PreferencePair) -> list[str]:
-        """The scores that the pair needs and does not have, each with the side that lacks it."""
+        """List the scores that the pair needs and does not have, each with its side."""
         sides = (("chosen", pair.chosen, self.chosen_scores), ("rejected", pair.rejected, self.rejected_scores))
         return [
-            f"{name} for the {side} response" + (", where no finite number stands" if name in response.scores else "")
+            f"{name} for the {side} response"
+            + (" (its value is not a finite number)" if name in response.scores else "")
             for side, response, names in sides
             for name in names
             if response.scores.get(name) is None
@@ -74,7 +75,7 @@ class DataSpec(BaseModel):
         """Check a response's scores against their scales.
 
         Raises:
-            RowError: if one lies outside.
+            RowError: if a score is outside its scale.
         """
         for name, scale in self.scales.items():
             if (value := response.scores.get(name)) is not None:
@@ -89,7 +90,8 @@ class DataSpec(BaseModel):
         if missing := self.missing(pair):
             found = sorted({*pair.chosen.scores, *pair.rejected.scores})
             raise RowError(
-                f"it has no score of {'; none of '.join(missing)}; found were {', '.join(found) or 'no scores'}"
+                f"it has no score of {' and none of '.join(missing)}; "
+                + (f"its scores are {', '.join(found)}" if found else "it has no scores at all")
                 + self.options.missing_score_hint,
                 "missing score",
             )

@@ -1,4 +1,4 @@
-"""Counts of what became of a data set's rows, and how far its orders agree."""
+"""Count the rows of a data set that become pairs or are left out, and how often its scores agree."""
 
 from array import array
 from collections import Counter
@@ -15,26 +15,26 @@ _NO_SCORE = 2
 
 @dataclass
 class RowStats:
-    """What was read, made and left out."""
+    """Counts of the rows read, the pairs made and what was left out."""
 
     rows: int = 0
     pairs: int = 0
     ties: int = 0
     unscored: int = 0
-    """Rated responses without a score that orders them."""
+    """Rated responses without a score to order them by."""
     incomplete: int = 0
-    """Pairs of rated responses without another score that the run needs."""
+    """Pairs without a score that the run needs in addition."""
     identical: int = 0
-    """Pairs of rated responses that are one text."""
+    """Pairs of rated responses with the same text."""
     alone: int = 0
-    """Rated responses that are the only one to their prompt."""
+    """Rated responses that are the only one for their prompt."""
     empty: int = 0
     """Rows of rated data without a response."""
     capped: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
-    """Rows that the entry's own settings leave out, by what they are."""
+    """Rows that the entry's own settings leave out, by description."""
     bad: Counter[str] = field(default_factory=Counter)
-    """Rows (of rated data: responses) that were dropped, by what was wrong with them."""
+    """Rows (of rated data: responses) that were dropped, by reason."""
     _keys: array = field(default_factory=lambda: array("q"))
     _orders: dict[str, bytearray] = field(default_factory=dict)
 
@@ -53,28 +53,30 @@ class RowStats:
 
     @property
     def score_names(self) -> list[str]:
-        """The scores that at least one response holds, be they numbers or not."""
+        """Scores that at least one response has, whether they are numbers or not."""
         return list(self._orders)
 
     @property
     def duplicates(self) -> int:
-        """Pairs that were there before, prompt and both texts; they are kept."""
+        """Pairs with the same prompt and texts as an earlier pair; they are kept."""
         return len(self._keys) - len(np.unique(np.asarray(self._keys)))
 
     @property
     def names(self) -> list[str]:
-        """The scores that at least one pair has on both sides."""
+        """Scores that at least one pair has on both sides."""
         return [name for name, orders in self._orders.items() if orders.count(_NO_SCORE) < len(orders)]
 
     def below(self, name: str) -> int:
-        """Pairs whose chosen response scores lower than the rejected one."""
+        """Count the pairs whose chosen response has a lower score than the rejected one."""
         return int((self._signs(name) == -1).sum())
 
     def agreement(self, names: Sequence[str]) -> np.ndarray:
-        """How often two orders agree, of the pairs that neither leaves equal; the label's is the first.
+        """Compute how often two orders of the responses agree, over the pairs that are tied in neither order.
+
+        The first order is the label's; the others are those of the scores `names`.
 
         Returns:
-            [1 + len(names), 1 + len(names)] shares, NaN where no pair can be compared.
+            Fractions of shape [1 + len(names), 1 + len(names)]; NaN if no pair can be compared.
         """
         signs = np.stack([np.ones(self.pairs, dtype=np.int8), *(self._signs(name) for name in names)])
         signs = np.where(signs == _NO_SCORE, 0, signs).astype(np.float64)
@@ -89,7 +91,7 @@ class RowStats:
         return signs
 
     def lines(self) -> list[str]:
-        """One line for each number that is not 0, rows and pairs always."""
+        """Return one line for each count that is not 0, and always those of rows and pairs."""
         duplicates = self.duplicates
         dropped = ", ".join(f"{count:,} {kind}" for kind, count in self.bad.most_common())
         counts = [
@@ -97,13 +99,13 @@ class RowStats:
             (True, f"{self.pairs:,} pairs made"),
             *((count, f"{count:,} {what} left out") for what, count in self.left_out.most_common()),
             (self.ties, f"{self.ties:,} ties left out"),
-            (self.unscored, f"{self.unscored:,} responses without a score that orders them left out"),
-            (self.incomplete, f"{self.incomplete:,} pairs without a score that is needed left out"),
-            (self.identical, f"{self.identical:,} pairs of one and the same text left out"),
-            (self.alone, f"{self.alone:,} responses that are the only one to their prompt left out"),
+            (self.unscored, f"{self.unscored:,} responses without a score to order them by left out"),
+            (self.incomplete, f"{self.incomplete:,} pairs without a required score left out"),
+            (self.identical, f"{self.identical:,} pairs of identical responses left out"),
+            (self.alone, f"{self.alone:,} responses that are the only one for their prompt left out"),
             (self.empty, f"{self.empty:,} rows without a response left out"),
             (self.capped, f"{self.capped:,} pairs left out by max_pairs_per_prompt"),
-            (duplicates, f"{duplicates:,} pairs are duplicates, and kept"),
+            (duplicates, f"{duplicates:,} duplicate pairs kept"),
             (self.bad, f"{self.bad.total():,} bad rows or responses dropped: {dropped}"),
         ]
         return [line for shown, line in counts if shown]

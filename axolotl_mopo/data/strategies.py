@@ -1,4 +1,4 @@
-"""The strategies that a data set's `type:` names: from the host's rows to token ids."""
+"""The strategies that a data set's `type:` names: turn Axolotl's rows into token ids."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -48,10 +48,10 @@ _TEXTS = {"messages": Value("string"), "chosen_text": Value("string"), "rejected
 
 
 def find_strategy(name: str) -> Callable[..., Strategy]:
-    """The strategy that a data set's type names, bound to the settings whose key follows an `@`.
+    """Return the strategy that a data set's type names, bound to the settings whose key follows the `@`.
 
     Raises:
-        AttributeError: where there is no such strategy.
+        AttributeError: if there is no such strategy.
     """
     strategy, _, key = name.partition("@")
     if strategy not in FORMATS:
@@ -60,29 +60,30 @@ def find_strategy(name: str) -> Callable[..., Strategy]:
 
 
 def _strategy(cfg: Mapping[str, Any], dataset_idx: int | None = None, *, key: str, **_: Any) -> Strategy:
-    """Read a data set as pairs, and give the host what turns them into token ids.
+    """Read a data set as pairs, and return the function with which Axolotl turns them into token ids.
 
-    The pairs are made here, in one pass, and put aside under the number of the row that completed them; the host's map
-    over the rows then fetches those of its own rows. So they are the same for every number of processes and batch size.
+    The pairs are made here, in one pass, and stored by the number of the row that completed them. Axolotl's map over
+    the rows then fetches the pairs of its rows, so they do not depend on the number of processes or the batch size.
 
     Args:
-        cfg: the host's configuration.
-        dataset_idx: the host's number of the data set; it does not tell train and test apart, `key` does.
-        key: which entry of `cfg["mopo_data"]` holds the data set's settings.
+        cfg: Axolotl's configuration.
+        dataset_idx: Axolotl's index of the data set. Not used: it is the same for train and test data, unlike `key`.
+        key: the key of the data set's settings in `cfg["mopo_data"]`.
 
     Returns:
-        The transform of a batch of rows, and the arguments of the `datasets.map` that applies it. The rows hold token
-        ids (`prompt_input_ids`: a list for each prompt; `chosen_input_ids`, `rejected_input_ids`), MODPO's margin
-        rewards that rows decide (`chosen_margin_rewards`, `rejected_margin_rewards`), the texts where a margin reads
-        them (`messages`, `chosen_text`, `rejected_text`), for Axolotl's length filter the strings `prompt` (the longest
-        one), `chosen`, `rejected`, and for the log `prompt_key`, `cut_prompt_tokens`, `cut_completion_tokens`.
+        The transform of a batch of rows, and the arguments of the `datasets.map` that applies it. The new rows have:
+        the token ids `prompt_input_ids` (a list for each of the D prompts), `chosen_input_ids`, `rejected_input_ids`;
+        MODPO's margin rewards that need no model (`chosen_margin_rewards`, `rejected_margin_rewards`); the texts, if a
+        margin reads them (`messages`, `chosen_text`, `rejected_text`); the strings for Axolotl's length filter
+        (`prompt`, the longest one, `chosen`, `rejected`); and for logging `prompt_key`, `cut_prompt_tokens`,
+        `cut_completion_tokens`.
     """
     spec = DataSpec.model_validate(dict(cfg["mopo_data"][key]))
     try:
         transform = partial(_transform, store=_read(cfg, spec), spec=spec, sequence_len=cfg["sequence_len"])
     except DataError as error:
-        # The host turns what is raised here into a warning; what its map raises stops the run.
-        transform = partial(_refuse, message=str(error))
+        # Axolotl turns an error raised here into a warning; an error raised in its map stops the run.
+        transform = partial(_raise_data_error, message=str(error))
     arguments = {"batched": True, "with_indices": True, "remove_columns": "__all__"}
     return transform, {**arguments, "features": Features(_columns(spec.settings))}
 
@@ -104,12 +105,12 @@ def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
     stats = reader.stats
     LOG.info("%s: %s.", spec.where, "; ".join(stats.lines()))
     if not stats.pairs:
-        hint = ", or order them by another `objective`" if hasattr(spec.options, "objective") else ""
-        raise DataError(f"{spec.where}: no pair could be made of it: {'; '.join(stats.lines())}; fix the rows{hint}")
+        hint = ", or set another `objective`" if hasattr(spec.options, "objective") else ""
+        raise DataError(f"{spec.where}: no pair could be made from it: {'; '.join(stats.lines())}; fix the rows{hint}")
     if control_tokens.pairs:
         LOG.warning(
             "%s: %s pairs contain control tokens of the tokenizer as text (%s), the first of them in row %d. They are "
-            "trained on as control tokens; replace them in the data unless you mean that.",
+            "trained on as control tokens; replace them in the data if this is not intended.",
             spec.where,
             f"{control_tokens.pairs:,}",
             ", ".join(f"{token} in {count:,}" for token, count in control_tokens.found.most_common(9)),
@@ -117,7 +118,7 @@ def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
         )
     below = {name: stats.below(name) for name in stats.names}
     LOG.info(
-        "%s: the chosen response scores lower than the rejected one on %s.",
+        "%s: the chosen response has a lower score than the rejected one on %s.",
         spec.where,
         ", ".join(f"{name} in {count:,} pairs" for name, count in below.items() if count) or "nothing",
     )
@@ -125,7 +126,7 @@ def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
 
 
 def raw_table(cfg: Mapping[str, Any], spec: DataSpec) -> Dataset:
-    """The rows that the host maps over, loaded as the host does it."""
+    """Load the rows that Axolotl maps over, with Axolotl's own loader."""
     kind = f"{PREFIX}{spec.strategy}@{spec.key}"
     entries = [*(cfg["datasets"] or []), *(cfg.get("test_datasets") or [])]
     entry = next(entry for entry in entries if entry["type"] == kind)
@@ -134,7 +135,7 @@ def raw_table(cfg: Mapping[str, Any], spec: DataSpec) -> Dataset:
 
 
 def directive_scores(pair: PreferencePair, spec: DataSpec) -> dict[str, float]:
-    """The chosen response's score of every dimension, on the scale that directives speak of."""
+    """Return the chosen response's score of every dimension, on the scale of the directives."""
     target = spec.settings.score_range
     return (
         {}
@@ -143,7 +144,7 @@ def directive_scores(pair: PreferencePair, spec: DataSpec) -> dict[str, float]:
     )
 
 
-def _refuse(batch: Mapping[str, list[Any]], indices: Sequence[int], *, message: str) -> Columns:
+def _raise_data_error(batch: Mapping[str, list[Any]], indices: Sequence[int], *, message: str) -> Columns:
     raise DataError(message)
 
 
@@ -179,7 +180,7 @@ def _transform(
 
 
 def _located(spec: DataSpec, number: int, function: Callable[..., Any], *args: Any) -> Any:
-    """Call `function`; what it says of a row is told with data set and row number."""
+    """Call `function`; report an error of a row with its data set and number."""
     try:
         return function(*args)
     except RowError as error:
@@ -187,7 +188,7 @@ def _located(spec: DataSpec, number: int, function: Callable[..., Any], *args: A
 
 
 def _directives(pair: PreferencePair, spec: DataSpec) -> Sequence[Directive]:
-    """What each of the D prompts says beside the question.
+    """Return the directives of the D prompts.
 
     Raises:
         RowError: if a template cannot be rendered with the pair's scores.

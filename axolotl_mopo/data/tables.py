@@ -1,4 +1,4 @@
-"""A local file, a folder or a data set of the hub -> a table of raw rows."""
+"""Load a local file, a folder or a data set of the hub as a table of raw rows."""
 
 import glob
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from axolotl_mopo.errors import DataError
 
 _KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 _GENERIC = "An error occurred while generating the dataset"
-_LONGEST_REASON = 300
+_MAX_REASON = 300
 
 
 def load_table(
@@ -23,17 +23,19 @@ def load_table(
     data_files: Sequence[str] | None = None,
     revision: str | None = None,
 ) -> Dataset:
-    """Load a local file, a folder (of files, or as `save_to_disk` leaves it) or a data set of the hub.
+    """Load a local file, a folder (of files, or written by `save_to_disk`) or a data set of the hub.
 
-    A path of a file that exists is read as it stands, be there `*` or `[` in it.
+    The path of an existing file is not read as a pattern, even if it contains `*` or `[`.
 
     Raises:
-        DataError: where it cannot be loaded, saying why.
+        DataError: if it cannot be loaded; the error gives the reason.
     """
     path = Path(source)
     saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
     if (path.is_file() or saved) and (name or data_files or revision):
-        raise DataError(f"{source} is a file or a saved data set; it takes no name, data files or revision")
+        raise DataError(
+            f"{source} is a file or a saved data set, which has no name, data files or revision; remove these options"
+        )
     folder = path if path.is_dir() else Path()
     if not saved:
         _check_files([folder / file for file in data_files or ()] or [path])
@@ -41,7 +43,7 @@ def load_table(
         if path.is_file():
             kind = next((_KINDS[suffix] for suffix in reversed(path.suffixes) if suffix in _KINDS), None)
             if kind is None:
-                raise DataError(f"{source}: unknown kind of file; known are {', '.join(_KINDS)}, compressed or not")
+                raise DataError(f"{source}: unknown file type; known types are {', '.join(_KINDS)}, compressed or not")
             return load_dataset(kind, data_files=glob.escape(source), split=split)
         if saved:
             return _saved_split(load_from_disk(source), source, split)
@@ -50,15 +52,15 @@ def load_table(
     except DataError:
         raise
     except Exception as error:
-        hint = "the split, and that its files are whole" if path.exists() else "the path, or the name on the hub"
+        hint = "the split, and that its files are complete" if path.exists() else "the path, or the name on the hub"
         raise DataError(f"{source}, split {split}, cannot be loaded: {_reason(error)}; check {hint}") from error
 
 
 def _check_files(paths: Sequence[Path]) -> None:
-    """Hold local files against what `datasets` reports without their name or not at all.
+    """Check local files for faults that `datasets` reports without the file's name, or not at all.
 
     Raises:
-        DataError: naming the file.
+        DataError: if a file cannot be read; it names the file.
     """
     for path in paths:
         try:
@@ -70,32 +72,35 @@ def _check_files(paths: Sequence[Path]) -> None:
 
 
 def _literal(folder: Path, name: str) -> str:
-    """A name in `data_files`, with its glob characters escaped where a file has this very name."""
+    """Escape the glob characters of a name in `data_files` if a file has exactly this name."""
     return glob.escape(name) if (folder / name).exists() else name
 
 
 def _saved_split(saved: Dataset | DatasetDict, source: str, split: str) -> Dataset:
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     if split not in splits:
-        raise DataError(f"{source} has no split {split}; as save_to_disk left it, it has {', '.join(splits)}, whole")
+        raise DataError(
+            f"{source} has no split {split}; it was written by save_to_disk and has {', '.join(splits)}; parts of a "
+            "split cannot be selected"
+        )
     return splits[split]
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, of an error that `datasets` wraps in others that do not say it."""
+    """Find the reason of an error that `datasets` wraps in uninformative ones."""
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, CastError):
             one, other = (", ".join(names) for names in (cause.table_column_names, cause.requested_column_names))
             return (
-                f"its files do not have the same columns: one has {one}, another {other}; read the files of one shape "
-                "alone, with data files (--data-files)"
+                f"its files do not have the same columns: one has {one}, another {other}; load only "
+                "files with the same columns, with `data_files` (--data-files)"
             )
-    said = (str(cause).strip() for cause in causes if str(cause).strip() not in ("", _GENERIC))
-    reason = next(said, None)
+    reasons = (str(cause).strip() for cause in causes if str(cause).strip() not in ("", _GENERIC))
+    reason = next(reasons, None)
     if reason is None:
-        return f"it holds no rows that can be read ({type(causes[-1]).__name__})"
-    return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."
+        return f"it has no readable rows ({type(causes[-1]).__name__})"
+    return reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]} ..."
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,4 +1,4 @@
-"""Conversations -> text -> token ids, through the tokenizer's own chat template."""
+"""Render conversations with the tokenizer's chat template and turn them into token ids."""
 
 import re
 from collections import Counter
@@ -12,19 +12,19 @@ from axolotl_mopo.errors import DataError, RowError
 
 
 class ChatRenderer:
-    """Renders prompts and completions so that one continues the other, each tokenised apart.
+    """Renders prompts and completions, which are tokenised separately and concatenated.
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer: a tokenizer with a chat template.
 
     Raises:
-        DataError: where the tokenizer has no chat template.
+        DataError: if the tokenizer has no usable chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
             raise DataError(
-                "the tokenizer has no chat template; set `chat_template:` in the YAML, for instance to chatml"
+                "the tokenizer has no chat template; set `chat_template:` in the YAML, for example to chatml"
             )
         self._tokenizer = tokenizer
         self._refusals: dict[tuple[str, ...], str | None] = {}
@@ -34,36 +34,36 @@ class ChatRenderer:
         except RowError as error:
             raise DataError(str(error)) from None
         if probe not in ending:
-            raise DataError("the chat template leaves out what the assistant says; choose another `chat_template:`")
+            raise DataError("the chat template leaves out the assistant's response; choose another `chat_template:`")
         ending = ending[ending.rindex(probe) + len(probe) :]
         self._after_turn = ending[len(ending.rstrip()) :]
-        """What the template writes after the end-of-turn token; no part of the completion."""
+        """Whitespace after the end-of-turn token, which is not part of the completion."""
         self._missing_end = "" if ending.strip() else tokenizer.eos_token or ""
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The conversation up to and with the header of the assistant's turn."""
+        """Render the conversation including the header of the assistant turn that follows."""
         return self._render(messages, add_generation_prompt=True)
 
     def completion(self, messages: Sequence[Message], response: str) -> str:
-        """What follows the prompt's text where the assistant answers `response`, its end-of-turn token included.
+        """Render the text after the prompt if the assistant answers `response`, including the end-of-turn token.
 
         Raises:
-            RowError: where the template writes the conversation differently once it is answered.
+            RowError: if the template renders the prompt differently when a response follows.
         """
         prompt = self.prompt(messages)
         answered = self._render([*messages, {"role": "assistant", "content": response}])
         if not answered.startswith(prompt):
             raise RowError(
-                "the chat template writes the prompt differently once the response follows, so the response's tokens "
-                "cannot be told apart; choose another `chat_template:`"
+                "the chat template renders the prompt differently if a response follows, so the tokens of the response "
+                "cannot be separated; choose another `chat_template:`"
             )
         return answered[len(prompt) :].removesuffix(self._after_turn) + self._missing_end
 
     def check_roles(self, messages: Sequence[Message]) -> None:
-        """Try the template on a conversation of these roles, once for each sequence of roles.
+        """Render a conversation of these roles, once for each sequence of roles.
 
         Raises:
-            RowError: where it refuses them.
+            RowError: if the template refuses the roles or leaves out a turn.
         """
         roles = tuple(message["role"] for message in messages)
         if roles not in self._refusals:
@@ -81,7 +81,7 @@ class ChatRenderer:
         prompt = self.prompt(turns)
         if left_out := [turn["role"] for turn in turns if turn["content"] not in prompt]:
             raise RowError(
-                f"the chat template leaves out what a turn of the role {left_out[0]} says, in a conversation of the "
+                f"the chat template leaves out the content of a turn of role {left_out[0]} in a conversation of the "
                 f"roles {', '.join(roles)}; choose another `chat_template:`"
             )
 
@@ -92,10 +92,10 @@ class ChatRenderer:
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
 ) -> str:
-    """A conversation as the tokenizer's chat template writes it.
+    """Render a conversation with the tokenizer's chat template.
 
     Raises:
-        RowError: where the template refuses it, cannot be rendered, or takes too much.
+        RowError: if the template refuses the conversation, cannot be rendered, or takes too much time or memory.
     """
     conversation = list(messages)
 
@@ -107,7 +107,7 @@ def render_chat(
     try:
         check_chat_template(f"{add_generation_prompt} {tokenizer.chat_template!r}", render)
         return render()
-    except Exception as error:  # templates come from anybody, and raise anything
+    except Exception as error:  # untrusted templates may raise anything
         roles = ", ".join(str(message.get("role")) for message in conversation)
         raise RowError(
             f"the chat template refuses a conversation of the roles {roles}: {str(error) or repr(error)}"
@@ -117,10 +117,10 @@ def render_chat(
 class ControlTokenCount:
     """Counts the pairs whose texts contain a control token of the tokenizer, such as its end-of-turn token.
 
-    The tokenizer does not tell such a text from the token that the chat template writes.
+    The tokenizer cannot distinguish such a text from the token that the chat template writes.
 
     Args:
-        tokenizer: the run's.
+        tokenizer: the tokenizer of the run.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -129,10 +129,10 @@ class ControlTokenCount:
         self.pairs = 0
         self.first_row: int | None = None
         self.found: Counter[str] = Counter()
-        """In how many pairs each token stands."""
+        """Number of pairs that contain each token."""
 
     def watch(self, pairs: Iterable[tuple[int, PreferencePair]]) -> Iterator[tuple[int, PreferencePair]]:
-        """The pairs, unchanged; counted while they pass."""
+        """Yield the pairs unchanged and count those with control tokens."""
         for number, pair in pairs:
             texts = (*(turn["content"] for turn in pair.prompt), pair.chosen.text, pair.rejected.text)
             if found := {token for text in texts for token in self._pattern.findall(text)}:
@@ -143,7 +143,10 @@ class ControlTokenCount:
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for the longest of some texts; those that begin alike share a branch, since there may be hundreds."""
+    """Return a pattern that matches the longest of these texts.
+
+    There may be hundreds, so texts with the same first two characters share a branch.
+    """
     branches: dict[str, list[str]] = {}
     for token in sorted(tokens, key=len, reverse=True):
         branches.setdefault(token[:2], []).append(re.escape(token[2:]))
@@ -151,12 +154,12 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    """Token ids of texts that hold their special tokens already."""
+    """Tokenise texts that contain their special tokens already."""
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
 
 def shorten(tokenizer: PreTrainedTokenizerBase, ids: list[int], limit: int) -> tuple[list[int], str]:
-    """The first tokens, at most `limit`, and a text that is tokenised to no more than that."""
+    """Return the first tokens, at most `limit`, and a text that has no more tokens than `limit`."""
     ids = ids[:limit]
     while len(tokenize(tokenizer, [text := str(tokenizer.decode(ids))])[0]) > limit:
         ids = ids[:-1]

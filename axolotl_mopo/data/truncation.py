@@ -1,4 +1,4 @@
-"""Pairs that are longer than a sequence may be: what gives way, and in which order."""
+"""Shorten pairs that are longer than `sequence_len`."""
 
 from bisect import bisect_left
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from axolotl_mopo.data.rows import Message
 from axolotl_mopo.data.tokenizing import shorten, tokenize
 from axolotl_mopo.errors import RowError
 
-_LEAST_QUESTION = 32
-"""Tokens that stay of a question that is cut; where they have no room, it is the completions that are too long."""
+_MIN_QUESTION_TOKENS = 32
+"""Tokens that remain of a truncated question; if even these do not fit, the completions are too long."""
 
 
 @dataclass
 class TokenizedPair:
-    """One pair as token ids: D prompts that share both completions, and the texts of the host's length filter."""
+    """One pair as token ids: D prompts that share both completions, and the texts for Axolotl's length filter."""
 
     prompts: list[str]
     chosen: str
@@ -29,22 +29,22 @@ class TokenizedPair:
 
     @property
     def longest(self) -> int:
-        """Which prompt is the longest."""
+        """Index of the longest prompt."""
         return max(range(len(self.prompt_ids)), key=lambda index: len(self.prompt_ids[index]))
 
     @property
     def prompt_length(self) -> int:
-        """Tokens of the longest prompt."""
+        """Number of tokens of the longest prompt."""
         return max(map(len, self.prompt_ids))
 
     @property
     def completion_length(self) -> int:
-        """Tokens of the longer completion."""
+        """Number of tokens of the longer completion."""
         return max(len(self.chosen_ids), len(self.rejected_ids))
 
 
 Render = Callable[[list[Message]], list[str]]
-"""A conversation -> the texts of its D prompts, directives and chat header included."""
+"""Turns a conversation into the texts of its D prompts, including the directives and the chat header."""
 
 
 def fit(
@@ -55,42 +55,42 @@ def fit(
     sequence_len: int,
     strategy: str,
 ) -> TokenizedPair:
-    """Make a pair fit into `sequence_len` tokens.
+    """Shorten a pair to `sequence_len` tokens.
 
-    The question gives way first: its oldest turns, then the oldest part of its last turn; a system message, the
-    directives and the chat header stay. Where the completions are too long even so, they are cut (`truncate`), or the
-    pair is returned as it came, for the host to drop and to count (`drop`).
+    The question is truncated first: its oldest turns, then the beginning of its last turn. A system message, the
+    directives and the chat header are kept. If the completions are still too long, they are truncated (`truncate`), or
+    the pair is returned unchanged so that Axolotl drops and counts it (`drop`).
 
     Args:
-        pair: as tokenised in full.
+        pair: the pair, tokenised in full.
         messages: the conversation.
-        render: makes its prompts.
-        tokenizer: the run's.
-        sequence_len: tokens that a prompt and a completion may have together.
-        strategy: the host's `excess_length_strategy`: `drop`, `truncate` or `raise`.
+        render: renders its prompts.
+        tokenizer: the tokenizer of the run.
+        sequence_len: maximum number of tokens of a prompt and a completion together.
+        strategy: Axolotl's `excess_length_strategy`: `drop`, `truncate` or `raise`.
 
     Raises:
-        RowError: where the pair does not fit and the strategy is `raise`.
+        RowError: if the pair does not fit and the strategy is `raise`.
     """
     needed = pair.prompt_length + pair.completion_length
     if needed <= sequence_len:
         return pair
     if strategy == "raise":
         raise RowError(
-            f"it needs {needed} tokens, its directive included, more than sequence_len: {sequence_len}; raise that, or "
-            "set excess_length_strategy to drop or truncate",
+            f"it needs {needed} tokens including its directive, more than sequence_len: {sequence_len}; increase "
+            "sequence_len, or set excess_length_strategy to drop or truncate",
             "too long",
         )
 
     def length(messages: list[Message]) -> int:
         return max(map(len, tokenize(tokenizer, render(messages))))
 
-    least = _least(messages, tokenizer)
-    kept = length(least)
+    shortest = _shortest(messages, tokenizer)
+    kept = length(shortest)
     if kept + pair.completion_length <= sequence_len:
-        prompts = render(_longest(messages, least, length, sequence_len - pair.completion_length))
+        prompts = render(_longest(messages, shortest, length, sequence_len - pair.completion_length))
     elif strategy == "truncate" and kept < sequence_len:
-        prompts = render(least)
+        prompts = render(shortest)
     else:
         return pair
     prompt_ids = tokenize(tokenizer, prompts)
@@ -109,31 +109,31 @@ def fit(
     )
 
 
-def _least(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[Message]:
-    """The conversation that is left when the question has given way as far as it does."""
+def _shortest(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[Message]:
+    """Return the conversation with the question truncated as much as possible."""
     content = messages[-1]["content"]
-    ids = tokenize(tokenizer, [content])[0][-_LEAST_QUESTION:]
+    ids = tokenize(tokenizer, [content])[0][-_MIN_QUESTION_TOKENS:]
     return _from_character(messages, max(0, len(content) - len(str(tokenizer.decode(ids)))))
 
 
 def _longest(
-    messages: list[Message], least: list[Message], length: Callable[[list[Message]], int], room: int
+    messages: list[Message], shortest: list[Message], length: Callable[[list[Message]], int], limit: int
 ) -> list[Message]:
-    """The most of the conversation that has room; its least part has."""
+    """Return the longest part of the conversation with at most `limit` tokens; `shortest` must have no more."""
     first = _system_turns(messages)
     for index in range(first + 1, len(messages)):
         rest = messages[:first] + messages[index:]
-        if messages[index]["role"] == "user" and length(rest) <= room:
+        if messages[index]["role"] == "user" and length(rest) <= limit:
             return rest
-    content, kept = messages[-1]["content"], least[-1]["content"]
+    content, kept = messages[-1]["content"], shortest[-1]["content"]
     starts = range(len(content) - len(kept) + 1)
     return _from_character(
-        messages, bisect_left(starts, True, key=lambda c: length(_from_character(messages, c)) <= room)
+        messages, bisect_left(starts, True, key=lambda c: length(_from_character(messages, c)) <= limit)
     )
 
 
 def _from_character(messages: list[Message], start: int) -> list[Message]:
-    """Nothing but the system's turns and the last one from a character on."""
+    """Return the system turns and the last turn from the character `start` on."""
     last = {**messages[-1], "content": messages[-1]["content"][start:]}
     return [*messages[: _system_turns(messages)], last]
 

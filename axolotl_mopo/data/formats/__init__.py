@@ -1,4 +1,4 @@
-"""The shapes of preference data: each strategy's reader, its keys and the scores that it knows."""
+"""The formats of preference data: the reader, the keys and the known scores of each strategy."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,38 +17,38 @@ from axolotl_mopo.data.options import (
 from axolotl_mopo.data.rows import Message, PreferencePair, RatedResponse, Row
 
 PairFunction = Callable[[Row, Any], PreferencePair | None]
-"""Reads a row that a label orders, by the entry's options; None where the label is a tie."""
+"""Reads a labelled row with the entry's options; returns None if the label is a tie."""
 
 ResponsesFunction = Callable[[Row], tuple[list[Message], list[RatedResponse]]]
 """Reads a prompt and its rated responses."""
 
 FilterFunction = Callable[[Row, Any], str | None]
-"""Says of a row, by the entry's options, what it is counted as where it is left out; None where it is kept."""
+"""Decides with the entry's options whether a row is left out; returns a description for the log, or None to keep it."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How the rows of one data set are laid out: by which of two functions they are read, or by either."""
+    """The layout of a data set's rows, with a function that reads labelled rows, one that reads rated rows, or both."""
 
     options: type[EntryOptions] = EntryOptions
     read_pair: PairFunction | None = None
     read_responses: ResponsesFunction | None = None
     label_column: str | None = None
-    """The column that tells labelled rows from rated ones, where there are both."""
+    """The column that distinguishes labelled rows from rated ones, if the format has both."""
     group_column: str | None = None
-    """The prompt's column where the rated responses of a prompt stand in several rows."""
+    """The prompt column, if the rated responses to a prompt are in several rows."""
     scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """The lowest and the highest value of every score that the data is known to hold; empty where any is possible."""
+    """The lowest and the highest value of every score in the data; empty if any score is possible."""
     left_out: FilterFunction | None = None
     """Leaves rows out before they are read."""
     higher_is_worse: tuple[str, ...] = ()
-    """Scores of which less is better."""
+    """Scores for which lower is better."""
     split_column: str | None = None
-    """The column of labelled rows that says which split a row belongs to; rows of several splits are not mixed."""
+    """The column with the split of a labelled row; rows of several splits are not mixed."""
     join: Callable[[Any], joined.Join | None] | None = None
-    """Loads, by the entry's options, what labelled rows are joined with; gives None if there is nothing to join."""
+    """Loads what labelled rows are joined with, given the entry's options; returns None if there is nothing to join."""
     objectives: tuple[str, ...] | None = ()
-    """What may order the pairs; empty where the data's own label does, None where any score may."""
+    """Scores or labels that can order the pairs; empty if the data's own label orders them, None if any score can."""
 
     def is_labelled(self, columns: Collection[str]) -> bool:
         """Whether a label orders the rows with these columns."""
@@ -57,18 +57,18 @@ class Format:
         return self.read_responses is None or self.label_column in columns
 
     def objective_fault(self, names: Sequence[str]) -> str | None:
-        """What is wrong with ordering the pairs by these names, if anything."""
+        """Return what is wrong with ordering the pairs by these names; None if nothing is."""
         if self.objectives == ():
-            return "the pairs are ordered by the data's own label; drop it" if names else None
+            return "the pairs are ordered by the data's own label; remove it" if names else None
         known = "its scores" if self.objectives is None else ", ".join(self.objectives)
         if len(set(names)) < len(names):
-            return f"{', '.join(names)} names one twice"
+            return f"{', '.join(names)} contains a name twice; remove one"
         if unknown := [name for name in names if name not in (self.objectives or names)]:
-            return f"{', '.join(unknown)} cannot order the pairs; choose of {known}"
+            return f"{', '.join(unknown)} cannot order the pairs; choose from {known}"
         if self.read_responses is None and len(names) != 1:
-            return f"name one of {known}, which orders the pairs"
+            return f"name one of {known} to order the pairs by"
         if self.read_pair is None and not names:
-            return f"name what orders the responses: one of {known}, or several whose mean decides"
+            return f"name one of {known} to order the responses by, or several to order them by the mean"
         return None
 
 

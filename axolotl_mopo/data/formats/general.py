@@ -1,4 +1,4 @@
-"""Pairs of any naming: TRL's and Axolotl's shapes, and the rows that this package writes."""
+"""Pairs with configurable columns: the formats of TRL and Axolotl, and the rows that this package writes."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -9,24 +9,24 @@ from axolotl_mopo.data.rows import Message, PreferencePair, RatedResponse, Row, 
 from axolotl_mopo.errors import RowError
 
 _PROMPTS = ("prompt", "messages")
-"""The columns that hold a prompt, the first one before the second."""
+"""Columns that may hold the prompt, in this order."""
 _QUESTIONS = ("question", "instruction")
-"""The columns that hold it where neither of those is there."""
+"""Columns that may hold the prompt if neither of `_PROMPTS` does."""
 _PARTS = ("input", "history", "tools")
 """Columns that may hold a part of the prompt."""
 _SYSTEMS = ("system", "system_prompt", "system_message")
-"""Columns that may hold the system message; the first is read."""
+"""Columns that may hold the system message; the first is read by default."""
 _NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")
 
 
 def read_pair(row: Row, options: EntryOptions) -> PreferencePair:
-    """A prompt or messages, a chosen and a rejected response, and scores, flat or nested.
+    """Read a prompt or messages, a chosen and a rejected response, and scores, flat or nested.
 
     A response is a string, a message, or messages that end with it and may begin with the prompt. A system message may
-    stand in a column of its own.
+    have a separate column.
 
     Raises:
-        RowError: where a field is missing or has no usable value.
+        RowError: if a field is missing or has no usable value.
     """
     options = cast(PairsOptions, options)
     before_chosen, chosen = _response(row, options.field_chosen, "field_chosen")
@@ -39,13 +39,13 @@ def read_pair(row: Row, options: EntryOptions) -> PreferencePair:
             turns, prompt = before, None
         if before and before != turns:
             raise RowError(
-                f"the turns of `{side}` before its last one are not the prompt; both must be the same",
+                f"the turns of `{side}` before its last one differ from the prompt; both must be the same",
                 "two different prompts",
             )
     if turns is None:
         raise RowError(
-            f"it has no prompt: neither a column {' or '.join(f'`{known}`' for known in _PROMPTS + _QUESTIONS)}, nor "
-            f"turns before the responses; its columns are {', '.join(row)}; name the prompt's with field_prompt",
+            f"it has no prompt: no column {' or '.join(f'`{known}`' for known in _PROMPTS + _QUESTIONS)}, and no turns "
+            f"before the responses; its columns are {', '.join(row)}; name the prompt column with field_prompt",
             "missing column",
         )
     return PreferencePair(
@@ -59,7 +59,7 @@ def _prompt_column(row: Row, with_questions: bool) -> str | None:
     found = [name for name in _PROMPTS if row.get(name) is not None][:1]
     if not found and with_questions:
         found = [name for name in _QUESTIONS if row.get(name) is not None]
-    # What stands beside a prompt and is a part of it would be lost.
+    # If another column holds a part of the prompt, that part would be lost.
     others = [*found[1:], *(name for name in _PARTS if found and row.get(name) not in _NOTHING)]
     if any(row[name] != row[found[0]] for name in others):
         raise RowError(
@@ -71,19 +71,19 @@ def _prompt_column(row: Row, with_questions: bool) -> str | None:
 
 
 def _is_asked_in(question: str, turns: list[Message]) -> bool:
-    """Whether a prompt that is a string is the first or the last of the user's turns."""
+    """Whether a prompt that is a string equals the first or the last user turn."""
     asked = [turn["content"].strip() for turn in turns if turn["role"] == "user"]
     return question.strip() in (asked[:1] + asked[-1:])
 
 
 def _system(row: Row, options: PairsOptions) -> str:
-    """The system message in a column of its own; empty where there is none."""
+    """Return the system message in a separate column; an empty string if there is none."""
     if options.field_system is None:
         value, *others = (row.get(name) for name in _SYSTEMS)
         if any(other not in _NOTHING for other in others) or not isinstance(value, str | None):
             raise RowError(
-                f"its system message may be in {' or '.join(f'`{name}`' for name in _SYSTEMS if row.get(name))}, which "
-                "is read where it is a text in `system`; name its column with field_system",
+                f"its system message may be in {' or '.join(f'`{name}`' for name in _SYSTEMS if row.get(name))}, but "
+                "only a text in `system` is read by default; name its column with field_system",
                 "system message elsewhere",
             )
         return valid_text(value or "", "system")
@@ -106,7 +106,7 @@ def _with_system(prompt: list[Message], system: str) -> list[Message]:
 
 
 def _response(row: Row, name: str, option: str) -> tuple[list[Message], str]:
-    """The turns before the response, if the column holds them, and the response's text."""
+    """Return the turns before the response, if the column holds them, and the response's text."""
     value = column(row, name, f"; name the right one with {option}")
     if isinstance(value, str):
         return [], valid_text(value, name)
@@ -119,7 +119,7 @@ def _response(row: Row, name: str, option: str) -> tuple[list[Message], str]:
 def _scores(row: Row, field: str | None, side: str) -> dict[str, float | None]:
     nested_by_default = f"{side}_scores"
     if field is None and nested_by_default not in row:
-        # Among chosen_helpfulness and the like there may be a chosen_model: only numbers are scores here.
+        # Columns such as chosen_model match the pattern too, so only numbers count as scores here.
         flat: dict[str, float | None] = {
             name: value for name, value in _flat_scores(row, f"{side}_", "").items() if value is not None
         }
@@ -132,18 +132,18 @@ def _scores(row: Row, field: str | None, side: str) -> dict[str, float | None]:
         return scores
     nested: Any = column(row, pattern) if field else row[pattern]
     if nested is not None and not isinstance(nested, Mapping):
-        raise RowError(f"its `{pattern}` is no mapping of names to scores, but {type(nested).__name__}")
+        raise RowError(f"its `{pattern}` must be a mapping of names to scores, not {type(nested).__name__}")
     return {name: score(value) for name, value in (nested or {}).items()}
 
 
 def _with_overall(scores: dict[str, float | None], row: Row, side: str) -> dict[str, float | None]:
-    """The scores, and the one in a column such as `score_chosen`, whose name is `score`."""
+    """Add the score in a column such as `score_chosen` under the name `score`."""
     value = score(row.get(f"score_{side}"))
     if value is None:
         return scores
     if scores.get("score", value) != value:
         raise RowError(
-            f"its `score_{side}` and its `{side}_score` are two different scores; name one of both with "
+            f"its `score_{side}` and its `{side}_score` are two different scores; name one of them with "
             "field_chosen_scores and field_rejected_scores",
             "two different scores",
         )

@@ -1,4 +1,4 @@
-"""HelpSteer2's ratings, for its preference part, whose rows hold none."""
+"""Join HelpSteer2's ratings with its preference part, whose rows have none."""
 
 from collections.abc import Callable
 
@@ -9,22 +9,21 @@ from axolotl_mopo.digests import fingerprint
 from axolotl_mopo.errors import DataError, RowError
 
 Join = Callable[[Row, PreferencePair], PreferencePair]
-"""A row and the pair that was read from it -> the pair with what it is joined with."""
+"""Takes a row and the pair read from it; returns the pair with the joined scores."""
 
 RATED_COLUMNS = frozenset(f"{name}_{number}" for name in HELPSTEER_ATTRIBUTES for number in (1, 2))
-"""Ratings that a row of the preference part may hold itself."""
+"""Columns for ratings within a row of the preference part."""
 
 _COLUMNS = ("prompt", "response")
 
 
 def join_ratings(options: HelpSteer2Options) -> Join | None:
-    """Adds the ratings that the entry names to pairs; None where it names none.
+    """Return a function that adds the ratings of the entry to pairs; None if the entry has no `ratings`.
 
-    A response that is not rated has no scores.
+    A response without a rating gets no scores. The function raises a RowError if a row has ratings already.
 
     Raises:
-        DataError: where they cannot be loaded.
-        RowError: from the result, where a row holds ratings itself.
+        DataError: if the ratings cannot be loaded.
     """
     if options.ratings is None:
         return None
@@ -32,7 +31,7 @@ def join_ratings(options: HelpSteer2Options) -> Join | None:
 
     def join(row: Row, pair: PreferencePair) -> PreferencePair:
         if own := [name for name in row if name in RATED_COLUMNS]:
-            raise RowError(f"it holds ratings itself, in `{own[0]}`; remove `ratings` from the entry")
+            raise RowError(f"it has ratings already, in `{own[0]}`; remove `ratings` from the entry")
         sides = (
             RatedResponse(side.text, ratings.get(_rating_key(row["prompt"], side.text), {}))
             for side in (pair.chosen, pair.rejected)
@@ -43,20 +42,20 @@ def join_ratings(options: HelpSteer2Options) -> Join | None:
 
 
 def _load_ratings(source: str, split: str) -> dict[int, dict[str, float]]:
-    """The scores of responses by `_rating_key`.
+    """Load the scores of responses by `_rating_key`.
 
-    A response that is there twice with different ratings has none, since nothing tells which are right.
+    A response with two different ratings gets no scores, since it is unknown which are right.
 
     Raises:
-        DataError: where they cannot be loaded, or are not rated responses.
+        DataError: if the ratings cannot be loaded, or are not rated responses.
     """
-    from axolotl_mopo.data.tables import load_table  # here, since it imports `datasets`, which takes a second
+    from axolotl_mopo.data.tables import load_table  # deferred: importing `datasets` takes a second
 
     table = load_table(source, split=split)
     if missing := [name for name in _COLUMNS if name not in table.column_names]:
         raise DataError(
             f"`ratings`, {source}, has no column {', '.join(missing)}; its columns are "
-            f"{', '.join(table.column_names)}; name the file of HelpSteer2's rated responses"
+            f"{', '.join(table.column_names)}; set it to HelpSteer2's rated responses"
         )
     ratings: dict[int, dict[str, float]] = {}
     for row in table:
@@ -67,5 +66,5 @@ def _load_ratings(source: str, split: str) -> dict[int, dict[str, float]]:
 
 
 def _rating_key(prompt: object, response: object) -> int:
-    """A name that a rated response shares with the same response of a pair, up to white space around the texts."""
+    """Return a key of a prompt and a response; whitespace around the texts is ignored."""
     return fingerprint([str(prompt).strip(), str(response).strip()])

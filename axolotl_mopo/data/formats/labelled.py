@@ -1,4 +1,4 @@
-"""Data sets whose own label orders two responses. Every function reads one row."""
+"""Data sets with a label that orders two responses. Every function reads one row."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ SAFE_RLHF_SCALES = {"better": (0.0, 1.0), "safer": (0.0, 1.0), "safe": (0.0, 1.0
 
 
 def read_amopo(row: Row, options: EntryOptions) -> PreferencePair:
-    """The AMoPO authors' file: each side is a mapping of `response` and its scores, which are strings there.
+    """Read the AMoPO authors' file: each side is a mapping of `response` and its scores, which are strings.
 
-    Its prompts are HelpSteer2's, so turns may be marked inside the string.
+    Its prompts come from HelpSteer2, so a string may contain several marked turns.
     """
     prompt = column(row, "prompt")
     turns = marked_turns(text(row, "prompt")) if isinstance(prompt, str) else messages(prompt, "prompt")
@@ -25,17 +25,17 @@ def read_amopo(row: Row, options: EntryOptions) -> PreferencePair:
     for name in ("chosen", "rejected"):
         side = column(row, name)
         if not isinstance(side, Mapping):
-            raise RowError(f"its `{name}` is no mapping of a `response` and scores, but {type(side).__name__}")
+            raise RowError(f"its `{name}` must be a mapping of a `response` and scores, not {type(side).__name__}")
         scores = {key: score(value) for key, value in side.items() if key != "response"}
         sides.append(RatedResponse(text(side, "response"), scores))
     return PreferencePair(turns, *sides)
 
 
 def read_helpsteer2_preference(row: Row, options: EntryOptions) -> PreferencePair | None:
-    """HelpSteer2's preference part: `preference_strength` from -3 to 3, below 0 where the first is better.
+    """Read HelpSteer2's preference part: `preference_strength` from -3 to 3, below 0 if the first is better.
 
-    Its ratings come from another file that it is joined with, or from columns such as `helpfulness_1`; else there are
-    no scores.
+    Ratings come from another file that is joined, or from columns such as `helpfulness_1`; otherwise there are no
+    scores.
     """
     turns = marked_turns(text(row, "prompt"))
     first_is_better = _first_is_better(row, "preference_strength")
@@ -50,7 +50,7 @@ def read_helpsteer2_preference(row: Row, options: EntryOptions) -> PreferencePai
 
 
 def read_helpsteer3(row: Row, options: EntryOptions) -> PreferencePair | None:
-    """HelpSteer3's preference part: `overall_preference` from -3 to 3, below 0 where the first is better."""
+    """Read HelpSteer3's preference part: `overall_preference` from -3 to 3, below 0 if the first is better."""
     prompt = messages(column(row, "context"), "context")
     first_is_better = _first_is_better(row, "overall_preference")
     if first_is_better is None:
@@ -60,10 +60,10 @@ def read_helpsteer3(row: Row, options: EntryOptions) -> PreferencePair | None:
 
 
 def read_safe_rlhf(row: Row, options: EntryOptions) -> PreferencePair:
-    """PKU-SafeRLHF: the objective, `better` or `safer`, picks the label.
+    """Read PKU-SafeRLHF: the objective, `better` or `safer`, selects the label.
 
-    A response's scores are 1 or 0: whether it is the `better`, the `safer` one, and whether it is `safe`; and its
-    `severity_level`, 0 to 3, where the columns are there: a higher one is worse.
+    The scores of a response are `better`, `safer` and `safe`, each 1 or 0, and `severity_level`, 0 to 3 with higher
+    values worse, if the data has its columns.
     """
     first_is = {name: choice(row, f"{name}_response_id", 0, 1) for name in ("better", "safer")}
     responses = []
@@ -81,12 +81,12 @@ _HH_RLHF_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def read_hh_rlhf(row: Row, options: EntryOptions) -> PreferencePair:
-    """Anthropic's hh-rlhf: two dialogues in one string each; the last assistant turn is the response."""
+    """Read Anthropic's hh-rlhf: two dialogues, each one string; the last assistant turn is the response."""
     prompts, responses = [], []
     for name in ("chosen", "rejected"):
         *turns, last = _hh_rlhf_dialogue(text(row, name), name)
         if last["role"] != "assistant":
-            raise RowError(f"its `{name}` does not end with an assistant's turn")
+            raise RowError(f"its `{name}` must end with an assistant turn")
         prompts.append(turns)
         responses.append(RatedResponse(last["content"], {}))
     if prompts[0] != prompts[1]:
@@ -95,16 +95,16 @@ def read_hh_rlhf(row: Row, options: EntryOptions) -> PreferencePair:
 
 
 def read_shp(row: Row, options: EntryOptions) -> PreferencePair:
-    """Stanford Human Preferences: `labels` is 1 where A is preferred, 0 where B is."""
+    """Read Stanford Human Preferences: `labels` is 1 if A is preferred, 0 if B is."""
     first, second = (RatedResponse(text(row, f"human_ref_{name}"), {}) for name in "AB")
     return _ordered(user(text(row, "history")), first, second, first_is_chosen=choice(row, "labels", 1, 0))
 
 
 def below_score_ratio(row: Row, options: SHPOptions) -> str | None:
-    """Leaves out a pair whose votes are closer than the entry's `min_score_ratio` allows.
+    """Leave out a pair whose `score_ratio` is below the entry's `min_score_ratio`.
 
     Raises:
-        RowError: where one is asked for and the row has no `score_ratio` that is a number.
+        RowError: if `min_score_ratio` is set and the row's `score_ratio` is not a number.
     """
     if options.min_score_ratio is None:
         return None
@@ -119,14 +119,14 @@ _ARENA_TIES = ("tie", "tie (bothbad)", "both_bad")
 
 
 def read_arena(row: Row, options: EntryOptions) -> PreferencePair | None:
-    """Chatbot Arena: two conversations, of which `winner` names the better one; their last turns are the responses."""
+    """Read Chatbot Arena: two conversations whose last turns are the responses; `winner` names the better one."""
     if column(row, "winner") in _ARENA_TIES:
         return None
     prompts, responses = [], []
     for name in ("conversation_a", "conversation_b"):
         *turns, last = messages(column(row, name), name) or [{}]
         if last.get("role") != "assistant":
-            raise RowError(f"its `{name}` does not end with an assistant's turn")
+            raise RowError(f"its `{name}` must end with an assistant turn")
         prompts.append(turns)
         responses.append(RatedResponse(answer(last, name), {}))
     if prompts[0] != prompts[1]:
@@ -135,28 +135,28 @@ def read_arena(row: Row, options: EntryOptions) -> PreferencePair | None:
 
 
 def read_stack_exchange(row: Row, options: EntryOptions) -> PreferencePair:
-    """Stack Exchange, paired: `response_j` is the preferred one."""
+    """Read paired Stack Exchange answers: `response_j` is the preferred one."""
     chosen, rejected = (RatedResponse(text(row, f"response_{name}"), {}) for name in "jk")
     return PreferencePair(user(text(row, "question")), chosen, rejected)
 
 
 def read_summaries(row: Row, options: EntryOptions) -> PreferencePair:
-    """OpenAI's summarize_from_feedback, comparisons: a post (or a news article) and two summaries.
+    """Read the comparisons of OpenAI's summarize_from_feedback: a post (or a news article) and two summaries.
 
-    The prompt is the bare post, as in arXiv 2310.03708's released code.
+    The prompt is the post alone, as in the released code of arXiv 2310.03708.
     """
     info, summaries = column(row, "info"), column(row, "summaries")
     if not isinstance(info, Mapping) or not (info.get("post") or info.get("article")):
         raise RowError("its `info` has neither a `post` nor an `article`", "empty prompt")
     if not isinstance(summaries, Sequence) or [isinstance(summary, Mapping) for summary in summaries] != [True, True]:
-        raise RowError("its `summaries` are not two mappings with a `text`")
+        raise RowError("its `summaries` must be two mappings with a `text`")
     post = text(info, "post" if info.get("post") else "article")
     first, second = (RatedResponse(text(summary, "text"), {}) for summary in summaries)
     return _ordered(user(post), first, second, first_is_chosen=choice(row, "choice", 0, 1))
 
 
 def _first_is_better(row: Row, label: str) -> bool | None:
-    """Whether the sign of a label says that the first response is the better one; None for a tie."""
+    """Whether the sign of a label prefers the first response; None for a tie."""
     strength = score(column(row, label))
     if strength is None:
         raise RowError(f"its `{label}` is {row[label]!r}, not a number", "unknown label")
@@ -180,7 +180,7 @@ def _ordered(
 def _hh_rlhf_dialogue(dialogue: str, name: str) -> list[Message]:
     before, *parts = _HH_RLHF_TURN.split(dialogue)
     if before.strip() or not parts:
-        raise RowError(f"its `{name}` does not begin with a turn of Human or Assistant")
+        raise RowError(f"its `{name}` must begin with a turn of Human or Assistant")
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
         {"role": roles[role], "content": content.strip()} for role, content in zip(parts[::2], parts[1::2], strict=True)

@@ -1,4 +1,4 @@
-"""Data sets that rate single responses; pairs are made from the responses of one prompt."""
+"""Data sets with ratings of single responses; pairs are made from the responses to one prompt."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,31 +13,31 @@ HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity",
 ULTRAFEEDBACK_ATTRIBUTES = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 OVERALL = "overall"
 RESPONSE_COLUMNS = ("prompt_id", "sample", "prompt", "response", "token_ids", "finished", "logp", "ref_logp")
-"""What `axolotl mopo generate` writes of a response; other columns are scores."""
+"""The columns that `axolotl mopo generate` writes for a response; other columns are scores."""
 
 
 def read_helpsteer(row: Row) -> tuple[list[Message], list[RatedResponse]]:
-    """HelpSteer and HelpSteer2: a row is one response."""
+    """Read HelpSteer and HelpSteer2: a row is one response."""
     return marked_turns(text(row, "prompt")), [RatedResponse(text(row, "response"), helpsteer_scores(row))]
 
 
 def helpsteer_scores(row: Row, suffix: str = "") -> dict[str, float | None]:
-    """The five attributes of a response, in columns whose names end with `suffix`, and `overall`, their mean."""
+    """Return the five attributes in columns whose names end with `suffix`, and `overall`, their mean."""
     scores = {name: score(row.get(f"{name}{suffix}")) for name in HELPSTEER_ATTRIBUTES}
     return scores | {OVERALL: mean(scores, HELPSTEER_ATTRIBUTES)}
 
 
 def read_responses(row: Row) -> tuple[list[Message], list[RatedResponse]]:
-    """What `axolotl mopo score` leaves: a row is one response, and every column of numbers that is not ours a score."""
+    """Read the output of `axolotl mopo score`: a row is one response; columns not in `RESPONSE_COLUMNS` are scores."""
     scores = {name: score(value) for name, value in row.items() if name not in RESPONSE_COLUMNS}
     return messages(column(row, "prompt"), "prompt"), [RatedResponse(text(row, "response"), scores)]
 
 
 def unfinished(row: Row, options: ResponsesOptions) -> str | None:
-    """Leaves out a response that was cut off at the token limit: it would be trained on with an end-of-turn token.
+    """Leave out a response that was cut off at the token limit; it would be trained on with an end-of-turn token.
 
     Raises:
-        RowError: where `finished` is neither true nor false.
+        RowError: if `finished` is neither true nor false.
     """
     finished = row.get("finished")
     if finished is not None and not isinstance(finished, bool):
@@ -46,15 +46,15 @@ def unfinished(row: Row, options: ResponsesOptions) -> str | None:
 
 
 def read_ultrafeedback(row: Row) -> tuple[list[Message], list[RatedResponse]]:
-    """UltraFeedback: a row holds all responses to an instruction; a rating may be "N/A"."""
+    """Read UltraFeedback: a row holds all responses to an instruction; a rating may be "N/A"."""
     completions = column(row, "completions")
     if not isinstance(completions, Sequence) or not all(isinstance(entry, Mapping) for entry in completions):
-        raise RowError("its `completions` are no list of mappings")
+        raise RowError("its `completions` must be a list of mappings")
     return user(text(row, "instruction")), [_ultrafeedback_response(completion) for completion in completions]
 
 
 def mean(scores: Mapping[str, float | None], names: Sequence[str]) -> float | None:
-    """The mean of the scores of these names; None where one of them is missing."""
+    """Return the mean of the named scores; None if one of them is missing."""
     values = [scores.get(name) for name in names]
     present = [value for value in values if value is not None]
     return math.fsum(present) / len(names) if len(present) == len(names) else None
@@ -63,7 +63,7 @@ def mean(scores: Mapping[str, float | None], names: Sequence[str]) -> float | No
 def _ultrafeedback_response(completion: Row) -> RatedResponse:
     annotations = completion.get("annotations") or {}
     scores = {name: score(_rating(annotations, name)) for name in ULTRAFEEDBACK_ATTRIBUTES}
-    # A response that is null is as bad as an empty one, and no worse for the others.
+    # A null response counts as an empty one, which does not affect the other responses of the row.
     response = text({"response": completion.get("response") or ""}, "response")
     return RatedResponse(response, scores | {OVERALL: score(completion.get("overall_score"))})
 
@@ -71,5 +71,5 @@ def _ultrafeedback_response(completion: Row) -> RatedResponse:
 def _rating(annotations: Any, name: str) -> Any:
     annotation = (annotations.get(name) or {}) if isinstance(annotations, Mapping) else None
     if not isinstance(annotation, Mapping):
-        raise RowError("the `annotations` of a completion are no mappings with a `Rating`")
+        raise RowError("the `annotations` of a completion must be mappings with a `Rating`")
     return annotation.get("Rating")
