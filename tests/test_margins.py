@@ -323,7 +323,9 @@ def test_a_stale_cache_stops_the_run(build, tmp_path):
     for path in (tmp_path / "cache").glob("*.safetensors"):
         values = load_file(path)["values"] - 3
         save_file({"values": values}, path, {"sha256": table_digest(path.stem, values)})
-    with pytest.raises(RuntimeError, match=r"policy's log-probs differ from the reference's by .* a foreign file in"):
+    with pytest.raises(
+        RuntimeError, match=r"policy's log-probs differ from the reference's by .* a file of another run in"
+    ):
         build(name="two").train()
 
 
@@ -348,8 +350,8 @@ def test_a_margin_on_another_scale_is_warned_of(build, host_log):
 
     small = {"other": {"source": "column", "field": "correctness", "scale": 1e-3}, "w": {"source": "length"}}
     build(small, weights={"overall": 0.5, "other": 0.5, "w": 0.5}).train()
-    assert "The margin other, weighted, spreads" in host_log.text
-    assert "mind its `scale`, its `normalize` or its weight" in host_log.text
+    assert "The standard deviation of the weighted margin other is" in host_log.text
+    assert "check the margin's `scale`, `normalize` and weight" in host_log.text
 
 
 def test_a_margins_spread_counts_as_its_weight_by_the_objectives_makes_it(build, host_log):
@@ -359,15 +361,17 @@ def test_a_margins_spread_counts_as_its_weight_by_the_objectives_makes_it(build,
     def warned(**stds):
         host_log.clear()
         trainer.log({"rewards/margins_std": 2.0, **{f"margins_std/{name}": std for name, std in stds.items()}})
-        return {name for name in margins if f"The margin {name}, weighted, spreads" in host_log.text}
+        return {
+            name for name in margins if f"The standard deviation of the weighted margin {name} is " in host_log.text
+        }
 
     assert warned() == warned(other=0.0) == set()
     assert warned(other=0.021, w=3.9) == set()  # times 10, and times 5
     assert warned(other=1.9) == set()
     assert warned(w=4.1) == {"w"}
-    assert "The margin w, weighted, spreads 10.2 times as wide as the implied reward of overall" in host_log.text
+    assert "weighted margin w is 10.2 times that of the implicit reward of overall" in host_log.text
     assert warned(other=0.019, w=4.1) == {"other"}  # each of them once
-    assert "spreads 0.095 times as wide" in host_log.text
+    assert "is 0.095 times that" in host_log.text
     assert warned(other=9.0, w=0.01) == set()
 
 
@@ -609,10 +613,10 @@ def test_rows_that_the_trainer_was_not_built_with_are_evaluated_like_its_own(bui
     def told(rows=None):
         host_log.clear()
         trainer.evaluate(rows)
-        return "The policy is evaluated against itself as it stands now" in host_log.text
+        return "The policy is evaluated against its current weights" in host_log.text
 
     own = trainer.evaluate()
-    assert "The policy is evaluated against itself as it stands now" in host_log.text
+    assert "The policy is evaluated against its current weights" in host_log.text
     foreign = trainer.evaluate(trainer.eval_dataset.remove_columns("pair_index"))
     names = ("eval_loss", "eval_rewards/margins", "eval_margins/w", "eval_margins_std/w")
     assert {name: foreign[name] for name in names} == pytest.approx({name: own[name] for name in names})

@@ -91,9 +91,9 @@ def test_rewards_are_clipped_as_they_come_and_normalised_by_the_clipped_training
 
 def test_what_cannot_be_normalised_is_told(precomputation):
     margins = {"b": {"source": "column", "normalize": "std", "clip": [20, 30]}}
-    with pytest.raises(DataError, match=r"`modpo.margins.b` is the same difference for every pair"):
+    with pytest.raises(DataError, match=r"`modpo.margins.b`: chosen minus rejected is the same for every pair"):
         precomputation(margins).constants({"train": ROWS})
-    with pytest.raises(DataError, match=r"`modpo.margins.b` is normalised by the training set, and there is none here"):
+    with pytest.raises(DataError, match=r"`modpo.margins.b`: `normalize` needs the training set, which is not given"):
         precomputation(margins).constants({"evaluation": ROWS})
 
 
@@ -126,7 +126,9 @@ def test_a_log_prob_that_is_not_finite_is_named_by_its_row(precomputation, monke
         return torch.full((len(rows), 2), -1.5).masked_fill(bad, value)
 
     monkeypatch.setattr(PairLogProbs, "logps", logps)
-    with pytest.raises(DataError, match=rf"Reference, train: row 4 of the prepared rows gets \[-1.5, {value}\], not"):
+    with pytest.raises(
+        DataError, match=rf"Reference, train: row 4 of the prepared rows gets \[-1.5, {value}\], which are not"
+    ):
         precomputation({}).constants({"train": ROWS})
     assert tables(tmp_path) == set()
 
