@@ -19,7 +19,7 @@ class LengthSource(RewardSource):
     source: Literal["length"]
     unit: Literal["tokens", "words", "characters"] = Field(
         "tokens",
-        description="Unit of the length: tokens, words or characters. The reward is the negated length.",
+        description="Unit of the length: one of tokens, words, characters. The reward is the negated length.",
     )
 
     argument: ClassVar = "unit"
