@@ -334,7 +334,7 @@ def test_dropout_that_is_on_stops_the_run(build):
     trainer.model.get_base_model().model.layers[0].register_forward_hook(
         lambda module, inputs, output: torch.nn.functional.dropout(output, 0.5, training=module.training)
     )
-    with pytest.raises(RuntimeError, match="look for dropout or noise that is on in training"):
+    with pytest.raises(RuntimeError, match="check for dropout or noise that is on in training"):
         trainer.train()
 
 

@@ -25,7 +25,7 @@ def run(tmp_path_factory):
 
 def resume(trainer, checkpoint):
     """What is done before the checkpoint's weights are loaded, as if the policy's weights were split."""
-    with mock.patch.object(type(trainer), "_is_sharded", True):
+    with mock.patch.object(type(trainer), "is_sharded", True):
         return trainer._recorded_start(checkpoint)
 
 
@@ -51,7 +51,7 @@ def test_a_reference_that_cannot_be_found_is_not_computed_from_a_policy_that_has
     trainer, checkpoint, cache = run
     shutil.move(cache, tmp_path / "elsewhere")
     try:
-        with pytest.raises(ConfigError, match=r"`modpo.cache_dir`: Reference, train of the run that is resumed is not"):
+        with pytest.raises(ConfigError, match=r"`modpo.cache_dir`: Reference, train of the resumed run is not"):
             trainer.precompute(trainer.model, recorded=resume(trainer, checkpoint))
         assert not list(cache.glob("*.safetensors"))
     finally:
