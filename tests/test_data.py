@@ -110,9 +110,11 @@ def test_what_a_budget_of_tokens_means_for_the_rows_is_told():
     assert budget_message(rows, PairCollator(0)) is None
     assert budget_message(rows, PairCollator(0, max_tokens=1000)) is None
     some = budget_message(rows, PairCollator(0, max_tokens=100))
-    assert some.startswith("of 3 pairs, 1 are split by their prompts to keep to max_tokens_per_pass, and take one more")
+    assert some.startswith(
+        "of 3 pairs, 1 are split by their prompts to fit into max_tokens_per_pass, and need an additional"
+    )
     assert "exceed" not in some
-    assert "; 1 exceed it all the same" in budget_message(rows, PairCollator(0, max_tokens=22))
+    assert "; 1 still exceed it" in budget_message(rows, PairCollator(0, max_tokens=22))
 
 
 def test_directives_are_templates_of_the_users(tokenizer, tmp_path, monkeypatch):

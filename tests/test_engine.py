@@ -299,7 +299,7 @@ def test_an_architecture_that_hands_its_attention_something_unknown_goes_to_padd
     model = Sinking(copy.deepcopy(CONFIGS["llama"]))
     layout = choose_layout(model, model, ragged_pairs())
     assert not layout.packed
-    assert "LlamaAttention hands its attention attention_bias" in layout.why_not_packed
+    assert "LlamaAttention passes attention_bias" in layout.why_not_packed
 
 
 def test_an_attention_implementation_that_cannot_carry_trees_is_told():

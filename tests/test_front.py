@@ -615,7 +615,7 @@ def test_scorers_are_the_margins_sources(text, expected):
         ("x={source: length, scale: 2}", "scale belong to training"),
         ("x={source: [}", "is no YAML mapping"),
         ("x=callable:nosuch:f", "`--scorer x.function`: the function nosuch:f cannot be imported"),
-        ("x=adapter:no/where", "`--scorer x.path`: no/where is no folder of a LoRA adapter"),
+        ("x=adapter:no/where", "`--scorer x.path`: no/where is not the folder of a LoRA adapter"),
     ],
 )
 def test_a_scorer_that_cannot_work_is_refused(text, words):

@@ -118,7 +118,8 @@ def test_a_bad_gradient_is_skipped_too(config, host_log):
     trainer.train()
     assert [same(*pair) for pair in zip(states.before, states.after, strict=True)] == [False, True, False]
     assert (
-        "The gradient of step 2 is not finite, though the loss is. The step is skipped; 1 were so far." in host_log.text
+        "The gradient of step 2 is not finite, though the loss is. The step is skipped (1 skipped so far)."
+        in host_log.text
     )
 
 
@@ -140,7 +141,7 @@ def test_a_bad_step_is_skipped_and_counted(config, method, host_log):
         for key in ("loss", "grad_norm", "rewards/margins"):
             assert (key in logs[number]) is not bad
     assert f"row {row} (chosen" in host_log.text or f"; {row} (chosen" in host_log.text
-    assert "The step is skipped; 2 were so far." in host_log.text
+    assert "The step is skipped (2 skipped so far)." in host_log.text
     assert all(torch.tensor(value).isfinite() for entry in logs for value in entry.values())
 
 

@@ -55,4 +55,4 @@ def test_a_picture_that_cannot_be_drawn_stops_nothing(tmp_path, host_log):
     (tmp_path / "mopo.png").mkdir()
     state = TrainerState(log_history=AMOPO)
     HistoryCallback().on_train_end(TrainingArguments(output_dir=str(tmp_path)), state, None)
-    assert "mopo.png could not be drawn" in host_log.text
+    assert "mopo.png could not be written" in host_log.text

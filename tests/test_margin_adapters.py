@@ -179,7 +179,7 @@ def test_a_forward_pass_that_is_wrapped_in_an_unknown_way_stops_the_run(base, ma
     forward = model.forward
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     with (
-        pytest.raises(RuntimeError, match="the forward pass of Qwen2ForCausalLM is wrapped"),
+        pytest.raises(RuntimeError, match="the forward method of Qwen2ForCausalLM is replaced"),
         with_adapter(model, margins["lora"]),
     ):
         pass

@@ -180,7 +180,7 @@ def test_a_callable_margin(build, functions):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("raises", ["my_rewards:raises", "of row", "KeyError('no such thing')"]),
+        ("raises", ["my_rewards:raises", "from row", "KeyError('no such thing')"]),
         ("short", ["my_rewards:short", "returned 7 numbers", "8 responses"]),
         ("nan", ["my_rewards:nan returned nan for row"]),
     ],
@@ -323,7 +323,9 @@ def test_a_stale_cache_stops_the_run(build, tmp_path):
     for path in (tmp_path / "cache").glob("*.safetensors"):
         values = load_file(path)["values"] - 3
         save_file({"values": values}, path, {"sha256": table_digest(path.stem, values)})
-    with pytest.raises(RuntimeError, match=r"policy's log-probs differ from the reference's by .* a foreign file in"):
+    with pytest.raises(
+        RuntimeError, match=r"policy's log-probs differ from the reference's by .* a file of another run in"
+    ):
         build(name="two").train()
 
 
@@ -332,7 +334,7 @@ def test_dropout_that_is_on_stops_the_run(build):
     trainer.model.get_base_model().model.layers[0].register_forward_hook(
         lambda module, inputs, output: torch.nn.functional.dropout(output, 0.5, training=module.training)
     )
-    with pytest.raises(RuntimeError, match="look for dropout or noise that is on in training"):
+    with pytest.raises(RuntimeError, match="check for dropout or noise that is on in training"):
         trainer.train()
 
 
@@ -348,8 +350,8 @@ def test_a_margin_on_another_scale_is_warned_of(build, host_log):
 
     small = {"other": {"source": "column", "field": "correctness", "scale": 1e-3}, "w": {"source": "length"}}
     build(small, weights={"overall": 0.5, "other": 0.5, "w": 0.5}).train()
-    assert "The margin other, weighted, spreads" in host_log.text
-    assert "mind its `scale`, its `normalize` or its weight" in host_log.text
+    assert "The standard deviation of the weighted margin other is" in host_log.text
+    assert "check the margin's `scale`, `normalize` and weight" in host_log.text
 
 
 def test_a_margins_spread_counts_as_its_weight_by_the_objectives_makes_it(build, host_log):
@@ -359,15 +361,17 @@ def test_a_margins_spread_counts_as_its_weight_by_the_objectives_makes_it(build,
     def warned(**stds):
         host_log.clear()
         trainer.log({"rewards/margins_std": 2.0, **{f"margins_std/{name}": std for name, std in stds.items()}})
-        return {name for name in margins if f"The margin {name}, weighted, spreads" in host_log.text}
+        return {
+            name for name in margins if f"The standard deviation of the weighted margin {name} is " in host_log.text
+        }
 
     assert warned() == warned(other=0.0) == set()
     assert warned(other=0.021, w=3.9) == set()  # times 10, and times 5
     assert warned(other=1.9) == set()
     assert warned(w=4.1) == {"w"}
-    assert "The margin w, weighted, spreads 10.2 times as wide as the implied reward of overall" in host_log.text
+    assert "weighted margin w is 10.2 times that of the implicit reward of overall" in host_log.text
     assert warned(other=0.019, w=4.1) == {"other"}  # each of them once
-    assert "spreads 0.095 times as wide" in host_log.text
+    assert "is 0.095 times that" in host_log.text
     assert warned(other=9.0, w=0.01) == set()
 
 
@@ -486,7 +490,7 @@ def settled(margin, **top):
 def test_the_beta_of_an_adapter_is_given_or_recorded(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     margin = {"source": "adapter", "path": str(tmp_path)}
-    with pytest.raises(ConfigError, match=r"`modpo.margins.safer.beta` is missing, and no mopo.json"):
+    with pytest.raises(ConfigError, match=r"`modpo.margins.safer.beta` is missing, and there is no mopo.json"):
         settled(margin)
     assert settled({**margin, "beta": 0.2})["margins"]["safer"]["beta"] == 0.2
     (tmp_path / "mopo.json").write_text('{"method": "modpo", "beta": 0.3}')
@@ -502,7 +506,7 @@ def test_the_beta_of_a_method_without_a_reference_is_none_of_an_implicit_reward(
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "mopo.json").write_text('{"method": "amopo", "beta": 0.8}')
     margin = {"source": "adapter", "path": str(tmp_path)}
-    with pytest.raises(ConfigError, match=r"`modpo.margins.safer.beta`: .*mopo.json is of a run of `rl: amopo`"):
+    with pytest.raises(ConfigError, match=r"`modpo.margins.safer.beta`: .*mopo.json belongs to a run of `rl: amopo`"):
         settled(margin)
     assert settled({**margin, "beta": 0.2})["margins"]["safer"]["beta"] == 0.2
 
@@ -515,7 +519,10 @@ def test_a_margin_adapter_of_another_base_model_is_warned_of(tmp_path, monkeypat
     theirs = str(tmp_path / "base") if theirs == "BASE" else theirs
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": theirs}))
     settled({"source": "adapter", "path": ".", "beta": 0.2}, base_model="base")
-    words = "`modpo.margins.safer.path`: . was trained on the base model other/model-8b, and this run's is base"
+    words = (
+        "`modpo.margins.safer.path`: . was trained on the base model other/model-8b, but the base model of this run is "
+        "base"
+    )
     assert (words in host_log.text) is (theirs == "other/model-8b")
     assert ("was trained on" in host_log.text) is (theirs == "other/model-8b")
 
@@ -536,7 +543,7 @@ def test_a_policy_whose_adapter_changes_the_base_model_goes_with_its_own_start_a
     for margin in (column, whole):
         settled(margin, **top)
         settled(margin, **{key: top[key] for key in top if key != "adapter"})
-    with pytest.raises(ConfigError, match=r"changes the base model's weights, which `modpo.margins.safer` is measured"):
+    with pytest.raises(ConfigError, match=r"changes the base model's weights, which `modpo.margins.safer` needs"):
         settled(adapter, **top)
     settled(adapter, **{**top, "peft_init_lora_weights": "gaussian", "peft_layer_replication": None})
 
@@ -554,18 +561,18 @@ def test_the_reference_of_a_pissa_start_is_the_policy_as_it_starts(build, base):
 @pytest.mark.parametrize(
     ("margin", "top", "words"),
     [
-        ({"source": "adapter", "path": "no/where", "beta": 1}, {}, ["no folder of a LoRA adapter", "`reference`"]),
-        ({"source": "adapter", "path": "tests", "beta": 1}, {}, ["holds neither an adapter_config.json nor"]),
+        ({"source": "adapter", "path": "no/where", "beta": 1}, {}, ["not the folder of a LoRA adapter", "`reference`"]),
+        ({"source": "adapter", "path": "tests", "beta": 1}, {}, ["contains neither an adapter_config.json nor"]),
         ({"source": "adapter", "path": "ADAPTER", "beta": 1, "reference": "x"}, {}, ["an adapter is the base model"]),
         ({"source": "adapter", "path": "ADAPTER", "beta": 1}, {"deepspeed": "x.json"}, ["FSDP or DeepSpeed"]),
         ({"source": "adapter", "path": "OLORA", "beta": 1}, {}, ["`init_lora_weights: olora`", "is not its reference"]),
         ({"source": "adapter", "path": "ADAPTER", "beta": 0}, {}, ["`modpo.margins.safer.beta`", "greater than 0"]),
         ({"source": "callable", "function": "nosuch:f"}, {}, ["`modpo.margins.safer.function`", "nosuch:f cannot be"]),
         ({"source": "callable", "function": "os.path"}, {}, ["`modpo.margins.safer.function`", "module:function"]),
-        ({"source": "callable", "function": "os:sep"}, {}, ["os:sep is no function, but str"]),
+        ({"source": "callable", "function": "os:sep"}, {}, ["os:sep is not a function, but an object of type str"]),
         ({"source": "reward_model", "path": "REWARD"}, {}, ["`modpo.margins.safer.head`", "several scores"]),
-        ({"source": "reward_model", "path": "REWARD", "head": "c"}, {}, ["no score is called 'c'", "has 2: a, b"]),
-        ({"source": "reward_model", "path": "REWARD", "head": 2}, {}, ["there is no score 2"]),
+        ({"source": "reward_model", "path": "REWARD", "head": "c"}, {}, ["no score named 'c'", "the 2", ": a, b"]),
+        ({"source": "reward_model", "path": "REWARD", "head": 2}, {}, ["no score with the index 2"]),
         ({"source": "column", "clip": [1, 1]}, {}, ["`modpo.margins.safer.clip`", "is not below"]),
         ({"source": "column", "normalize": "max"}, {}, ["`modpo.margins.safer.normalize`", "none or std"]),
         ({"source": "magic"}, {}, ["needs a `source`, one of column, length, adapter, reward_model, callable"]),
@@ -606,10 +613,10 @@ def test_rows_that_the_trainer_was_not_built_with_are_evaluated_like_its_own(bui
     def told(rows=None):
         host_log.clear()
         trainer.evaluate(rows)
-        return "The policy is evaluated against itself as it stands now" in host_log.text
+        return "The policy is evaluated against its current weights" in host_log.text
 
     own = trainer.evaluate()
-    assert "The policy is evaluated against itself as it stands now" in host_log.text
+    assert "The policy is evaluated against its current weights" in host_log.text
     foreign = trainer.evaluate(trainer.eval_dataset.remove_columns("pair_index"))
     names = ("eval_loss", "eval_rewards/margins", "eval_margins/w", "eval_margins_std/w")
     assert {name: foreign[name] for name in names} == pytest.approx({name: own[name] for name in names})

@@ -106,7 +106,9 @@ def test_a_margins_model_that_adds_noise_is_refused_with_its_own_fix(tmp_path):
     rows = [dict(zip(names, pair, strict=True)) for pair in ragged_pairs()]
     policy = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")))
     with (
-        pytest.raises(ConfigError, match=r"cannot give rewards: .* adds noise in training .* in its own config\.json"),
+        pytest.raises(
+            ConfigError, match=r"cannot compute rewards: .* adds noise in training .* in its own config\.json"
+        ),
         separate_model(str(tmp_path), build_model(CONFIGS["llama"]), torch.float32, policy, rows),
     ):
         pass

@@ -207,11 +207,11 @@ def test_a_run_writes_only_where_the_yaml_says_and_calls_nobody(method, tmp_path
         ),
         (
             {"source": "reward_model", "path": "who/ever"},
-            "`modpo.margins.safer.path`: who/ever is no folder here and is fetched from the model hub.",
+            "`modpo.margins.safer.path`: who/ever is not a local folder and is downloaded from the model hub.",
         ),
         (
             {"source": "adapter", "path": "who/ever", "reference": "who/else", "beta": 1},
-            "`modpo.margins.safer.reference`: who/else is no folder here and is fetched from the model hub.",
+            "`modpo.margins.safer.reference`: who/else is not a local folder and is downloaded from the model hub.",
         ),
     ],
 )

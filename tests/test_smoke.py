@@ -408,7 +408,7 @@ def test_local_margins_are_checked_as_they_are_and_lend_their_labels_and_betas(t
     assert AutoConfig.from_pretrained(used["kind"]["path"]).id2label == {0: "kind", 1: "true"}
     assert json.loads((Path(used["expert"]["path"]) / "mopo.json").read_text())["beta"] == 0.7
     margins["kind"]["head"] = "honest"
-    with pytest.raises(ConfigError, match="no score is called 'honest'"):
+    with pytest.raises(ConfigError, match="no score named 'honest'"):
         planned(smoke_config("modpo", tmp_path, modpo=block), tmp_path / "b")
 
 

@@ -25,7 +25,7 @@ def run(tmp_path_factory):
 
 def resume(trainer, checkpoint):
     """What is done before the checkpoint's weights are loaded, as if the policy's weights were split."""
-    with mock.patch.object(type(trainer), "_is_sharded", True):
+    with mock.patch.object(type(trainer), "is_sharded", True):
         return trainer._recorded_start(checkpoint)
 
 
@@ -51,7 +51,7 @@ def test_a_reference_that_cannot_be_found_is_not_computed_from_a_policy_that_has
     trainer, checkpoint, cache = run
     shutil.move(cache, tmp_path / "elsewhere")
     try:
-        with pytest.raises(ConfigError, match=r"`modpo.cache_dir`: Reference, train of the run that is resumed is not"):
+        with pytest.raises(ConfigError, match=r"`modpo.cache_dir`: Reference, train of the resumed run is not"):
             trainer.precompute(trainer.model, recorded=resume(trainer, checkpoint))
         assert not list(cache.glob("*.safetensors"))
     finally:
@@ -62,7 +62,7 @@ def test_a_reference_that_cannot_be_found_is_not_computed_from_a_policy_that_has
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "holds no modpo_start.json"),
+        (None, "contains no modpo_start.json"),
         ("{", "is not JSON"),
         ("[]", "modpo_start.json: input should be"),
         (json.dumps({"base": "a", "initial": "b"}), "modpo_start.json, `dtype`: field required"),
@@ -93,6 +93,6 @@ def test_a_resume_without_any_checkpoint_is_transformers_own_error(run, tmp_path
 def test_a_split_model_is_not_evaluated_by_itself(run):
     with (
         mock.patch.object(run[0], "_layout_tried", False),
-        pytest.raises(ConfigError, match="evaluated within a training run only"),
+        pytest.raises(ConfigError, match="evaluated only within a training run"),
     ):
         run[0].evaluate()

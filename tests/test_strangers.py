@@ -217,7 +217,7 @@ def test_a_function_that_ends_the_program_is_an_error(module):
     source = FunctionSource(source="callable", function="ends_when_called:f")
     with (
         source.opened(None) as rewards,
-        pytest.raises(DataError, match=r"ends_when_called:f, .* of row 3 the first, raised SystemExit\(0?\)"),
+        pytest.raises(DataError, match=r"ends_when_called:f, .* the first from row 3, raised SystemExit\(0?\)"),
     ):
         rewards([QUESTION], ["x"], [3])
 

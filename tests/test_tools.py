@@ -336,6 +336,8 @@ def test_notes_on_what_was_cut_and_on_prompts_in_both_sets():
     assert list(row_warnings(prepared_rows(range(5)), prepared_rows(range(5, 9)))) == []
     assert list(row_warnings(prepared_rows(range(5)), None)) == []
     said = list(row_warnings(prepared_rows(range(5), cut_prompts=3), prepared_rows([1, 4, 7], cut_completions=1)))
-    assert said[0].startswith("3 of 5 training pairs have prompts that were cut to fit into sequence_len, by 20 tokens")
-    assert said[1].startswith("1 of 3 evaluation pairs have completions that were cut")
-    assert said[2].startswith("2 of 3 evaluation pairs have a prompt that is in the training set as well")
+    assert said[0].startswith(
+        "3 of 5 training pairs have prompts that were truncated to fit into sequence_len, by 20 tokens"
+    )
+    assert said[1].startswith("1 of 3 evaluation pairs have completions that were truncated")
+    assert said[2].startswith("2 of 3 evaluation pairs have a prompt that is also in the training set")

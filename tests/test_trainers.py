@@ -105,7 +105,7 @@ def test_a_limit_of_tokens_changes_no_step(build, method, limit, layout, host_lo
     if limit > 1:
         assert all(kwargs["input_ids"].numel() <= limit for kwargs in forwards)
     if method == "amopo" and limit <= 480:
-        assert "are split by their prompts to keep to max_tokens_per_pass" in host_log.text
+        assert "are split by their prompts to fit into max_tokens_per_pass" in host_log.text
     assert log.keys() == other_log.keys()
     for name in log.keys() - {"epoch"}:
         assert log[name] == pytest.approx(other_log[name], rel=1e-4, abs=1e-5), name

@@ -1,1 +1,1 @@
-"""Token ids -> packed trees -> completion log-probs; knows nothing of Axolotl or TRL."""
+"""Turns token ids into packed trees and computes completion log-probs; independent of Axolotl and TRL."""

@@ -1,8 +1,8 @@
-"""Attention over packed trees, registered with transformers beside the implementation that the user chose.
+"""Attention over packed trees, registered with transformers next to the implementation that the user chose.
 
-The registered name begins with `TREE_PREFIX` and stands for the user's implementation with one addition: a forward pass
-that brings `segments` is attended segment by segment. Without `segments` (generation, callbacks) it is the user's
-implementation itself.
+The registered name begins with `TREE_PREFIX`. It names the user's implementation with one addition: a forward pass that
+passes `segments` computes attention segment by segment. Without `segments` (generation, callbacks) it calls the user's
+implementation unchanged.
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ from axolotl_mopo.logprobs.trees import Segments
 
 TREE_PREFIX = "mopo_tree_"
 
-_CHANGE_NO_SCORE = {
+_IGNORED_OPTIONS = {
     "cache_position",
     "dropout",
     "output_attentions",
@@ -32,32 +32,32 @@ _CHANGE_NO_SCORE = {
     "return_dict",
     "use_cache",
 }
-"""What models hand their attention besides what `tree_attention` heeds; dropout is off in training."""
+"""Arguments of attention functions that do not change its result here; dropout is off in training."""
 
 _HALF = (torch.bfloat16, torch.float16)
-_MOST_HEAD_DIM = 256
-"""What the variable-length kernels take."""
+_MAX_HEAD_DIM = 256
+"""Largest head_dim of the variable-length kernels."""
 _PLAIN_NAMES: dict[str, str] = {}
-"""The user's implementation behind every name that was registered."""
+"""Registered name -> the user's implementation."""
 
 
 def plain_implementation(model: PreTrainedModel) -> str:
-    """The attention implementation that the user chose, whether or not the model takes packed trees now."""
+    """Return the attention implementation that the user chose, whether or not tree attention is on."""
     name = model.config._attn_implementation or "eager"
     return _PLAIN_NAMES.get(name, name)
 
 
 def use_tree_attention(model: PreTrainedModel) -> None:
-    """Let `model` take packed trees; its chosen attention implementation stays the one for everything else.
+    """Turn on packed trees for `model`; forward passes without `segments` use its own attention implementation.
 
-    A model that caps its attention scores goes by `eager` where it was loaded with `sdpa`, which ignores the cap.
+    A model with `attn_logit_softcapping` loaded with `sdpa` uses `eager` instead, since `sdpa` ignores the cap.
     """
     chosen = model.config._attn_implementation
     if chosen in _PLAIN_NAMES:
         return
     if chosen == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
-        chosen = "eager"  # sdpa leaves the cap out
-    # transformers takes any name with "flash" in it for a kernel of its own, and any with a slash for one of the hub.
+        chosen = "eager"  # sdpa ignores the cap
+    # transformers treats a name with "flash" in it as its own kernel, and a name with a slash as a kernel of the hub.
     name = TREE_PREFIX + chosen.replace("flash", "fa").replace("/", ".")
     _PLAIN_NAMES[name] = chosen
     AttentionInterface.register(name, partial(tree_attention, implementation=chosen))
@@ -85,25 +85,25 @@ def tree_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention function for packed trees.
+    """Attention function for packed trees, with the signature that transformers expects.
 
     Args:
         module: the attention layer.
         query: [1, heads, T, head_dim].
         key, value: [1, key heads, T, head_dim].
-        attention_mask: used only where `segments` is None.
-        implementation: the user's attention implementation, `sdpa`, `eager` or a flash-attention.
-        segments: who sees whom; None asks for ordinary attention.
-        scaling: factor on the scores; 1 / sqrt(head_dim) where None.
-        sliding_window: how many tokens back a query sees, itself included.
-        softcap: bound of the scores, `softcap * tanh(score / softcap)`.
-        **kwargs: whatever else the model hands its attention; passed on where `segments` is None.
+        attention_mask: used only if `segments` is None.
+        implementation: the user's attention implementation: `sdpa`, `eager` or a flash-attention.
+        segments: which keys each query attends to; None for ordinary attention.
+        scaling: factor on the attention scores; None for 1 / sqrt(head_dim).
+        sliding_window: number of tokens that a query attends to, itself included; None for all.
+        softcap: bound of the attention scores, `softcap * tanh(score / softcap)`.
+        **kwargs: further arguments of the model; passed on if `segments` is None.
 
     Returns:
-        The attended values [1, T, heads, head_dim], and None.
+        The attention output [1, T, heads, head_dim], and None.
 
     Raises:
-        ValueError: where the model hands over something that would change what packed trees attend to.
+        ValueError: if the model passes an argument that could change what packed trees attend to.
     """
     options: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
     if segments is None:
@@ -112,12 +112,12 @@ def tree_attention(
         if _is_flash(implementation):
             return _flash_fallback(module, query, key, value, attention_mask, implementation, **options, **kwargs), None
         return ALL_ATTENTION_FUNCTIONS[implementation](module, query, key, value, attention_mask, **options, **kwargs)
-    if unknown := sorted(name for name in kwargs.keys() - _CHANGE_NO_SCORE if kwargs[name] is not None):
-        raise ValueError(f"{type(module).__name__} hands its attention {', '.join(unknown)}")
+    if unknown := sorted(name for name in kwargs.keys() - _IGNORED_OPTIONS if kwargs[name] is not None):
+        raise ValueError(f"{type(module).__name__} passes {', '.join(unknown)}, which packed trees do not support")
     key, value = (tensor.index_select(2, segments.key_index) for tensor in (key, value))
     query, key, value = _in_one_dtype(query, key, value)
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-    kernels = _kernels_take(query, key, value)
+    kernels = _kernels_support(query, key, value)
     if kernels and _is_flash(implementation):
         attended = _flash(query, key, value, segments, implementation, scaling, sliding_window, softcap)
     elif kernels and implementation == "sdpa" and softcap is None:
@@ -132,20 +132,20 @@ def _is_flash(implementation: str) -> bool:
 
 
 def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The dtype that attention computes in: autocast's, or the value's, which no float32 norm has touched."""
+    """Cast to the dtype that attention computes in: autocast's, or the value's, which no float32 norm has changed."""
     device, dtype = query.device.type, value.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _kernels_take(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the variable-length kernels, torch's and flash-attention's, can attend tensors like these."""
+def _kernels_support(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the variable-length kernels, torch's and flash-attention's, support these tensors."""
     head_dim = query.shape[-1]
     return (
         query.dtype in _HALF
         and head_dim % 8 == 0
-        and head_dim <= _MOST_HEAD_DIM
+        and head_dim <= _MAX_HEAD_DIM
         and value.shape[-1] == key.shape[-1] == head_dim
         and _has_kernels(query.device)
     )
@@ -197,19 +197,21 @@ def _flash_fallback(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Call transformers' flash-attention by the user's name for it, which its own wrapper reads from the configuration.
+    """Call transformers' flash-attention with the user's name for it.
+
+    transformers' own wrapper would read the name from the model's config, which holds the registered name.
 
     Args:
         module: the attention layer.
         query: [B, heads, T, head_dim].
         key, value: [B, key heads, T, head_dim]; values may have a smaller head_dim.
         attention_mask: [B, T], or None without padding.
-        implementation: the user's.
-        scaling, dropout, is_causal: as transformers' attention functions take them.
-        **kwargs: handed on.
+        implementation: the user's attention implementation.
+        scaling, dropout, is_causal: as for transformers' attention functions.
+        **kwargs: passed on.
 
     Returns:
-        The attended values [B, T, heads, head_dim of the values].
+        The attention output [B, T, heads, head_dim of the values].
     """
     head_dim, value_head_dim = query.shape[-1], value.shape[-1]
     attended = _flash_attention_forward(
@@ -222,7 +224,7 @@ def _flash_fallback(
         dropout=dropout,
         softmax_scale=scaling,
         use_top_left_mask=flash_attn_supports_top_left_mask(),
-        target_dtype=get_target_dtype(query, module),  # adapters may have turned half precision into float32
+        target_dtype=get_target_dtype(query, module),  # adapters may have upcast half precision to float32
         attn_implementation=implementation,
         **kwargs,
     )
@@ -243,15 +245,15 @@ def _varlen(
         segments.max_q,
         segments.max_k,
         scale=scaling,
-        # (-1, 0) is causal without a window; the window counts the tokens before the query.
+        # (-1, 0) is causal without a window; the window counts only the tokens before the query.
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    assert isinstance(attended, Tensor)  # noqa: S101 (it returns a tuple only where auxiliary outputs are asked for)
+    assert isinstance(attended, Tensor)  # noqa: S101 (it returns a tuple only if auxiliary outputs are requested)
     return attended[None]
 
 
-@torch.compiler.disable  # the lengths of the segments differ from batch to batch, and each would be a graph of its own
+@torch.compiler.disable  # segment lengths differ from batch to batch, so torch.compile would trace a graph for each
 def _by_segment(
     query: Tensor,
     key: Tensor,
@@ -261,12 +263,12 @@ def _by_segment(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    # Grouped heads and a bottom-right causal flag would send scaled_dot_product_attention to its slow path on a CPU.
+    # On a CPU scaled_dot_product_attention is slow with grouped heads or a bottom-right causal mask.
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     queries, keys = query.split(segments.query_lengths, dim=2), key.split(segments.key_lengths, dim=2)
     values = value.split(segments.key_lengths, dim=2)
-    alike = defaultdict(list)  # segments of one shape are attended at once
+    alike = defaultdict(list)  # segments of the same shape are computed in one call
     for number, shape in enumerate(zip(segments.query_lengths, segments.key_lengths, strict=True)):
         alike[shape].append(number)
     attended: list[Tensor] = list(queries)
@@ -327,6 +329,6 @@ def _scores_to_values(
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    # At least float32: a half-precision softmax loses the small probabilities.
+    # At least float32: a half-precision softmax rounds small probabilities to 0.
     probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return probs.to(value.dtype) @ value

@@ -1,8 +1,8 @@
-"""The head of a model that answers with log-probs instead of logits, within the model's own forward pass.
+"""Makes the head of a model return log-probs instead of logits, within the model's own forward pass.
 
-The log-probs must be computed there and not from the logits that the model returns: only within the wrapped forward
-pass are sharded weights gathered, mixed precision then turns log-probs and not logits into float32, and logits are made
-only for the positions that predict a completion token.
+There are three reasons not to compute them from the logits that the model returns. Sharded weights are gathered only
+within the wrapped forward pass. Mixed precision casts what the forward pass returns to float32, and log-probs are much
+smaller than logits. Logits are made only for the positions that predict a completion token.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,22 +28,22 @@ def fused_head(
     rows_at_once: int | None,
     as_complex: bool,
 ) -> Iterator[None]:
-    """Let a model's head answer with log-probs [1, P, K] instead of logits, for a while.
+    """Context manager in which a model's head returns log-probs [1, P, K] instead of logits.
 
     Args:
         base: the transformers model.
-        rows: which of the flattened hidden states predict, [P]; None for all of them.
+        rows: which of the flattened hidden states predict a completion token, [P]; None for all of them.
         targets: the tokens that each of them predicts, [P, K].
         logps: computes log-probs from logits.
-        rows_at_once: above how many rows the head runs in chunks, whose logits are computed a second time in the
-            backward pass; None for no limit.
-        as_complex: gives the log-probs an imaginary part of 0. FSDP2 casts what a module returns to half precision, but
-            no complex numbers.
+        rows_at_once: the largest number of rows in one call of the head; more rows run in chunks, whose logits are
+            recomputed in the backward pass. None for no limit.
+        as_complex: add an imaginary part of 0 to the log-probs. FSDP2 casts real outputs of a module to half
+            precision, but not complex ones.
     """
     head = base.get_output_embeddings()
     with _without_soft_cap(base.config.get_text_config()) as cap:
         hooks = _Hooks(rows, targets, _capped(logps, cap), rows_at_once or len(targets), as_complex)
-        # The hooks of wrappers run outside of these two.
+        # Hooks of wrappers must run before the first and after the second.
         handles = [
             head.register_forward_pre_hook(hooks.choose_rows),
             head.register_forward_hook(hooks.answer, prepend=True),
@@ -56,10 +56,10 @@ def fused_head(
 
 
 class _Hooks:
-    """Two hooks around the head.
+    """A forward pre-hook and a forward hook of the head.
 
-    Chunks are run by calling the head again from within its own forward hook: its hooks of LoRA and FSDP must run for
-    each chunk, so its weight cannot be used directly. These two hooks leave such calls alone.
+    For each chunk the forward hook calls the head again instead of using its weight, since LoRA and the hooks of FSDP
+    must run for each chunk. During these calls the two hooks here do nothing.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class _Hooks:
         self.runs_chunks = False
 
     def choose_rows(self, head: nn.Module, args: tuple[Tensor, ...]) -> Tensor | None:
-        """Give the head the hidden states that predict; one of them where `answer` runs them in chunks."""
+        """Select the hidden states that predict a completion token; only the first one if `answer` runs chunks."""
         if self.runs_chunks:
             return None
         self.chunks = chosen_rows(args[0], self.rows).split(self.rows_at_once)
@@ -79,7 +79,7 @@ class _Hooks:
         return first if len(self.chunks) == 1 else first[:, :1]
 
     def answer(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor | None:
-        """Turn the logits into log-probs."""
+        """Replace the logits by log-probs."""
         if self.runs_chunks:
             return None
         in_one = len(self.chunks) == 1
@@ -96,20 +96,20 @@ class _Hooks:
 
 
 def chosen_rows(values: Tensor, rows: Tensor | None) -> Tensor:
-    """Some of the rows of [B, L, ...] -> [P, ...]."""
+    """Flatten [B, L, ...] and select rows: -> [P, ...]."""
     flat = values.flatten(0, 1)
     return flat if rows is None else flat[rows]
 
 
 def _recomputed(function: LogProbs, hidden: Tensor, targets: Tensor) -> Tensor:
-    """The function's result; what its gradient needs is computed a second time in the backward pass and not kept."""
+    """Call the function with activation checkpointing."""
     result = checkpoint(function, hidden, targets, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(result, Tensor)  # noqa: S101 (torch says Any or None)
+    assert isinstance(result, Tensor)  # noqa: S101 (annotated as Any or None in torch)
     return result
 
 
 def _capped(logps: LogProbs, cap: float | None) -> LogProbs:
-    """Log-probs of logits that are capped first, in float32 or finer, as the model would cap them."""
+    """Wrap `logps` so that it caps the logits first, in float32 or finer, as the model does."""
     if cap is None:
         return logps
 
@@ -122,7 +122,7 @@ def _capped(logps: LogProbs, cap: float | None) -> LogProbs:
 
 @contextmanager
 def _without_soft_cap(config: PreTrainedConfig) -> Iterator[float | None]:
-    """Keep the model from capping what its head answers, for a while; gives the cap."""
+    """Context manager that turns off the model's own cap on logits and yields the cap."""
     cap = getattr(config, SOFT_CAP, None)
     if cap is None:
         yield None

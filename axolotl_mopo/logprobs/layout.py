@@ -1,4 +1,4 @@
-"""Which layout a model can take: a check of its architecture, then of its numbers."""
+"""Chooses the layout of a model's batches: checks its architecture, then compares its log-probs."""
 
 import inspect
 import re
@@ -27,34 +27,34 @@ _CHANGES_OF_LOGITS = (
 )
 _PROBE_TOKENS = 64
 _NOISE = re.compile(r"dropout|drop_?path|layer_?drop|^(input_)?jitter_noise$|^moe_jitter_eps$")
-"""Attributes of modules that scale noise; Phi-3.5-MoE's `router_jitter_noise` is a threshold in evaluation as well."""
+"""Attributes of modules that scale noise. Not Phi-3.5-MoE's `router_jitter_noise`, a threshold also in evaluation."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model's batches are laid out and scored."""
+    """How a model's batches are laid out and where their log-probs are computed."""
 
     why_not_packed: str | None = None
     why_not_fused_head: str | None = None
 
     @property
     def packed(self) -> bool:
-        """In packed trees; in padded rows otherwise."""
+        """True for packed trees, False for padded rows."""
         return self.why_not_packed is None
 
     @property
     def fused_head(self) -> bool:
-        """Log-probs are computed within the forward pass; from the logits that it returns otherwise."""
+        """True if log-probs are computed within the forward pass, False if from the logits that it returns."""
         return self.why_not_fused_head is None
 
 
 def why_not_trees(model: PreTrainedModel) -> str | None:
-    """The reason why this architecture cannot take packed trees, or None where it can."""
+    """Return the reason why this architecture does not support packed trees, or None if it does."""
     config = model.config
     implementation = plain_implementation(model)
     parameters = inspect.signature(model.forward).parameters
     if not carries_trees(implementation):
-        return f"attn_implementation {implementation!r} is none of {', '.join(TREE_BACKENDS)}"
+        return f"attn_implementation {implementation!r} is not one of {', '.join(TREE_BACKENDS)}"
     if config.is_encoder_decoder or config.sub_configs:
         return "it is not a plain text decoder"
     if not getattr(model, "_supports_attention_backend", False):
@@ -66,12 +66,12 @@ def why_not_trees(model: PreTrainedModel) -> str | None:
     if any(hasattr(module, "sinks") for module in model.modules()):
         return "its attention has sinks"
     if missing := {"position_ids", "logits_to_keep"} - set(parameters):
-        return f"its forward takes no {', '.join(sorted(missing))}"
+        return f"its forward does not accept {', '.join(sorted(missing))}"
     return None
 
 
 def why_not_fused_head(base: PreTrainedModel) -> str | None:
-    """The reason why this architecture's head cannot answer with log-probs, or None where it can."""
+    """Return the reason why the head of this architecture cannot return log-probs, or None if it can."""
     if base.get_output_embeddings() is None:
         return "it has no head of its own"
     config = base.config.get_text_config()
@@ -81,22 +81,22 @@ def why_not_fused_head(base: PreTrainedModel) -> str | None:
 
 
 def plan_layout(base: PreTrainedModel, wanted: str | None = None, compiled: bool = False) -> Layout:
-    """The fastest layout that a model's architecture allows; no weights are looked at.
+    """Return the fastest layout that a model's architecture supports, without running the model.
 
     Args:
         base: the transformers model, without wrappers.
-        wanted: `padded`, to leave trees out.
-        compiled: whether torch compiles the model, whose forward pass keeps the hooks that it was traced with.
+        wanted: `padded` for padded rows in any case.
+        compiled: whether torch compiles the model. A compiled forward pass keeps the hooks that it was traced with.
     """
-    no_trees = why_not_trees(base) if wanted != "padded" else "padded rows are wanted"
+    no_trees = why_not_trees(base) if wanted != "padded" else "padded rows are requested"
     return Layout(no_trees, "it is compiled" if compiled else why_not_fused_head(base))
 
 
 def require_layout(layout: Layout, base: PreTrainedModel, wanted: str | None) -> None:
-    """Check that a layout is the wanted one.
+    """Check that a layout is the requested one.
 
     Raises:
-        ValueError: where trees are wanted and the model cannot take them.
+        ValueError: if packed trees are requested and the model does not support them.
     """
     if wanted == "packed" and not layout.packed:
         raise ValueError(f"{type(base).__name__} cannot be trained in packed trees: {layout.why_not_packed}")
@@ -110,47 +110,48 @@ def try_layout(
     device: torch.device,
     tolerance: float,
 ) -> Layout:
-    """Compare a planned layout with padded rows, by the log-probs of a few completions.
+    """Compare a planned layout with padded rows on the log-probs of a few completions.
 
-    Every process that shares the weights must call this, with the same items.
+    Every process that shares the weights must call this with the same items. Afterwards the model has its plain
+    attention.
 
     Args:
-        plan: of `plan_layout`.
-        model: the model as it is run, with adapters and wrappers; it is left with its plain attention.
+        plan: the result of `plan_layout`.
+        model: the model as it is run, with adapters and wrappers.
         base: the transformers model inside it.
-        items: token ids of some pairs or completions, of which short parts are taken.
-        device: where batches go.
-        tolerance: nats a token that two exact computations may differ by.
+        items: token ids of some pairs or completions; only short parts of them are used.
+        device: device of the batches.
+        tolerance: largest difference between two correct computations, in nats per token.
 
     Returns:
-        The plan, without the parts whose log-probs differ.
+        The plan, without the parts that change the log-probs.
 
     Raises:
-        NoiseError: where the model's log-probs differ between training and evaluation.
+        NoiseError: if the model's log-probs differ between training and evaluation mode.
     """
     short = _shorten(items)
     padded = pad(short, pad_token_id=0)
     if plan.packed:
         use_tree_attention(base)
 
-    def logps(scorer: LogProbComputer, batch: dict[str, Any], training: bool = False) -> CompletionLogProbs:
+    def logps(computer: LogProbComputer, batch: dict[str, Any], training: bool = False) -> CompletionLogProbs:
         with torch.no_grad(), in_mode(model, training):
-            return scorer(model, _on(device, batch))
+            return computer(model, _on(device, batch))
 
     expected = logps(LogProbComputer(), padded)
 
-    def difference(scores: CompletionLogProbs, other: CompletionLogProbs = expected) -> float:
-        return ((scores.logps - other.logps).abs() / other.lengths).max().item()
+    def difference(one: CompletionLogProbs, other: CompletionLogProbs = expected) -> float:
+        return ((one.logps - other.logps).abs() / other.lengths).max().item()
 
-    def why_wrong(scorer: LogProbComputer, batch: dict[str, Any], tolerance: float) -> str | None:
+    def why_wrong(computer: LogProbComputer, batch: dict[str, Any], tolerance: float) -> str | None:
         try:
-            found = difference(logps(scorer, batch))
+            found = difference(logps(computer, batch))
         except (RuntimeError, IndexError, ValueError) as error:
             return f"it fails: {error}"
         return None if found <= tolerance else f"token log-probs differ by {found:.2g}, more than {tolerance:g}"
 
     no_trees = plan.why_not_packed or why_wrong(LogProbComputer(), pack(short), tolerance)
-    # The same batch with the same attention differs by rounding alone.
+    # The same batch with the same attention differs only by rounding.
     no_fused_head = plan.why_not_fused_head or why_wrong(LogProbComputer(base), padded, tolerance / 10)
     first, second = (logps(LogProbComputer(), padded, training=True) for _ in range(2))
     noise, shift = difference(first, second), difference(first)
@@ -159,18 +160,18 @@ def try_layout(
         raise NoiseError(
             f"the token log-probs of {type(base).__name__} differ by {noise:.2g} between two training passes, and by "
             f"{shift:.2g} between training and evaluation: the model adds noise in training (dropout, router noise, "
-            "sampled experts), which would be mistaken for a preference"
+            "sampled experts), which would change the measured preferences"
         )
     return Layout(no_trees, no_fused_head)
 
 
 def gives_aux_loss(model: nn.Module, item: Pair | Completion, device: torch.device, packed: bool) -> bool:
-    """Whether a model that is asked for its load-balancing loss gives one.
+    """Whether a model returns a load-balancing loss if it is requested.
 
     Args:
         model: the model as it is run.
-        item: token ids of a pair or a completion, of which a short part is taken.
-        device: where batches go.
+        item: token ids of a pair or a completion; only a short part of it is used.
+        device: device of the batch.
         packed: whether batches are packed trees.
     """
     batch = pack(_shorten([item])) if packed else pad(_shorten([item]), pad_token_id=0)
@@ -182,15 +183,15 @@ def gives_aux_loss(model: nn.Module, item: Pair | Completion, device: torch.devi
 def choose_layout(
     model: nn.Module, base: PreTrainedModel, items: Sequence[Pair | Completion], wanted: str | None = None
 ) -> Layout:
-    """Plan a layout and try it, for a model whose weights are all in this process.
+    """Plan a layout and try it. All weights of the model must be in this process.
 
     Args:
         model, base, items: as for `try_layout`.
-        wanted: `packed` or `padded`, to accept no other layout.
+        wanted: `packed` or `padded` to accept no other layout; None for the fastest one.
 
     Raises:
-        ValueError: where trees are wanted and the model cannot take them.
-        NoiseError: where the model's log-probs differ between training and evaluation.
+        ValueError: if packed trees are requested and the model does not support them.
+        NoiseError: if the model's log-probs differ between training and evaluation mode.
     """
     parameter = next(model.parameters())
     tolerance = tolerance_of(parameter, torch.is_autocast_enabled(parameter.device.type))
@@ -200,7 +201,10 @@ def choose_layout(
 
 
 def tolerance_of(parameter: torch.Tensor, mixed_precision: bool) -> float:
-    """Nats a token by which two exact computations may differ, far below what a fault makes."""
+    """Return the largest difference between two correct computations, in nats per token.
+
+    It is far below the difference that a wrong attention mask or wrong positions make.
+    """
     full_precision = parameter.dtype in (torch.float32, torch.float64)
     return 0.01 if full_precision and not mixed_precision else 0.25
 
@@ -210,15 +214,15 @@ def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shorten(items: Sequence[Pair | Completion]) -> list[Completion]:
-    """The ends of prompts and the beginnings of completions; of a pair, those of its first prompt."""
+    """Keep the ends of prompts and the beginnings of completions; only the first prompt of a pair."""
     completions = [one for item in items for one in item.completions[:2]]
     return [Completion(one.prompt[-_PROBE_TOKENS:], one.tokens[:_PROBE_TOKENS]) for one in completions]
 
 
 def turn_off_noise(model: nn.Module) -> None:
-    """Set every dropout and router noise of a model to 0, in place; what its configuration says stays.
+    """Set every dropout and router noise of a model to 0, in place; its config stays as it is.
 
-    transformers' layers keep the dropout of their attention as a number, not as an `nn.Dropout`.
+    Layers of transformers keep the dropout of their attention as a float attribute, not as an `nn.Dropout`.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -1,4 +1,4 @@
-"""Log-probs of some tokens from logits over the whole vocabulary, with the least memory beside the logits."""
+"""Log-probs of selected tokens from logits over the whole vocabulary, with little memory besides the logits."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 _BYTES_AT_ONCE = 1 << 20
-"""Of logits that are worked on together, so that a core's cache holds them."""
+"""Size of a block of logits that is processed at once, so that it fits into the cache of a CPU core."""
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
-    """Log-probs of some entries of every row of logits: [..., V], [..., K] -> [..., K].
+    """Log-probs of selected entries of every row of logits: [..., V], [..., K] -> [..., K].
 
-    Its backward pass writes the gradient over the logits, so nothing else may need them by then; torch raises an error
-    where something does.
+    The backward pass overwrites the logits with their gradient, so no other backward pass may need them afterwards;
+    torch raises an error if one does.
     """
     flat, columns = logits.reshape(-1, logits.shape[-1]), index.reshape(-1, index.shape[-1])
     logps: Tensor = _SelectiveLogSoftmax.apply(flat, columns)

@@ -1,4 +1,4 @@
-"""A micro-batch -> the forward passes that compute it, each within a number of tokens, as many on every rank."""
+"""Splits a micro-batch into forward passes of at most a number of tokens, with as many passes on every rank."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,26 +11,27 @@ from axolotl_mopo.logprobs.trees import Pair, pack, pad, trie_size
 
 
 class Pass(NamedTuple):
-    """What one forward pass computes of a micro-batch."""
+    """The part of a micro-batch that one forward pass computes."""
 
     pairs: list[int]
-    """The numbers of its pairs in the micro-batch."""
+    """Indices of its pairs in the micro-batch."""
     prompts: tuple[int, int] | None = None
-    """The first of its prompts and one past the last, if it is a part of a single pair; None for all prompts."""
+    """Range of prompts (end excluded) if it computes a part of a single pair; None for all prompts."""
 
 
 def split_into_passes(pairs: Sequence[Pair], max_tokens: int | None, packed: bool) -> list[list[Pass]]:
-    """Split pairs into as few passes as first-fit decreasing finds.
+    """Split pairs into few passes by first-fit decreasing bin packing.
 
-    A pair that is too long for a pass is split between its prompts; what is still too long runs by itself.
+    A pair that is too long for a pass is split between its prompts. A single prompt with its completions that is still
+    too long gets a pass of its own.
 
     Args:
-        pairs: of a micro-batch.
-        max_tokens: of a pass, padding included; None for a single pass.
-        packed: whether passes are packed trees or padded rows.
+        pairs: the pairs of a micro-batch.
+        max_tokens: largest number of tokens in a pass, padding included; None for a single pass.
+        packed: True for packed trees, False for padded rows.
 
     Returns:
-        Groups of passes: one pass of whole pairs, or the passes of a split pair.
+        Groups of passes: one pass of whole pairs, or all passes of a split pair.
     """
     if max_tokens is None:
         return [[Pass(list(range(len(pairs))))]]
@@ -61,35 +62,35 @@ def _by_prompts(number: int, pair: Pair, max_tokens: int, packed: bool) -> list[
 
 
 class Extent(NamedTuple):
-    """What a pair takes up in a pass."""
+    """Size of a pair in a pass."""
 
     rows: int
     width: int
     tokens: int
-    """Of the pair by itself, padding included."""
+    """Tokens of a pass over this pair alone, padding included."""
 
     @classmethod
     def of(cls, pair: Pair, packed: bool) -> Self:
-        """The extent of one pair."""
+        """Compute the extent of one pair."""
         rows = 2 * len(pair.prompts)
         width = max(map(len, pair.prompts)) + max(len(pair.chosen), len(pair.rejected))
         return cls(rows, width, trie_size(pair) if packed else rows * width)
 
 
 def tokens_together(extents: Sequence[Extent], packed: bool) -> int:
-    """Tokens of a pass over several pairs, padding included; what they share is counted for each."""
+    """Count the tokens of a pass over several pairs, padding included; tokens that they share count for each."""
     if packed:
         return sum(extent.tokens for extent in extents)
     return sum(extent.rows for extent in extents) * max(extent.width for extent in extents)
 
 
 def pass_tokens(pair: Pair, one: Pass, packed: bool) -> int:
-    """Tokens of a pass over one pair, padding included."""
+    """Count the tokens of a pass over one pair, padding included."""
     return Extent.of(_of_prompts(pair, one.prompts), packed).tokens
 
 
 def lay_out(pairs: Sequence[Pair], one: Pass, packed: bool, pad_token_id: int) -> dict[str, Any]:
-    """The inputs of one pass, as `pack` or `pad` makes them, with `pairs` [b] and `prompts` of the pass."""
+    """Make the inputs of one pass with `pack` or `pad`, and add `pairs` [b] and `prompts` of the pass."""
     own = [_of_prompts(pairs[number], one.prompts) for number in one.pairs]
     batch = pack(own) if packed else pad(own, pad_token_id)
     return {**batch, "pairs": torch.tensor(one.pairs), "prompts": one.prompts}
@@ -100,12 +101,12 @@ def _of_prompts(pair: Pair, prompts: tuple[int, int] | None) -> Pair:
 
 
 class PassCounts:
-    """Tells every rank how many passes the busiest one makes, since the ranks of a sharded model only run together.
+    """Finds the largest number of passes over all ranks, since every rank of a sharded model must run each pass.
 
-    The ranks talk by gloo, from CPU to CPU, so that no accelerator is waited for.
+    The ranks communicate through gloo on the CPU, so that no rank waits for its accelerator.
 
     Args:
-        differ: whether ranks may have different numbers of passes; they do not talk where they may not.
+        differ: whether ranks may have different numbers of passes; without it there is no communication.
     """
 
     def __init__(self, differ: bool) -> None:
@@ -113,9 +114,9 @@ class PassCounts:
         self._group = dist.new_group(backend="gloo") if together and differ else None
 
     def missing(self, *passes: int) -> list[int]:
-        """How many dummy forward passes of each kind this rank must add to those that it is about to make.
+        """Return how many dummy forward passes of each kind this rank must add to its own number of `passes`.
 
-        Every rank must ask before it makes the first of them.
+        Every rank must call this before the first of these passes.
         """
         if self._group is None:
             return [0] * len(passes)

@@ -1,8 +1,8 @@
-"""Token ids of preference pairs, or of single completions -> the inputs of one forward pass.
+"""Turns token ids of preference pairs, or of single completions, into the inputs of one forward pass.
 
-`pack` lays the trie of a micro-batch's sequences into one row without padding; `pad` gives each sequence its own
-right-padded row, for models that cannot take trees. Both number the completions alike: pair by pair, within a pair
-prompt by prompt, the chosen one before the rejected one.
+`pack` puts a trie of the micro-batch's sequences into one row without padding. `pad` gives each sequence its own
+right-padded row, for models that do not support packed trees. Both number the completions in the same order: pair by
+pair, within a pair prompt by prompt, the chosen one before the rejected one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ class Completion(NamedTuple):
 
     @property
     def completions(self) -> "list[Completion]":
-        """Itself."""
+        """A list of itself."""
         return [self]
 
 
@@ -39,32 +39,33 @@ class Pair(NamedTuple):
 
     @property
     def completions(self) -> list[Completion]:
-        """Prompt by prompt, the chosen one before the rejected one."""
+        """All completions, prompt by prompt, the chosen one before the rejected one."""
         return [Completion(prompt, side) for prompt in self.prompts for side in (self.chosen, self.rejected)]
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Which keys every query of a packed row sees: S runs of neighbouring queries, each with contiguous keys.
+    """The keys that every query of a packed row attends to.
 
-    The keys of a segment end with the segment's own tokens, so its attention is causal from the bottom right.
+    There are S segments. A segment is a run of adjacent queries. Its keys are all tokens from the root of the trie to
+    the end of the segment, so its attention mask is causal, aligned to the bottom right.
     """
 
     key_index: Tensor
     """Position in the row of every key, segment after segment, [K]."""
     cu_seq_q: Tensor
-    """Where the queries of each segment begin, int32, [S + 1]."""
+    """Cumulative numbers of queries, int32, [S + 1]."""
     cu_seq_k: Tensor
-    """Where the keys of each segment begin, int32, [S + 1]."""
+    """Cumulative numbers of keys, int32, [S + 1]."""
     max_q: int
-    """Queries of the longest segment."""
+    """Number of queries of the longest segment."""
     max_k: int
-    """Keys of the longest segment."""
+    """Number of keys of the longest segment."""
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
 
     def to(self, device: Any, non_blocking: bool = False) -> "Segments":
-        """A copy with its tensors on `device`."""
+        """Return a copy with its tensors on `device`."""
         return replace(
             self,
             key_index=self.key_index.to(device, non_blocking=non_blocking),
@@ -74,20 +75,21 @@ class Segments:
 
 
 def pack(items: Sequence[Pair | Completion]) -> dict[str, Any]:
-    """All sequences of a micro-batch in one row [1, T], as a trie: a beginning that some of them share is there once.
+    """Put all sequences of a micro-batch into one row [1, T] as a trie: each shared prefix is stored once.
 
-    Shared are the prompt of both completions of a pair, but also the system's turn of its D prompts, and prompts and
-    completions of pairs that stem from one group of responses.
+    The completions of a pair share their prompt. The D prompts of a pair can share the system's turn. Pairs that come
+    from one group of responses share prompts and completions.
 
     Returns:
-        The model's inputs (`input_ids`, `position_ids`, `attention_mask`, `segments`, and `logits_to_keep`, the P
-        positions that predict a completion token); `targets` [P, K], the tokens that each of them predicts, where
-        completions branch more than one; and for the N completion tokens `predictors` [N] (which of the flattened
-        [P * K] log-probs are theirs), `completion_ids` [N] (whose token it is, of C completions) and `lengths` [C].
+        The model's inputs: `input_ids`, `position_ids`, `attention_mask`, `segments`, and `logits_to_keep`, the P
+        positions that predict a completion token. Also `targets` [P, K], the tokens that each position predicts (more
+        than one if completions branch there); and for the N completion tokens `predictors` [N], their indices in the
+        flattened [P * K] log-probs, `completion_ids` [N], the index of their completion, and `lengths` [C], the
+        number of tokens of each of C completions.
     """
     sequences = _sequences(items)
     input_ids, positions, keys = [], [], []
-    paths: list[Tokens] = [np.empty(0, np.int64)] * len(sequences)  # where each token of a sequence lies in the row
+    paths: list[Tokens] = [np.empty(0, np.int64)] * len(sequences)  # position in the row of each token of a sequence
     size = 0
     for number, shared, previous in _in_order([tokens for _, tokens in sequences]):
         tokens = sequences[number][1]
@@ -107,8 +109,9 @@ def pack(items: Sequence[Pair | Completion]) -> dict[str, Any]:
     return {
         "input_ids": torch.from_numpy(row)[None],
         "position_ids": torch.from_numpy(np.concatenate(positions))[None],
-        # transformers hands a 4-D mask on untouched, so none of size T x T is built; `segments` says who sees whom, and
-        # of the mask a mixture of experts alone reads something: how often each token counts, in how many sequences.
+        # transformers passes a 4-D mask on unchanged, so it builds no mask of size T x T. Attention uses `segments`
+        # instead. Only the load-balancing loss of a mixture of experts reads the mask: it weights each token by the
+        # number of sequences that the token is in.
         "attention_mask": torch.from_numpy(np.bincount(np.concatenate(paths)))[None, None, None],
         "segments": Segments(
             key_index=torch.from_numpy(np.concatenate(keys)),
@@ -127,12 +130,12 @@ def pack(items: Sequence[Pair | Completion]) -> dict[str, Any]:
 
 
 def pad(items: Sequence[Pair | Completion], pad_token_id: int) -> dict[str, Any]:
-    """Every prompt-completion sequence in a row of its own, padded on the right to the longest [C, T].
+    """Put every sequence of prompt and completion into its own row, padded on the right to the longest [C, T].
 
     Returns:
-        The model's inputs (`input_ids`, `attention_mask`, and `logits_to_keep`, the L positions between which any row
-        has completion tokens), `rows` [P], which of the flattened [C * L] kept positions predict, `targets` [P, 1], and
-        `predictors`, `completion_ids`, `lengths` as `pack` gives them.
+        The model's inputs: `input_ids`, `attention_mask`, and `logits_to_keep`, the range of L positions that predict
+        a completion token in any row. Also `rows` [P], the indices in the flattened [C * L] positions of those that
+        predict a completion token; `targets` [P, 1]; and `predictors`, `completion_ids`, `lengths` as in `pack`.
     """
     sequences = _sequences(items)
     width = max(len(tokens) for _, tokens in sequences)
@@ -160,13 +163,13 @@ def pad(items: Sequence[Pair | Completion], pad_token_id: int) -> dict[str, Any]
 
 
 def trie_size(pair: Pair) -> int:
-    """How many tokens the row of this pair alone has."""
+    """Count the tokens of a packed row of this pair alone."""
     sequences = [tokens for _, tokens in _sequences([pair])]
     return sum(len(sequences[number]) - shared for number, shared, _ in _in_order(sequences))
 
 
 def _sequences(items: Sequence[Pair | Completion]) -> list[tuple[int, Tokens]]:
-    """Every prompt with its completion, and where the completion starts, in the order of completions."""
+    """Return (start of the completion, tokens of prompt and completion) for every completion, in order."""
     arrays: dict[int, Tokens] = {}  # a pair's prompts and completions are each used several times
 
     def array(tokens: Sequence[int]) -> Tokens:
@@ -177,11 +180,11 @@ def _sequences(items: Sequence[Pair | Completion]) -> list[tuple[int, Tokens]]:
 
 
 def _in_order(sequences: Sequence[Tokens]) -> Iterator[tuple[int, int, int]]:
-    """Sequences in the order of a trie's leaves: (which, how many tokens it shares with the one before, which that is).
+    """Sort sequences lexicographically: (index, length of the prefix shared with the previous one, its index).
 
-    In lexicographic order no earlier sequence shares more of its beginning with a sequence than the one before it.
+    In this order the previous sequence shares at least as long a prefix with a sequence as any earlier one.
     """
-    # Big-endian bytes compare as the tokens do.
+    # Big-endian bytes sort like the tokens.
     order = sorted(range(len(sequences)), key=[tokens.astype(">u4").tobytes() for tokens in sequences].__getitem__)
     previous = order[0]
     yield previous, 0, previous
@@ -193,7 +196,7 @@ def _in_order(sequences: Sequence[Tokens]) -> Iterator[tuple[int, int, int]]:
 
 
 def _branches(parents: Tokens, children: Tokens, row: Tokens) -> tuple[Tokens, Tokens, Tokens]:
-    """Positions that predict [P], the tokens that follow each [P, K], and where in [P * K] each child stands [N]."""
+    """Return positions that predict [P], the tokens that follow each [P, K], and each child's index in [P * K], [N]."""
     branches, first, branch_of = np.unique(children, return_index=True, return_inverse=True)
     kept, kept_of = np.unique(parents[first], return_inverse=True)
     by_parent = np.argsort(kept_of, kind="stable")

@@ -1,6 +1,6 @@
-"""Where rewards come from: one file a source, with its settings, its check, its digest and its rewards.
+"""Sources of rewards. One file per source defines its settings, its validation, its digest and its rewards.
 
-MODPO's margins r_j (arXiv 2310.03708, section 3) and the columns of `axolotl mopo score` are made by the same classes.
+MODPO's margins r_j (arXiv 2310.03708, section 3) and the columns of `axolotl mopo score` use the same classes.
 """
 
 from axolotl_mopo.config.sources import SOURCES, RewardSource

@@ -1,4 +1,4 @@
-"""A LoRA adapter on the policy's base model, for a while, in a second set of modules around the same weights."""
+"""Temporarily puts a LoRA adapter on the policy's base model, in a second set of modules around the same weights."""
 
 import copy
 from collections.abc import Iterator
@@ -21,19 +21,19 @@ _PREFIX = "base_model.model."
 
 @contextmanager
 def with_adapter(model: nn.Module, path: str) -> Iterator[Any]:
-    """The base model of `model` with the adapter at `path`, for a while; `model` itself stays as it is.
+    """Context manager that yields the base model of `model` with the adapter at `path`; `model` does not change.
 
-    Memory is taken by the adapter's own tensors alone.
+    Only the adapter's own tensors need additional memory.
 
     Args:
-        model: not wrapped; with or without adapters, which count as if they were not there.
+        model: the unwrapped policy; its own adapters are ignored.
         path: the adapter's folder.
 
     Yields:
-        The base model's twin, in evaluation mode.
+        The twin of the base model, in evaluation mode.
 
     Raises:
-        ConfigError: where the adapter does not fit the base model, or its weights cannot be read.
+        ConfigError: if the adapter does not fit the base model, or its weights cannot be read.
     """
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     base = bare_twin(model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -46,7 +46,9 @@ def with_adapter(model: nn.Module, path: str) -> Iterator[Any]:
         except ConfigError:
             raise
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"the adapter {path} does not fit the base model: {error}") from error
+            raise ConfigError(
+                f"the adapter {path} does not fit the base model: {error}; give an adapter of this run's base model"
+            ) from error
         yield base
     finally:
         for name, parameter in model.named_parameters():
@@ -55,10 +57,10 @@ def with_adapter(model: nn.Module, path: str) -> Iterator[Any]:
 
 @contextmanager
 def unchanged(model: nn.Module, path: str) -> Iterator[None]:
-    """Make sure that a model is the same afterwards.
+    """Context manager that checks that the parameters and buffers of a model do not change.
 
     Raises:
-        RuntimeError: where it is not, naming what differs.
+        RuntimeError: if they change; names those that differ.
     """
     before = _state(model)
     yield
@@ -75,16 +77,20 @@ def _state(model: nn.Module) -> dict[str, str]:
 
 
 def bare_twin(model: nn.Module) -> Any:
-    """A second set of modules around the same parameters and buffers, without adapters.
+    """Return a second set of modules around the same parameters and buffers, without adapters.
 
-    What is done to the twin's modules (layers wrapped, hooks added, tensors replaced) is not seen by the model.
+    Changes to the twin's modules (wrapped layers, added hooks, replaced tensors) do not change the model.
     """
     twins: dict[nn.Module, nn.Module] = {}
     twin = _twin(model, twins)
     for copied in twins.values():
         for name, value in vars(copied).items():
             if name == "forward" and not isinstance(value, MethodType | partial):
-                raise RuntimeError(f"the forward pass of {type(copied).__name__} is wrapped in a way that is not known")
+                raise RuntimeError(
+                    f"the forward method of {type(copied).__name__} is replaced by a {type(value).__name__}, which "
+                    "cannot be copied; merge the adapter with `axolotl merge-lora` and give the merged model and its "
+                    "`reference`"
+                )
             vars(copied)[name] = _rebound(value, twins)
     vars(twin).pop("peft_config", None)
     return twin
@@ -103,14 +109,14 @@ def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """The base model's own module inside of what PEFT has put around it."""
+    """Return the base model's own module inside PEFT's wrappers."""
     while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
     return module
 
 
 def _rebound(value: Any, twins: dict[nn.Module, nn.Module]) -> Any:
-    """What refers to a module, made to refer to its twin."""
+    """Replace references to modules by references to their twins."""
     match value:
         case nn.Module():
             return twins.get(_bare(value), value)
@@ -125,7 +131,7 @@ def _rebound(value: Any, twins: dict[nn.Module, nn.Module]) -> Any:
 
 
 def _own_tensors(base: nn.Module, path: str) -> None:
-    """Copy the tensors of the base model that the adapter's file brings along, before they are overwritten."""
+    """Copy the tensors of the base model that the adapter's file contains, since loading it overwrites them."""
     names = {_name_in_base(name) for name in load_peft_weights(path, device="cpu")}
     tensors = [*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False)]
     copies: dict[Tensor, Tensor] = {tensor: _copied(tensor) for name, tensor in tensors if name in names}

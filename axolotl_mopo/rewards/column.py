@@ -1,4 +1,4 @@
-"""`source: column`: a score that the data set has for both responses."""
+"""`source: column`: a score in the data set."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class ColumnSource(RewardSource):
-    """The reward is a score of the data set."""
+    """The reward is a score that the data set has for both responses."""
 
     source: Literal["column"]
     field: str | None = Field(None, description="Name of the score in the data set. Default: the name of the margin.")

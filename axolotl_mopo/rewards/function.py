@@ -1,4 +1,4 @@
-"""`source: callable`: a function of the user's own."""
+"""`source: callable`: a function of the user."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from axolotl_mopo.rewards.text import TextSource
 
 
 class FunctionSource(TextSource):
-    """What a user's function returns for prompts (messages) and responses: one float for each response."""
+    """The reward is what a function of the user returns for a prompt (messages) and a response."""
 
     source: Literal["callable"]
     function: str = Field(
@@ -27,7 +27,7 @@ class FunctionSource(TextSource):
 
     @property
     def implementation(self) -> Callable[..., Any]:
-        """The function.
+        """The imported function.
 
         Raises:
             ConfigError: if it cannot be imported or called.
@@ -40,7 +40,7 @@ class FunctionSource(TextSource):
         return self.function
 
     def resolve(self, where: str, run: Mapping[str, Any]) -> Self:
-        """Import the function, with a warning; see `RewardSource`."""
+        """Warn and import the function; see `RewardSource`."""
         warn("%s.function` imports and runs the code of %s.", where, self.function)
         try:
             self.content_digest()
@@ -59,8 +59,10 @@ def import_function(name: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:
-        said = repr(error) if isinstance(error, SystemExit) else error
-        raise ConfigError(f"the function {name} cannot be imported: {said}") from None
+        reason = repr(error) if isinstance(error, SystemExit) else error
+        raise ConfigError(f"the function {name} cannot be imported: {reason}") from None
     if not callable(function):
-        raise ConfigError(f"{name} is no function, but {type(function).__name__}")
+        raise ConfigError(
+            f"{name} is not a function, but an object of type {type(function).__name__}; give package.module:function"
+        )
     return function

@@ -1,4 +1,4 @@
-"""`source: adapter`: the implicit reward of a model that was trained on another objective's preferences."""
+"""`source: adapter`: the implicit reward of a model that was trained on the preferences of another objective."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to initialise LoRA that take what the adapter starts with out of the base model's weights."""
+"""Values of `init_lora_weights` that subtract the initial adapter from the base model's weights."""
 
 
 class AdapterSource(RewardSource):
-    """beta * (logp - reference_logp) of a LoRA adapter or a whole model that was trained by DPO or MODPO."""
+    """The reward is beta * (logp - reference_logp) of a LoRA adapter or a whole model trained by DPO or MODPO."""
 
     source: Literal["adapter"]
     path: str = Field(
         description=(
-            "Where the model of the other objective is: the folder of a LoRA adapter of the same base model, or of a "
-            "whole model."
+            "Model of the other objective: the folder of a LoRA adapter of the same base model, or a whole model."
         ),
     )
     beta: Number | None = Field(
         None,
         gt=0,
         description=(
-            "Beta of the training of that model (`rl_beta` of its DPO run); a positive number. Default: read from its "
-            "mopo.json."
+            "Beta that this model was trained with (`rl_beta` of its DPO run); a positive number. Default: read from "
+            "its mopo.json."
         ),
     )
     reference: str | None = Field(
-        None, description="Reference model of a whole model. An adapter's is always the base model."
+        None,
+        description="Reference model of a whole model. The reference of an adapter is always the base model.",
     )
 
     argument: ClassVar = "path"
@@ -52,40 +52,44 @@ class AdapterSource(RewardSource):
 
     @property
     def needs_base_model(self) -> bool:
-        """An adapter is measured against its base model."""
+        """True for an adapter, whose reference is the base model."""
         return self.reference is None
 
     def resolve(self, where: str, run: Mapping[str, Any]) -> Self:
-        """Check the files of a model that is on this machine, and take beta from its `mopo.json`."""
+        """Check the files of a local model, and read beta from its `mopo.json`; see `RewardSource`."""
         folder = Path(self.path)
         if (folder / ADAPTER).exists():
             self._check_adapter(where, run)
         elif folder.exists() and not (folder / "config.json").exists():
-            raise ConfigError(f"{where}.path`: {folder} holds neither an adapter_config.json nor a config.json")
+            raise ConfigError(
+                f"{where}.path`: {folder} contains neither an adapter_config.json nor a config.json; give the folder "
+                "of a LoRA adapter or of a whole model"
+            )
         elif self.reference is None:
             raise ConfigError(
-                f"{where}.path`: {self.path} is no folder of a LoRA adapter, so it is taken for a whole model, and "
-                "needs `reference`: the model that it was trained from"
+                f"{where}.path`: {self.path} is not the folder of a LoRA adapter. If it is a whole model, set "
+                "`reference` to the model that it was trained from; otherwise correct the path"
             )
         for key, path in (("path", self.path), ("reference", self.reference)):
             if path is not None and not Path(path).exists():
-                warn("%s.%s`: %s is no folder here and is fetched from the model hub.", where, key, path)
+                warn("%s.%s`: %s is not a local folder and is downloaded from the model hub.", where, key, path)
         beta = _recorded_beta(folder, where) if self.beta is None else self.beta
         if beta is None:
             raise ConfigError(
-                f"{where}.beta` is missing, and no mopo.json in {folder} says it; give the beta of its training"
+                f"{where}.beta` is missing, and there is no mopo.json in {folder} to read it from; set it to the "
+                "beta that the model was trained with"
             )
         return self.model_copy(update={"beta": beta})
 
     def _check_adapter(self, where: str, run: Mapping[str, Any]) -> None:
-        """Check an adapter's own configuration against the run."""
+        """Check the adapter's config, and the run that it is used in."""
         if self.reference is not None:
             raise ConfigError(
-                f"{where}.reference` has no effect: the reference of an adapter is the base model; drop it"
+                f"{where}.reference` has no effect: the reference of an adapter is the base model; remove it"
             )
         if run.get("fsdp") or run.get("fsdp_config") or run.get("deepspeed"):
             raise ConfigError(
-                f"{where}` is an adapter, which cannot be put into a model that FSDP or DeepSpeed has split; merge it "
+                f"{where}` is an adapter, which cannot be loaded into a model that FSDP or DeepSpeed shards; merge it "
                 "with `axolotl merge-lora` and give the merged model and its `reference`"
             )
         config = read_model_file(AdapterConfig, Path(self.path) / ADAPTER, f"{where}.path`")
@@ -96,15 +100,15 @@ class AdapterSource(RewardSource):
             )
         if change := base_model_change(config.init_lora_weights, config.layer_replication):
             raise ConfigError(
-                f"{where}.path`: {self.path} has {change}, which changes the base model that it is put into, so the "
-                "base model is not its reference; save it again with PEFT's "
+                f"{where}.path`: {self.path} has {change}, which changes the weights of the base model that it is "
+                "loaded into, so the base model is not its reference; save it again with PEFT's "
                 "`path_initial_model_for_weight_conversion`, or merge it and give the merged model and its `reference`"
             )
         theirs, ours = config.base_model_name_or_path, run.get("base_model")
         if theirs and ours and not _same_model(theirs, str(ours)):
             warn(
-                "%s.path`: %s was trained on the base model %s, and this run's is %s; its rewards mean something "
-                "only if the two are the same.",
+                "%s.path`: %s was trained on the base model %s, but the base model of this run is %s; its rewards are "
+                "meaningful only if the two are the same.",
                 where,
                 self.path,
                 theirs,
@@ -112,18 +116,18 @@ class AdapterSource(RewardSource):
             )
 
     def content_digest(self) -> str:
-        """A digest of the files of the model and of its reference."""
+        """Return a digest of the files of the model and of its reference."""
         reference = self.reference and model_digest(self.reference)
         return digest([model_digest(self.path), reference, "the tokens that were drawn"])
 
     def rewards(self, responses: Responses) -> "Tensor":
-        """See `RewardSource`. A DPO-trained model's implicit reward: arXiv 2305.18290, section 4."""
+        """See `RewardSource`. The implicit reward of a DPO-trained model: arXiv 2305.18290, section 4."""
         assert self.beta  # noqa: S101 (filled in by `resolve`)
         return self.beta * (responses.logps(self.path) - responses.reference_logps(self.path, self.reference))
 
 
 def base_model_change(init_lora_weights: Any, layer_replication: Any) -> str | None:
-    """The setting of a LoRA adapter by which it changes the base model that it is put into, if there is one."""
+    """Return the LoRA setting that changes the base model's weights when the adapter is loaded, if there is one."""
     if str(init_lora_weights).lower().startswith(_CHANGES_THE_BASE):
         return f"`init_lora_weights: {init_lora_weights}`"
     return "`layer_replication`" if layer_replication else None
@@ -134,18 +138,18 @@ def _same_model(one: str, other: str) -> bool:
 
 
 def _recorded_beta(folder: Path, where: str) -> float | None:
-    """The beta that a run of ours left beside the adapter, or beside the run whose checkpoint it is.
+    """Read beta from the `mopo.json` next to the model, or in the output folder of the run whose checkpoint it is.
 
     Raises:
-        ConfigError: where that run had no reference, which an implicit reward is measured against.
+        ConfigError: if that run had no reference model, which an implicit reward needs.
     """
     for path in (folder / MANIFEST, folder.parent / MANIFEST):
         if path.exists():
             manifest = read_model_file(Manifest, path, f"{where}.path`")
             if issubclass(METHODS.get(manifest.method, MODPOConfig), DimensionsConfig):
                 raise ConfigError(
-                    f"{where}.beta`: {path} is of a run of `rl: {manifest.method}`, which has no reference, so its "
-                    "beta gives no implicit reward; train the margin's adapter by DPO or `rl: modpo`"
+                    f"{where}.beta`: {path} belongs to a run of `rl: {manifest.method}`, which has no reference model "
+                    "and so no implicit reward; give an adapter trained by DPO or `rl: modpo`"
                 )
             return manifest.beta
     return None

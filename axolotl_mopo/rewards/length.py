@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 class LengthSource(RewardSource):
-    """Minus the length of the response: minus one for every token, word or character.
+    """The reward is the negated number of tokens, words or characters of the response.
 
-    It is the length penalty of the code that was released with arXiv 2310.03708.
+    This is the length penalty of the code released with arXiv 2310.03708.
     """
 
     source: Literal["length"]
     unit: Literal["tokens", "words", "characters"] = Field(
         "tokens",
-        description="What the length is counted in: one of tokens, words, characters. The reward is minus the count.",
+        description="Unit of the length: one of tokens, words, characters. The reward is the negated length.",
     )
 
     argument: ClassVar = "unit"

@@ -1,4 +1,4 @@
-"""Loads the models that rewards come from with all of their weights on every rank, however the policy is sharded."""
+"""Loads models that compute rewards, with all weights on every rank even if the policy is sharded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,42 +16,42 @@ from axolotl_mopo.errors import ConfigError
 
 @contextmanager
 def readable_weights(path: str) -> Iterator[None]:
-    """Explain why the weights of a model or an adapter cannot be read.
+    """Context manager that turns errors of reading weights into a ConfigError.
 
     Args:
-        path: its folder, or its name on the model hub.
+        path: folder or hub name of the model or adapter, for the message.
 
     Raises:
-        ConfigError: where they are a pickle of something else than tensors, or a broken file.
+        ConfigError: if a file is broken or is a pickle of objects other than tensors.
     """
     try:
         yield
     except UnpicklingError:
         raise ConfigError(
-            f"the weights of {path} cannot be opened safely: they are a pickle that holds something else than tensors, "
-            "or a broken file; have them saved as safetensors by whom you trust, or choose another model"
+            f"the weights of {path} cannot be opened safely: the file is broken, or is a pickle of objects other than "
+            "tensors; use weights that were saved as safetensors by someone you trust, or another model"
         ) from None
     except SafetensorError as error:
         raise ConfigError(
-            f"the weights of {path} cannot be read, since a safetensors file is broken: {error}; download or save them "
-            "again"
+            f"the weights of {path} cannot be read because a safetensors file is broken: {error}; download or save "
+            "them again"
         ) from None
 
 
 def load_whole(kind: Any, path: str, dtype: torch.dtype, **kwargs: Any) -> Any:
-    """Load a model that every rank holds as a whole; all ranks load it together.
+    """Load a model with all weights on every rank. All ranks must call this.
 
-    Under `cpu_ram_efficient_loading` transformers gives zeros to all ranks but the first, and under ZeRO-3 it shards
-    what it loads: both are meant for the policy, whose weights FSDP and DeepSpeed distribute later.
+    With `cpu_ram_efficient_loading` transformers would fill the weights with zeros on all ranks but the first, and with
+    ZeRO-3 it would shard them. Both are meant for the policy, whose weights FSDP or DeepSpeed distributes later.
 
     Args:
         kind: a class with `from_pretrained`.
         path: a folder or a model of the hub.
-        dtype: of its parameters.
-        kwargs: for `from_pretrained`.
+        dtype: dtype of its parameters.
+        kwargs: passed to `from_pretrained`.
 
     Raises:
-        ConfigError: where its weights cannot be read.
+        ConfigError: if its weights cannot be read.
     """
     with readable_weights(path), patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"), _shards_in_float32():
         model = kind.from_pretrained(path, dtype=dtype, **kwargs)
@@ -60,16 +60,16 @@ def load_whole(kind: Any, path: str, dtype: torch.dtype, **kwargs: Any) -> Any:
 
 @contextmanager
 def _shards_in_float32() -> Iterator[None]:
-    """Let ZeRO-3 round nothing of what is loaded, although the run's own settings may say bf16.
+    """Context manager in which ZeRO-3 keeps loaded weights in float32, even if the run trains in bf16.
 
-    It cannot be turned off: Axolotl tells transformers for good that ZeRO-3 is on.
+    ZeRO-3 itself cannot be turned off here: Axolotl enables it in transformers for the whole process.
     """
     if not zero.is_deepspeed_zero3_enabled():
         yield
         return
     reference = zero._hf_deepspeed_config_weak_ref
     of_the_run = reference and reference()
-    # transformers refers to it weakly, so it must live until the end.
+    # transformers keeps only a weak reference to it, so it must be held here.
     own = zero.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
     try:
         yield
@@ -82,7 +82,7 @@ def _shards_in_float32() -> Iterator[None]:
 
 
 def _gather(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Put whole parameters into the place of those that ZeRO-3 has sharded."""
+    """Replace the parameters that ZeRO-3 has sharded by whole ones."""
     whole: dict[Tensor, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -1,4 +1,4 @@
-"""What the YAML leaves open of MODPO's margins, filled in before anything is loaded."""
+"""Validates MODPO's margins and fills in settings that the margins' own files define, before any model is loaded."""
 
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -16,7 +16,7 @@ _DEFAULT_PREPARED_PATH = "last_run_prepared"
 
 
 def resolve_margins(cfg: MutableMapping[str, Any], block: MODPOConfig) -> MODPOConfig:
-    """Fill in the cache's folder and margin settings that the margins' own files define, in the raw YAML too.
+    """Fill in `cache_dir` and margin settings that the margins' own files define, also in the raw YAML.
 
     Raises:
         ConfigError: if a source does not exist, does not fit the run, or a setting is missing.
@@ -25,7 +25,7 @@ def resolve_margins(cfg: MutableMapping[str, Any], block: MODPOConfig) -> MODPOC
     if block.cache_dir is None:
         prepared = cfg.get("dataset_prepared_path") or _DEFAULT_PREPARED_PATH
         if not isinstance(prepared, str):
-            raise ConfigError(f"`dataset_prepared_path` is {prepared!r}; it must be a folder")
+            raise ConfigError(f"`dataset_prepared_path` is {prepared!r}; set it to the path of a folder")
         raw["cache_dir"] = str(Path(prepared) / "modpo-cache")
     for name, margin in block.margins.items():
         resolved = resolve_source(margin, f"`{block.rl}.margins.{name}", cfg)
@@ -36,29 +36,30 @@ def resolve_margins(cfg: MutableMapping[str, Any], block: MODPOConfig) -> MODPOC
 
 
 def _check_policy(cfg: Mapping[str, Any], block: MODPOConfig) -> None:
-    """Refuse an adapter that changes the base model where the base model as it was is needed.
+    """Refuse a policy adapter that changes the base model's weights if the original base model is needed.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: names the adapter's setting and the key that needs the base model.
     """
     change = _change_by_policy(cfg)
     if change is None:
         return
     if block.reference == "base":
         raise ConfigError(
-            f"{change} changes the base model's weights, so `{block.rl}.reference: base` does not go with it; set "
-            f"`{block.rl}.reference: initial`, or start from another adapter"
+            f"{change} changes the base model's weights, so it cannot be combined with `{block.rl}.reference: base`; "
+            f"set `{block.rl}.reference: initial`, or start from another adapter"
         )
     for name, margin in block.margins.items():
         if margin.needs_base_model:
             raise ConfigError(
-                f"{change} changes the base model's weights, which `{block.rl}.margins.{name}` is measured against; "
-                "start from another adapter, or merge the margin's and give the merged model and its `reference`"
+                f"{change} changes the base model's weights, which `{block.rl}.margins.{name}` needs as its reference; "
+                "start from another adapter, or merge the margin's adapter and give the merged model and its "
+                "`reference`"
             )
 
 
 def _change_by_policy(cfg: Mapping[str, Any]) -> str | None:
-    """What makes the policy's adapter change the base model's weights, if anything does."""
+    """Return the setting by which the policy's adapter changes the base model's weights, if there is one."""
     if not cfg.get("adapter"):
         return None
     if cfg.get("lora_model_dir"):
@@ -81,8 +82,8 @@ def resolve_source(source: RewardSource, where: str, run: Mapping[str, Any] = Ma
 
     Args:
         source: as the user gives it.
-        where: the beginning of its key in messages, with a backtick before it and none after it.
-        run: the raw YAML of the run that it is for, if it is for one.
+        where: the beginning of its key for messages, with an opening backtick and no closing one.
+        run: the raw YAML of the run; empty outside of a run.
 
     Raises:
         ConfigError: if the source does not exist, does not fit the run, or a setting is missing.

@@ -24,14 +24,14 @@ _WITHOUT_SCORES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 class RewardModelSource(TextSource):
-    """The score of a sequence-classification model, by its own tokenizer and chat template."""
+    """The reward is the score of a sequence-classification model, with its own tokenizer and chat template."""
 
     source: Literal["reward_model"]
     path: str = Field(description="Reward model: a folder or a model of the hub.")
     head: int | str | None = Field(
         None,
         description=(
-            "Which score of the model is the reward: an index, or a label of its configuration. Required where it has "
+            "Score of the model that is the reward: an index, or a label of its config. Required if the model has "
             "several."
         ),
     )
@@ -56,26 +56,26 @@ class RewardModelSource(TextSource):
 
     @property
     def code(self) -> None:
-        """None: a model runs no code of others."""
+        """None, since the model runs no code of the user."""
         return None
 
     def resolve(self, where: str, run: Mapping[str, Any]) -> Self:
-        """Check the head against the config of a model that is on this machine; see `RewardSource`."""
+        """Check `head` against the config of a local model; see `RewardSource`."""
         folder = Path(self.path)
         path = folder / "config.json"
         if not path.exists():
             if folder.exists():
                 raise ConfigError(
-                    f"{where}.path`: {folder} holds no config.json; give the folder of a whole reward model"
+                    f"{where}.path`: {folder} contains no config.json; give the folder of a whole reward model"
                 )
-            warn("%s.path`: %s is no folder here and is fetched from the model hub.", where, self.path)
+            warn("%s.path`: %s is not a local folder and is downloaded from the model hub.", where, self.path)
             return self
         config = read_model_file(ModelConfig, path, f"{where}.path`")
         kinds = config.architectures or []
         if kinds and all(kind.endswith(_WITHOUT_SCORES) for kind in kinds):
             raise ConfigError(
-                f"{where}.path`: {folder} is a {kinds[0]}, which has no head of scores; give a sequence-classification "
-                "model, or use `source: adapter` for an implicit reward"
+                f"{where}.path`: {folder} is a {kinds[0]}, which has no classification head; give a "
+                "sequence-classification model, or use `source: adapter` for an implicit reward"
             )
         labels = config.id2label or {"0": "LABEL_0", "1": "LABEL_1"}
         if odd := [index for index in labels if not index.isdecimal()]:
@@ -87,17 +87,17 @@ class RewardModelSource(TextSource):
         return self
 
     def content_digest(self) -> str:
-        """A digest of the model's files."""
+        """Return a digest of the model's files."""
         return model_digest(self.path)
 
     @contextmanager
     def opened(self, device: "torch.device") -> Iterator[Rewards]:
-        """The model in memory for a while; see `TextSource`.
+        """Context manager that loads the model; see `TextSource`.
 
         Raises:
-            ConfigError: if its head or its chat template is not clear.
-            DataError: from the result, if a conversation cannot be written or is longer than the model takes, or a
-                reward is not finite.
+            ConfigError: if `head` does not fit the model, or its tokenizer has no chat template.
+            DataError: from the yielded function, if a conversation cannot be rendered or is too long for the model, or
+                a reward is not finite.
         """
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -110,7 +110,8 @@ class RewardModelSource(TextSource):
         head = self._head({str(name): index for name, index in (model.config.label2id or {}).items()})
         if not tokenizer.chat_template:
             raise ConfigError(
-                f"the tokenizer of {self.path} has no chat template; use `source: callable` for such a model"
+                f"the tokenizer of {self.path} has no chat template; use `source: callable` with a function that runs "
+                "the model"
             )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -119,7 +120,7 @@ class RewardModelSource(TextSource):
         limit = getattr(model.config, "max_position_embeddings", None) or math.inf
         model.to(device).eval()
 
-        def written(conversation: list[Message], number: int) -> str:
+        def rendered(conversation: list[Message], number: int) -> str:
             try:
                 return render_chat(tokenizer, conversation)
             except RowError as error:
@@ -128,39 +129,45 @@ class RewardModelSource(TextSource):
         @torch.no_grad()
         def rewards(prompts: list[list[Message]], responses: list[str], numbers: Sequence[int]) -> list[float]:
             texts = [
-                written([*prompt, {"role": "assistant", "content": response}], number)
+                rendered([*prompt, {"role": "assistant", "content": response}], number)
                 for prompt, response, number in zip(prompts, responses, numbers, strict=True)
             ]
             inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
             if (length := inputs["input_ids"].shape[1]) > limit:
-                raise DataError(f"{self.path} takes {limit} tokens; one of the rows {list(numbers)} has {length}")
+                raise DataError(
+                    f"{self.path} supports up to {limit} tokens; one of the rows {list(numbers)} has {length}. Remove "
+                    "such rows, or give a reward model with a longer context"
+                )
             values = model(**inputs.to(device)).logits[:, head].float().tolist()
             if bad := [number for number, value in zip(numbers, values, strict=True) if not math.isfinite(value)]:
-                raise DataError(f"{self.path} gives row {bad[0]} a reward that is not finite")
+                raise DataError(
+                    f"{self.path} gives row {bad[0]} a reward that is not finite; look at this row, or set another "
+                    "`dtype`"
+                )
             return values
 
         try:
             yield rewards
         finally:
-            model.to("meta")  # frees the memory, whoever still refers to the model
+            model.to("meta")  # frees the memory even if there are still references to the model
 
     def _head(self, labels: Mapping[str, int]) -> int:
-        """The index of the score that `head` means.
+        """Return the index of the score that `head` selects.
 
         Args:
-            labels: the scores' names and indices, from the model's config.
+            labels: names and indices of the scores, from the model's config.
 
         Raises:
-            ConfigError: if the model has no such score, or has several and none is chosen.
+            ConfigError: if the model has no such score, or has several and `head` is not set.
         """
-        known = f"{self.path} has {len(labels)}: {', '.join(labels)}"
+        choices = f"set `head` to one of the {len(labels)} scores of {self.path}: {', '.join(labels)}"
         if self.head is None and len(labels) != 1:
-            raise ConfigError(f"several scores and no `head`; {known}")
+            raise ConfigError(f"the model has several scores, but `head` is not set; {choices}")
         if isinstance(self.head, str):
             if self.head not in labels:
-                raise ConfigError(f"no score is called {self.head!r}; {known}")
+                raise ConfigError(f"the model has no score named {self.head!r}; {choices}")
             return labels[self.head]
         head = self.head or 0
         if head not in labels.values():
-            raise ConfigError(f"there is no score {head}; {known}")
+            raise ConfigError(f"the model has no score with the index {head}; {choices}")
         return head

@@ -1,4 +1,4 @@
-"""What sources have in common whose rewards are computed from texts: prompts (messages) and a response to each."""
+"""Base class of sources that compute rewards from texts: prompts (messages) and a response to each of them."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Rewards = Callable[[list[list[Message]], list[str], Sequence[int]], list[float]]
-"""Prompts, one response to each, and the numbers of their rows -> a reward of each response."""
+"""Prompts, one response to each, and the numbers of their rows -> one reward for each response."""
 
 
 class TextSource(RewardSource):
-    """A source that computes rewards from texts. A source of another package derives from it and gives `compute`."""
+    """A source that computes rewards from texts. A source in another package derives from it and defines `compute`."""
 
     batch_size: int = Field(
         64, ge=1, strict=True, description="Number of responses that are scored at a time, at least 1."
@@ -30,11 +30,11 @@ class TextSource(RewardSource):
     needs_texts: ClassVar = True
 
     def compute(self, prompts: list[list[Message]], responses: list[str]) -> Sequence[float]:
-        """The rewards of a batch.
+        """Compute the rewards of a batch.
 
         Args:
             prompts: the conversations that the responses answer.
-            responses: one to each.
+            responses: one response to each prompt.
 
         Returns:
             One finite number for each response.
@@ -43,7 +43,7 @@ class TextSource(RewardSource):
 
     @property
     def implementation(self) -> Callable[..., Any]:
-        """The function that computes the rewards; its module's source code is part of the digest."""
+        """The function that computes the rewards; the source code of its module is part of the digest."""
         return self.compute
 
     @property
@@ -52,42 +52,45 @@ class TextSource(RewardSource):
         return type(self).__name__
 
     def content_digest(self) -> str:
-        """A digest of the source's own settings and of the source code of the function's module.
+        """Return a digest of the source's settings and of the source code of the function's module.
 
         Raises:
-            ConfigError: if there is no source code.
+            ConfigError: if the function has no Python source code.
         """
         settings = self.model_dump_json(exclude={*TRAINING_KEYS, "batch_size"})
         try:
             return source_digest(self.implementation, settings)
         except (OSError, TypeError):
             raise ConfigError(
-                f"{self.code} has no Python source, by which its rewards could be known again; call it from a "
-                "function in a module of your own"
+                f"{self.code} has no Python source code, which the cache needs to detect changes of the function; call "
+                "it from a function in a module of your own"
             ) from None
 
     @contextmanager
     def opened(self, device: "torch.device") -> Iterator[Rewards]:
-        """What computes the rewards of a batch, with whatever it needs in memory for a while.
+        """Context manager that loads what is needed and yields the function that computes the rewards of a batch.
 
         Raises:
             ConfigError: if the source cannot be used.
-            DataError: from the result, if `compute` raises, or returns something else than a finite number for each
-                response; naming the code and the row.
+            DataError: from the yielded function, if `compute` raises, or does not return one finite number for each
+                response; names the code and the row.
         """
         function, name = self.implementation, self.code
 
         def rewards(prompts: list[list[Message]], responses: list[str], numbers: Sequence[int]) -> list[float]:
-            where = f"{name}, called with {len(responses)} responses, of row {numbers[0]} the first,"
+            where = f"{name}, called with {len(responses)} responses, the first from row {numbers[0]},"
             try:
                 values = [float(value) for value in function(prompts, responses)]
             except (Exception, SystemExit) as error:
                 raise DataError(f"{where} raised {error!r}") from error
             if len(values) != len(responses):
-                raise DataError(f"{where} returned {len(values)} numbers")
+                raise DataError(f"{where} returned {len(values)} numbers; it must return one for each response")
             for number, prompt, value in zip(numbers, prompts, values, strict=True):
                 if not math.isfinite(value):
-                    raise DataError(f"{name} returned {value} for row {number}, {prompt[-1]['content']!r:.80}")
+                    raise DataError(
+                        f"{name} returned {value} for row {number}, {prompt[-1]['content']!r:.80}; it must be a finite "
+                        "number"
+                    )
             return values
 
         yield rewards

@@ -16,7 +16,7 @@ from axolotl_mopo.training.microbatching import Collated, Losses, Part
 
 
 class AMoPOTrainer(MultiObjectiveTrainer):
-    """`rl: amopo` (arXiv 2506.07165): a prompt for every dimension, no reward model and no reference model."""
+    """`rl: amopo` (arXiv 2506.07165): one prompt per dimension, no reward model and no reference model."""
 
     block: ClassVar = AMoPOConfig
     method: AMoPOConfig
@@ -43,7 +43,7 @@ class AMoPOTrainer(MultiObjectiveTrainer):
     def training_step(
         self, model: nn.Module, inputs: Collated, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The shared step, counted within its optimizer step."""
+        """Count the micro-batch within its optimizer step, then run the shared step."""
         step, number = self._micro_batch
         self._micro_batch = (self.state.global_step, number + 1 if step == self.state.global_step else 1)
         return super().training_step(model, inputs, num_items_in_batch)
@@ -51,7 +51,8 @@ class AMoPOTrainer(MultiObjectiveTrainer):
     def pair_losses(self, logprobs: CompletionLogProbs, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """See `losses.amopo_loss`.
 
-        A dimension's reward is beta * logp / length; rewards that name no dimension are the sum weighted by alpha.
+        The reward of a dimension is beta * logp / length. Metrics of rewards without a dimension in their name are the
+        sum over dimensions, weighted by alpha.
         """
         method, names = self.method, self.method.prompt_names
         chosen, rejected = by_side(logprobs, len(names))
@@ -71,7 +72,7 @@ class AMoPOTrainer(MultiObjectiveTrainer):
         return self._weighted_losses(chosen, rejected, weights), metrics
 
     def prompt_losses(self, whole: CompletionLogProbs, part: Part) -> Losses:
-        """The weights need the token probabilities of all prompts, but no gradient; the loss is a sum over prompts."""
+        """See `MicrobatchMixin`. The loss is a sum over prompts; the weights need the probabilities of all prompts."""
         weights = self._weights(*by_side(whole, len(self.method.prompt_names)), part)
 
         def losses(logprobs: CompletionLogProbs, part: Part) -> Tensor:
@@ -82,7 +83,10 @@ class AMoPOTrainer(MultiObjectiveTrainer):
         return losses
 
     def _weighted_losses(self, chosen: CompletionLogProbs, rejected: CompletionLogProbs, weights: Tensor) -> Tensor:
-        """Losses [b] of b pairs, or what some of their prompts contribute: log-probs and weights are [b, D] or less."""
+        """Losses [b] of b pairs, or what some of their prompts contribute to them.
+
+        Log-probs and weights are [b, D], or [b, d] for d of the D prompts.
+        """
         method = self.method
         losses, _ = amopo_loss(
             chosen.logps,
@@ -106,7 +110,7 @@ class AMoPOTrainer(MultiObjectiveTrainer):
         def among_all(values: Tensor) -> Tensor:
             return values.new_zeros(part.size, values.shape[1]).index_copy(0, part.pairs, values)
 
-        # Drawn for the whole micro-batch, so that a pair's draw is the same in whatever pass it is.
+        # Drawn for the whole micro-batch, so that a pair's draw does not depend on the pass that it is in.
         return adaptive_weights(
             among_all(chosen.prob_mean),
             among_all(chosen.prob_std),
@@ -118,8 +122,8 @@ class AMoPOTrainer(MultiObjectiveTrainer):
         )[part.pairs]
 
     def _draw_generator(self) -> torch.Generator:
-        """A generator for this micro-batch alone, so that a resumed run draws what an undisturbed one would."""
+        """Seed a generator for this micro-batch, so that a resumed run draws the same as an uninterrupted one."""
         step, number = self._micro_batch
-        moment = f"{self.args.seed} {self.args.process_index} {step} {number}"
-        seed = random.Random(moment).getrandbits(63)  # noqa: S311 (no secret)
+        key = f"{self.args.seed} {self.args.process_index} {step} {number}"
+        seed = random.Random(key).getrandbits(63)  # noqa: S311 (not a secret)
         return torch.Generator(device=self.args.device).manual_seed(seed)

@@ -1,6 +1,6 @@
-"""The trainer that all methods share: layout, evaluation, metrics and the model card.
+"""Base class of the trainers: layout, evaluation, metrics and the model card.
 
-Axolotl imports a trainer only after it has prepared TRL and its own training arguments, so nothing else imports it.
+Axolotl imports the trainers only after it has set up TRL and its training arguments, so no other module imports them.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,7 +53,7 @@ _CHECKED_ROWS = 4
 _AUX_LOSS_COEF = 0.001
 """TRL's default for preference tuning."""
 _DEVIATIONS = {"weights/": "weights_std/", "margins/": "margins_std/", "rewards/margins": "rewards/margins_std"}
-"""Metrics whose standard deviation is logged as well, and under which name."""
+"""Prefix of metrics whose standard deviation is logged as well -> prefix of its name."""
 
 
 class MultiObjectiveTrainer(
@@ -65,7 +65,7 @@ class MultiObjectiveTrainer(
     DistributedParallelMixin,
     MicrobatchMixin,
 ):
-    """What MODPO and AMoPO share: layout, metrics and the model card. A child gives its block and the losses."""
+    """Base class of MODPO's and AMoPO's trainer. A subclass defines `block`, `tag_names`, `citation` and the losses."""
 
     block: ClassVar[type[MethodConfig]]
     tag_names: ClassVar[list[str]]
@@ -92,8 +92,8 @@ class MultiObjectiveTrainer(
     ) -> None:
         if len(train_dataset) == 0:
             raise DataError(
-                "the training set has no rows left; look in the log for how many were longer than sequence_len, and "
-                "raise it, or set excess_length_strategy: truncate"
+                "no rows are left in the training set; the log reports how many were longer than sequence_len. Raise "
+                "`sequence_len`, or set `excess_length_strategy: truncate`"
             )
         for message in row_warnings(train_dataset, eval_dataset):
             LOG.warning(message)
@@ -109,7 +109,7 @@ class MultiObjectiveTrainer(
             data_collator=collator,
             **kwargs,
         )
-        # The loss is a mean over pairs; the host divides it by the accumulation steps.
+        # The loss is a mean over pairs, so transformers must divide it by the number of accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.train_dataset = numbered(self.train_dataset, 0)
         if self.eval_dataset is not None:
@@ -126,36 +126,36 @@ class MultiObjectiveTrainer(
         self._layout_tried = False
         self._use_layout(plan_layout(self._base, self.method.layout, bool(args.torch_compile)))
         if not self.is_sharded:
-            # As the model will be run, before torch compiles it.
+            # In the precision of training, and before torch compiles the model.
             with self.accelerator.autocast():
                 self.try_layout(model)
         self.add_callback(_BeforeFirstStep(self))
 
     @property
     def _base(self) -> Any:
-        """The transformers model inside the policy's adapters."""
+        """The transformers model inside the policy, without PEFT's wrapper."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the model can be run only once it is prepared: its weights are split, or not yet in their dtype."""
+        """Whether only the prepared model can be run, since weights are sharded or not yet in their dtype."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def before_first_step(self, wrapped: nn.Module, resumed: bool) -> None:
-        """Do what needs the prepared model: try the layout, where that was not possible before.
+        """Do what needs the prepared model: try the layout if that was not possible before.
 
         Args:
-            wrapped: the prepared model, whose weights are those that training starts from.
-            resumed: whether they are a checkpoint's.
+            wrapped: the prepared model, with the weights that training starts from.
+            resumed: whether these come from a checkpoint.
         """
         if not self._layout_tried:
             self.try_layout(wrapped)
 
     def try_layout(self, wrapped: nn.Module) -> None:
-        """Try the planned layout on a few rows, and drop what changes the log-probs.
+        """Try the planned layout on a few rows, and turn off the parts that change the log-probs.
 
         Raises:
-            ConfigError: where packed trees are asked for and change the log-probs, or the model adds noise in training.
+            ConfigError: if packed trees are requested and change the log-probs, or the model adds noise in training.
         """
         pairs, device = [read_tokens(row) for row in self.checked_rows], self.args.device
         layout = noise = None
@@ -163,7 +163,7 @@ class MultiObjectiveTrainer(
             layout = try_layout(self._layout, wrapped, self._base, pairs, device, self.tolerance)
         except NoiseError as error:
             noise = f"{error}; turn it off with `overrides_of_model_config`"
-        layout, noise = broadcast_object_list([layout, noise])  # all ranks follow the first one
+        layout, noise = broadcast_object_list([layout, noise])  # all ranks use the result of the first one
         if layout is None:
             raise ConfigError(noise)
         self._use_layout(layout)
@@ -174,19 +174,19 @@ class MultiObjectiveTrainer(
 
     @property
     def checked_rows(self) -> Dataset:
-        """A few rows of the training set, on which the model is checked before the first step."""
+        """The first rows of the training set, on which the model is checked before the first step."""
         return self.train_dataset.select(range(min(_CHECKED_ROWS, len(self.train_dataset))))
 
     @property
     def tolerance(self) -> float:
-        """Nats a token by which two computations of the policy may differ."""
+        """Largest difference between two correct computations of the policy's log-probs, in nats per token."""
         return tolerance_of(next(self.model.parameters()), self.accelerator.mixed_precision != "no")
 
     def _use_layout(self, layout: Layout) -> None:
         try:
             require_layout(layout, self._base, self.method.layout)
         except ValueError as error:
-            raise ConfigError(f"`layout: packed`: {error}; drop the key, or set it to padded") from None
+            raise ConfigError(f"`layout: packed`: {error}; remove the key, or set it to padded") from None
         if layout.packed:
             use_tree_attention(self._base)
         self._layout = layout
@@ -197,10 +197,10 @@ class MultiObjectiveTrainer(
         )
 
     def _choose_aux_loss_coef(self) -> float:
-        """The coefficient of the load-balancing loss; 0 for a model that has none.
+        """Return the coefficient of the load-balancing loss; 0 for a model without this loss.
 
         Raises:
-            ConfigError: where the YAML gives one to a model that has none, or the loss would have no gradient.
+            ConfigError: if the YAML sets it for a model without this loss, or the loss would have no gradient.
         """
         config, asked = self._base.config.get_text_config(), signature(self._base.forward).parameters
         if "output_router_logits" not in asked or getattr(config, "output_router_logits", None) is None:
@@ -213,8 +213,8 @@ class MultiObjectiveTrainer(
             and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         ):
             raise ConfigError(
-                "`gradient_checkpointing_kwargs.use_reentrant: true` leaves the load-balancing loss of a mixture of "
-                f"experts without a gradient; set it to false, or `{self.method.rl}.router_aux_loss_coef: 0`"
+                "with `gradient_checkpointing_kwargs.use_reentrant: true` the load-balancing loss of a mixture of "
+                f"experts has no gradient; set it to false, or set `{self.method.rl}.router_aux_loss_coef: 0`"
             )
         return coef
 
@@ -235,18 +235,18 @@ class MultiObjectiveTrainer(
         else:
             LOG.warning("%s is trained in padded rows, not in packed trees: %s.", name, layout.why_not_packed)
         if reason := layout.why_not_fused_head:
-            LOG.info("The logits of %s are computed at once, `logits_budget` has no effect: %s.", name, reason)
+            LOG.info("All logits of %s are computed at once and `logits_budget` has no effect: %s.", name, reason)
         if self.is_world_process_zero() and (message := budget_message(self.train_dataset, self.data_collator)):
             LOG.info(message)
 
     def training_step(
         self, model: nn.Module, inputs: Collated, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The shared step; the loss of a step that is skipped counts as 0 in transformers' mean."""
+        """Run the shared step; the loss of a skipped step counts as 0 in transformers' mean."""
         return self.loss_guard.finite(super().training_step(model, inputs, num_items_in_batch))
 
     def record(self, metrics: Mapping[str, Tensor], part: Part) -> None:
-        """Add metrics of some pairs to the window of the mode that the model is in."""
+        """Add metrics of some pairs to the training or the evaluation window."""
         if self.model.training:
             self.train_window.add(metrics)
             assert part.rows is not None  # noqa: S101 (the training set is numbered)
@@ -255,7 +255,7 @@ class MultiObjectiveTrainer(
             self._eval_window.add(self._without_repeats(metrics, part))
 
     def _without_repeats(self, metrics: Mapping[str, Tensor], part: Part) -> Mapping[str, Tensor]:
-        """Metrics without pairs that accelerate repeats, so that the last evaluation batches of all ranks are full."""
+        """Remove the pairs that accelerate repeats to fill the last evaluation batches of all ranks."""
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return metrics
@@ -263,35 +263,35 @@ class MultiObjectiveTrainer(
         return {name: values[own] for name, values in metrics.items()}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, within a training run or by itself.
+        """Evaluate, within a training run or on its own.
 
         Raises:
-            ConfigError: where weights are split and the model has not been prepared for training.
+            ConfigError: if FSDP or DeepSpeed shards the model and has not prepared it.
         """
         self.require_prepared()
         return super().evaluate(*args, **kwargs)
 
     def require_prepared(self) -> None:
-        """Refuse to evaluate a model that FSDP or DeepSpeed has not prepared.
+        """Refuse to evaluate a model that FSDP or DeepSpeed shards and has not prepared.
 
         Raises:
-            ConfigError: how to evaluate it.
+            ConfigError: if the model is not prepared.
         """
         if not self._layout_tried:
             raise ConfigError(
-                "a model that FSDP or DeepSpeed splits can be evaluated within a training run only; for `axolotl "
+                "a model that FSDP or DeepSpeed shards can be evaluated only within a training run; for `axolotl "
                 "evaluate` remove `fsdp`, `fsdp_config` and `deepspeed` from the YAML"
             )
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The host's loop, with our metrics among its own and a loss that is the mean over pairs."""
+        """Run transformers' loop; add the method's metrics and replace the loss by the mean over pairs."""
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         means = {f"{prefix}_{name}": value for name, value in self._pop_metrics(self._eval_window).items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the means of the logging window where the host logs the training loss."""
+        """Log; add the means of the logging window if the entry has the training loss."""
         if "loss" in logs:
             metrics = self._pop_metrics(self.train_window)
             self.loss_guard.report(logs, steps=bool(metrics))
@@ -309,7 +309,7 @@ class MultiObjectiveTrainer(
         return {name: statistic.mean for name, statistic in statistics.items()} | deviations
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The host's card, with the method's tags and citation."""
+        """Create transformers' model card, with the method's tags and citation."""
         super().create_model_card(*args, **{**kwargs, "tags": list(self.tag_names)})
         if self.is_world_process_zero():
             path = Path(str(self.args.output_dir)) / "README.md"
@@ -319,30 +319,30 @@ class MultiObjectiveTrainer(
 
 
 class _BeforeFirstStep(TrainerCallback):
-    """Calls a trainer once its model is prepared."""
+    """Calls `before_first_step` of the trainer."""
 
     def __init__(self, trainer: MultiObjectiveTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The model is prepared, a checkpoint loaded where the run is resumed, and no step was made."""
+        """Called once the model is prepared and a checkpoint, if any, is loaded."""
         self.trainer.before_first_step(self.trainer.model_wrapped, resumed=state.global_step > 0)
 
 
 def choose_log_softmax(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The cheapest on a device: on a GPU the host's kernel, which it puts into TRL's module when it loads a model."""
+    """Return the fastest implementation: on a GPU Axolotl's kernel, which it puts into TRL when it loads a model."""
     return trl.trainer.utils.selective_log_softmax if device.type == "cuda" else selective_log_softmax
 
 
 def numbered(rows: Dataset, first: int) -> Dataset:
-    """The rows with their numbers from `first` on, in the column `pair_index`."""
-    if "pair_index" in rows.column_names:  # of another trainer on the same rows
+    """Add the column `pair_index`, which numbers the rows from `first` on."""
+    if "pair_index" in rows.column_names:  # added by another trainer on the same rows
         rows = rows.remove_columns("pair_index")
     return with_numbers(rows, "pair_index", np.arange(first, first + len(rows)))
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """The metrics of the rewards of chosen and rejected responses, [b] each."""
+    """Return the metrics of the rewards of chosen and rejected responses, [b] each."""
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,

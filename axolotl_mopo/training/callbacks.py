@@ -1,9 +1,9 @@
-"""The files beside every checkpoint, and what writes them.
+"""Callbacks that write a file next to every checkpoint.
 
-`mopo.json` says what a model was trained for and how to ask it, and `mopo.png` shows the run. `modpo_start.json` says
-what MODPO's policy was when the run started: the digests of the base model's and of the initial policy's weights
-(`base`, `initial`), and their `dtype`. Tables of log-probs are named after these, so a resumed run finds them, although
-its policy has other weights by then.
+`mopo.json` records the settings of the method and the prompts for inference. `mopo.png` plots the run.
+`modpo_start.json` records MODPO's policy at the start of the run: the digests of the base model's and of the initial
+policy's weights (`base`, `initial`), and their `dtype`. The names of cached log-prob tables are made from these, so a
+resumed run finds the tables although its policy has other weights.
 """
 
 import gc
@@ -33,10 +33,10 @@ _PACKAGES = ("axolotl-mopo", "axolotl", "torch", "transformers", "trl", "peft")
 
 
 def manifest(block: MethodConfig, base_model: str) -> dict[str, Any]:
-    """The method's settings, the versions, and for AMoPO what the user's turn says to each of its prompts.
+    """Return the content of `mopo.json`: the method's settings and versions, and for AMoPO templates for inference.
 
-    `inference` holds a template for every name; put the question in the place of `{question}`. The dimensions' ask for
-    the best score.
+    `inference` has a template of the user's turn for every prompt; replace `{question}` in it by the question. The
+    templates of dimensions request the best score.
     """
     content: dict[str, Any] = {"method": block.rl, "base_model": base_model, **block.model_dump(mode="json")}
     if isinstance(block, PromptSettings):
@@ -54,7 +54,7 @@ def write_manifest(block: MethodConfig, base_model: str, folder: Path) -> None:
 
 
 class _Start(Record):
-    """What the file holds."""
+    """Content of `modpo_start.json`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -64,10 +64,10 @@ class _Start(Record):
 
 
 def read_start(checkpoint: Path) -> dict[str, str] | None:
-    """What the file beside a checkpoint holds, or None without one.
+    """Read `modpo_start.json` of a checkpoint; None if there is none.
 
     Raises:
-        ConfigError: where the file holds something else; naming file and key.
+        ConfigError: if the file cannot be read or is not valid; names the file and the key.
     """
     path = checkpoint / START
     if not path.exists():
@@ -83,43 +83,43 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 class ManifestCallback(TrainerCallback):
-    """Writes the manifest beside every checkpoint."""
+    """Writes `mopo.json` next to every checkpoint."""
 
     def __init__(self, block: MethodConfig, base_model: str) -> None:
         self.block, self.base_model = block, base_model
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The checkpoint is complete."""
+        """Called after a checkpoint is saved."""
         if state.is_world_process_zero:
             write_manifest(self.block, self.base_model, _checkpoint(args, state))
 
 
 class StartCallback(TrainerCallback):
-    """Writes the file beside every checkpoint.
+    """Writes `modpo_start.json` next to every checkpoint.
 
     Args:
-        trainer: whose `start` is written.
+        trainer: the trainer; its `start` is written.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The checkpoint is complete."""
+        """Called after a checkpoint is saved."""
         if state.is_world_process_zero:
             text = json.dumps(self.trainer.start, indent=2) + "\n"
             Folder(_checkpoint(args, state)).write(START, text.encode())
 
 
 class HistoryCallback(TrainerCallback):
-    """Draws the picture beside every checkpoint, and beside the final model."""
+    """Writes `mopo.png` next to every checkpoint and next to the final model."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The checkpoint is complete."""
+        """Called after a checkpoint is saved."""
         self._draw(state, _checkpoint(args, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """All steps are made."""
+        """Called at the end of training."""
         self._draw(state, Path(str(args.output_dir)))
 
     @staticmethod
@@ -128,6 +128,6 @@ class HistoryCallback(TrainerCallback):
             try:
                 if picture := draw(state.log_history):
                     Folder(folder).write(PICTURE, picture)
-            except Exception as error:  # a picture is not worth a run
-                LOG.warning("%s could not be drawn: %r", folder / PICTURE, error)
-            gc.collect()  # a figure is a web of cycles that keeps its pixels
+            except Exception as error:  # a failed plot must not stop the run
+                LOG.warning("%s could not be written: %r", folder / PICTURE, error)
+            gc.collect()  # a figure has reference cycles, which keep its memory

@@ -1,4 +1,4 @@
-"""Prepared rows -> one collated batch on the CPU, whose tensors travel together."""
+"""Collates prepared rows into one batch on the CPU, whose tensors are in one buffer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from axolotl_mopo.training.one_buffer import OneBufferBatch
 
 @dataclass
 class PairCollator:
-    """Collates B rows into `groups` of passes, `size` (B), and the rows' numbers, `pair_index` [B], if they have some.
+    """Collates B rows into `groups` of passes, `size` (B), and the numbers of the rows, `pair_index` [B], if any.
 
-    A group is the list of the passes that complete its pairs: one pass of whole pairs, or several that split one pair.
+    A group is a list of passes: one pass over whole pairs, or all passes of one split pair.
 
     Args:
-        pad_token_id: fills padded rows.
-        packed: whether passes are packed trees or padded rows.
-        max_tokens: of a pass, padding included; None for a single pass.
+        pad_token_id: padding token of padded rows.
+        packed: True for packed trees, False for padded rows.
+        max_tokens: largest number of tokens in a pass, padding included; None for a single pass.
     """
 
     pad_token_id: int
@@ -28,7 +28,7 @@ class PairCollator:
     max_tokens: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> OneBufferBatch:
-        """One batch of B pairs."""
+        """Collate B rows."""
         pairs = [read_tokens(row) for row in rows]
         batch = OneBufferBatch(
             groups=[
@@ -43,5 +43,5 @@ class PairCollator:
 
 
 def read_tokens(row: Mapping[str, Any]) -> Pair:
-    """The token ids of a prepared row."""
+    """Return the token ids of a prepared row."""
     return Pair(row["prompt_input_ids"], row["chosen_input_ids"], row["rejected_input_ids"])

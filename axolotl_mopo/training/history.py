@@ -1,4 +1,4 @@
-"""`mopo.png`: how every objective went over a training run, for those without a tracker."""
+"""Plots the metrics of every objective over a training run (`mopo.png`), without an experiment tracker."""
 
 import io
 from collections import defaultdict
@@ -12,13 +12,13 @@ _PANELS = {
     "weights of the dimensions": ("weights/",),
     "margin rewards, chosen - rejected": ("margins/",),
 }
-"""The title of a panel, and the metrics that it shows: by name, or all that begin with it where it ends with `/`."""
+"""Title of a panel -> metrics that it shows. A name that ends with `/` selects all metrics directly below it."""
 
 Curve = list[tuple[int, float]]
 
 
 def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
-    """What there is to draw: for every panel the metrics' values by step; `eval_` is part of a name."""
+    """Return the curves of every panel: metric name, with `eval_` for evaluation -> (step, value) pairs."""
     panels: dict[str, dict[str, Curve]] = defaultdict(lambda: defaultdict(list))
     for entry in history:
         for key, value in entry.items():
@@ -30,7 +30,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
 
 
 def draw(history: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """The picture of a run's log as PNG, lines for training, dashed ones for evaluation; None without either."""
+    """Plot a run's log as PNG, solid lines for training, dashed ones for evaluation; None if there is no metric."""
     from matplotlib.figure import Figure
 
     panels = curves(history)

@@ -1,4 +1,8 @@
-"""What happens if a loss is not finite. A run that stops there reads nothing from the device within a step."""
+"""Handles losses that are not finite: stops the run, or skips the step.
+
+Without `on_bad_loss: skip` the losses are read only after a step that logs, saves or evaluates, so that no other step
+waits for the device.
+"""
 
 import math
 from collections.abc import Callable
@@ -23,13 +27,13 @@ _SHOWN_TOKENS = 12
 
 
 class LossGuard(TrainerCallback):
-    """Stops a run after a bad loss, before anything of it is logged or saved; or skips such steps.
+    """Stops a run after a bad loss before anything of that step is logged or saved, or skips such steps.
 
     Args:
-        accelerator: of the run.
-        window: the metrics of the steps, which forgets a step that is skipped.
-        describe_rows: the rows of the training set with these numbers, for messages.
-        skip: whether a bad step is skipped: no parameter and no state of the optimizer changes.
+        accelerator: accelerator of the run.
+        window: metrics of the steps; those of a skipped step are removed.
+        describe_rows: describes the rows of the training set with these numbers, for messages.
+        skip: whether to skip a bad step, so that no parameter and no state of the optimizer changes.
     """
 
     def __init__(
@@ -37,23 +41,23 @@ class LossGuard(TrainerCallback):
     ) -> None:
         self.accelerator, self.window, self.describe_rows, self.skip = accelerator, window, describe_rows, skip
         self.skipped = 0
-        """Steps so far."""
+        """Number of skipped steps so far."""
         self._losses: list[tuple[int, Tensor, Tensor]] = []
 
     def note(self, step: int, rows: Tensor, losses: Tensor) -> None:
-        """Note, on the device, which of the losses [b] of rows [b] of the training set are bad."""
+        """Record, on the device, which of the losses [b] of rows [b] of the training set are not finite."""
         self._losses.append((step, rows, ~losses.detach().isfinite()))
 
     def finite(self, loss: Tensor) -> Tensor:
-        """The loss that transformers averages; 0 for a bad one whose step is skipped."""
+        """Return the loss for transformers' average; with `skip`, 0 for a loss that is not finite."""
         return loss.nan_to_num(0, 0, 0) if self.skip else loss
 
     def report(self, logs: dict[str, float], steps: bool) -> None:
-        """Add the number of skipped steps to what is logged, and take away what no step that was made stands for.
+        """Add the number of skipped steps to the log entry, and remove values that belong to skipped steps only.
 
         Args:
-            logs: transformers' own numbers, changed in place.
-            steps: whether any step of the logging window was made.
+            logs: log entry of transformers, changed in place.
+            steps: whether any step of the logging window was not skipped.
         """
         if not self.skip:
             return
@@ -64,7 +68,7 @@ class LossGuard(TrainerCallback):
             del logs["grad_norm"]
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What is measured from here on is forgotten if the step is skipped."""
+        """Mark the metrics window, to remove the metrics of this step if it is skipped."""
         self.window.mark()
 
     def on_pre_optimizer_step(
@@ -76,7 +80,7 @@ class LossGuard(TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        """Gradients are complete: remove those of a bad step, so that the optimizer makes no step."""
+        """Remove the gradients of a bad step, so that the optimizer changes nothing."""
         if not self.skip:
             return
         message = self._message()
@@ -86,22 +90,22 @@ class LossGuard(TrainerCallback):
             optimizer.zero_grad(set_to_none=True)
             self.window.rewind()
             self.skipped += 1
-            LOG.warning("%s. The step is skipped; %d were so far.", message, self.skipped)
+            LOG.warning("%s. The step is skipped (%d skipped so far).", message, self.skipped)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Look back before transformers reads or keeps something."""
+        """Check the losses before transformers logs, saves or evaluates."""
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self._stop()
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """transformers may log, save and evaluate next, or end."""
+        """Check the losses, since transformers may log, save, evaluate or end next."""
         self._stop()
 
     def _stop(self) -> None:
         if not self.skip and (message := self._message()):
             raise LossError(
-                f"{message}. Nothing was saved since. Look at these rows and at the learning rate; to go on without "
-                "such steps, set `on_bad_loss: skip` in the method's block"
+                f"{message}. Nothing was saved after this step. Check these rows and the learning rate; to skip such "
+                "steps, set `on_bad_loss: skip` in the method's block"
             )
 
     def _message(self) -> str | None:
@@ -109,14 +113,14 @@ class LossGuard(TrainerCallback):
         if found is None:
             return None
         step, rows = found
-        named = self.describe_rows(rows[:_NAMED_ROWS])
+        described = self.describe_rows(rows[:_NAMED_ROWS])
         rest = f"; and {len(rows) - _NAMED_ROWS} more" if len(rows) > _NAMED_ROWS else ""
-        return f"The loss of step {step} is not finite, for row {named}{rest} of the prepared training set"
+        return f"The loss of step {step} is not finite, for row {described}{rest} of the prepared training set"
 
     def first_bad_step(self) -> tuple[int, list[int]] | None:
-        """The first step since the last call that had bad losses, and their rows on all ranks; every rank must ask.
+        """Return the first step since the last call with a bad loss, and the rows with bad losses on all ranks.
 
-        The device is read once if there is none.
+        Every rank must call this. If there is no bad loss, the device is read once.
         """
         losses, self._losses = self._losses, []
         if not losses:
@@ -130,7 +134,7 @@ class LossGuard(TrainerCallback):
 
 
 def describe_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, numbers: list[int]) -> str:
-    """Rows' numbers and the beginnings of their two completions."""
+    """Describe rows by their numbers and the beginnings of their two completions."""
 
     def beginning(row: dict[str, Any], side: str) -> str:
         return repr(tokenizer.decode(row[f"{side}_input_ids"][:_SHOWN_TOKENS]))

@@ -1,4 +1,4 @@
-"""How a micro-batch is trained: pass by pass, with the loss and the gradients of a single pass over all its pairs."""
+"""Runs a micro-batch in several passes, with the loss and the gradients of a single pass over all its pairs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,67 +14,67 @@ from axolotl_mopo.logprobs.computer import CompletionLogProbs, LogProbComputer, 
 from axolotl_mopo.logprobs.passes import PassCounts
 
 Collated = dict[str, Any]
-"""A batch of `PairCollator`."""
+"""A batch made by `PairCollator`."""
 Inputs = Mapping[str, Any]
-"""The inputs of one pass, as `lay_out` makes them."""
+"""The inputs of one pass, made by `lay_out`."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The b pairs of a micro-batch that some passes compute, or one pair's prompts that one pass computes."""
+    """A part of a micro-batch: b whole pairs, or some prompts of one pair."""
 
     pairs: Tensor
-    """Their numbers in the micro-batch, [b]."""
+    """Indices of the pairs in the micro-batch, [b]."""
     size: int
-    """Pairs of the whole micro-batch."""
+    """Number of pairs in the whole micro-batch."""
     prompts: tuple[int, int] | None
-    """The first of the prompts and one past the last, where a pass computes a part of one pair; None for all."""
+    """Range of prompts (end excluded) for a part of one pair; None for whole pairs."""
     rows: Tensor | None
-    """The numbers of the prepared rows, [b]; None where rows have no numbers."""
+    """Numbers of the prepared rows, [b]; None if the rows have no numbers."""
 
 
 Losses = Callable[[CompletionLogProbs, Part], Tensor]
-"""Log-probs of completions and the part that they are of -> losses of its pairs, [b]."""
+"""Log-probs of the completions of a part, and the part -> losses of its pairs, [b]."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Passes that complete a part of the micro-batch, and how the loss is made of them."""
+    """The passes of a part of the micro-batch, and how its loss is computed from them."""
 
     passes: Sequence[Inputs]
     part: Part
     losses: Losses | None = None
-    """None for those of the method, which are recorded."""
+    """None for the losses of the method, which are also recorded."""
     aux_weight: float | None = None
-    """How many pairs the load-balancing loss counts for; None for as many as there are."""
+    """Weight of the load-balancing loss, in pairs; None for the number of pairs in the part."""
 
 
 class MicrobatchMixin(Trainer):
-    """Runs the passes that `PairCollator` lays out, in training and in evaluation. A child gives the losses."""
+    """Runs the passes of `PairCollator`'s batches, in training and in evaluation. A subclass defines the losses."""
 
     logprob_computer: LogProbComputer
     pass_counts: PassCounts
     aux_loss_coef: float
-    """Of the load-balancing loss of a mixture of experts; 0 if the model has none."""
+    """Coefficient of the load-balancing loss of a mixture of experts; 0 for a model without this loss."""
     args: Any
     model: Any
     optimizer: Any
 
     def pair_losses(self, logprobs: CompletionLogProbs, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method: log-probs of all completions of b pairs -> losses [b] and metrics, each [b]."""
+        """Compute losses [b] and metrics, each [b], from the log-probs of all completions of b pairs."""
         raise NotImplementedError
 
     def prompt_losses(self, whole: CompletionLogProbs, part: Part) -> Losses:
-        """What gives the loss of some of a pair's prompts, if its prompts do not fit into one pass.
+        """Return the function that computes the loss of some prompts of a pair that is split into several passes.
 
         Args:
-            whole: of all completions of the pair, without gradient.
+            whole: log-probs of all completions of the pair, without gradient.
             part: the pair.
         """
         raise NotImplementedError
 
     def record(self, metrics: Mapping[str, Tensor], part: Part) -> None:
-        """Take metrics of b pairs, each [b]: `loss` and those of the method; every pair comes once."""
+        """Record `loss` and the method's metrics of b pairs, each [b]; called once for every pair."""
         raise NotImplementedError
 
     def compute_loss(
@@ -84,13 +84,13 @@ class MicrobatchMixin(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """What the parts in `inputs` contribute to the mean loss over the pairs of their micro-batch.
+        """Compute what the parts in `inputs` contribute to the mean loss over the pairs of their micro-batch.
 
         Args:
-            model: as it is run.
-            inputs: a collated batch, or what `training_step` has made of a part of it.
-            return_outputs: gives an empty mapping beside the loss; there are no outputs.
-            num_items_in_batch: is not used, since the loss is a mean over pairs.
+            model: the model as it is run.
+            inputs: a collated batch, or forwards that `training_step` has made from it.
+            return_outputs: also return an empty mapping; there are no outputs.
+            num_items_in_batch: not used, since the loss is a mean over pairs.
         """
         forwards = inputs if isinstance(inputs, list) else _forwards(inputs)
         contributions = []
@@ -106,7 +106,7 @@ class MicrobatchMixin(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def _run(self, model: nn.Module, passes: Sequence[Inputs]) -> tuple[CompletionLogProbs, Tensor | None]:
-        """The log-probs of some passes' completions, and the mean of their load-balancing losses, if there are any."""
+        """Return the log-probs of the completions of some passes, and the mean of the load-balancing losses, if any."""
         if not self.aux_loss_coef:
             return joined([self.logprob_computer(model, one) for one in passes]), None
         parts, aux_losses = zip(*(self.logprob_computer.with_aux_loss(model, one) for one in passes), strict=True)
@@ -122,34 +122,34 @@ class MicrobatchMixin(Trainer):
     def training_step(
         self, model: nn.Module, inputs: Collated, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward, one part after the other; ranks exchange gradients with the last one."""
+        """Run forward and backward for one part after the other; ranks synchronize gradients at the last one."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # schedule-free ones keep two sets of weights
+            self.optimizer.train()  # schedule-free optimizers have other weights in evaluation
         *forwards, last = self._training_forwards(model, self._prepare_inputs(inputs))
         state, loss = self.accelerator.gradient_state, torch.zeros((), device=self.args.device)
-        synchronised = state.sync_gradients
+        sync_gradients = state.sync_gradients
         for forward in forwards:
-            with self._without_exchange(model):
+            with self._no_sync(model):
                 state._set_sync_gradients(False)
                 loss += self._backward(model, forward, num_items_in_batch)
-            state._set_sync_gradients(synchronised)
+            state._set_sync_gradients(sync_gradients)
         return loss + self._backward(model, last, num_items_in_batch)
 
     def _backward(self, model: nn.Module, forward: Forward, num_items_in_batch: Tensor | int | None) -> Tensor:
-        inputs: Any = [forward]  # transformers hands it on to `compute_loss`
+        inputs: Any = [forward]  # transformers passes it on to `compute_loss`
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _without_exchange(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Keep gradients on this rank for a while, unless they stay there anyway or each of them is exchanged."""
+    def _no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context manager without gradient synchronization; it does nothing if every pass must synchronize."""
         state, deepspeed = self.accelerator.gradient_state, DistributedType.DEEPSPEED
-        exchanged = state.plugin_kwargs.get("sync_each_batch") or self.accelerator.distributed_type == deepspeed
-        return self.accelerator.no_sync(model) if state.sync_gradients and not exchanged else nullcontext()
+        always = state.plugin_kwargs.get("sync_each_batch") or self.accelerator.distributed_type == deepspeed
+        return self.accelerator.no_sync(model) if state.sync_gradients and not always else nullcontext()
 
     def _training_forwards(self, model: nn.Module, inputs: Collated) -> list[Forward]:
-        """What to run forward and backward one after the other, as much on every rank.
+        """Make the list of forwards to run one after the other, as many on every rank.
 
-        A pair that is split needs the log-probs of all its prompts for the loss of each, so it is first run as a whole,
+        The loss of each prompt of a split pair needs the log-probs of all its prompts, so these are computed first,
         without gradient.
         """
         forwards = _forwards(inputs)
@@ -165,22 +165,22 @@ class MicrobatchMixin(Trainer):
         return whole + [dummy] * dummy_forwards
 
     def _split(self, model: nn.Module, forward: Forward, inputs: Collated) -> list[Forward]:
-        """One forward for each pass of a split pair."""
+        """Make one forward for each pass of a split pair."""
         logprobs, aux_loss = self._run(model, forward.passes)
         self._recorded(logprobs, forward.part, aux_loss)
         losses = self.prompt_losses(logprobs, forward.part)
-        share = 1 / len(forward.passes)
-        return [Forward([one], _part(inputs, one), losses, aux_weight=share) for one in forward.passes]
+        aux_weight = 1 / len(forward.passes)
+        return [Forward([one], _part(inputs, one), losses, aux_weight) for one in forward.passes]
 
     def _run_dummies(self, model: nn.Module, inputs: Collated, passes: int) -> None:
-        """Dummy forward passes, while another rank makes real ones."""
+        """Run dummy forward passes while other ranks run real ones."""
         for _ in range(passes):
             self.logprob_computer(model, inputs["groups"][-1][-1])
 
     def prediction_step(
         self, model: nn.Module, inputs: Collated, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss and metrics of an evaluation batch; there are no predictions to gather."""
+        """Compute loss and metrics of an evaluation batch; there are no predictions to gather."""
         inputs = self._prepare_inputs(inputs)
         (dummies,) = self.pass_counts.missing(sum(map(len, inputs["groups"])))
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -189,7 +189,7 @@ class MicrobatchMixin(Trainer):
         return loss, None, None
 
     def floating_point_ops(self, inputs: Collated) -> int:
-        """transformers' estimate, of all passes."""
+        """Sum transformers' estimate over all passes."""
         flops = super().floating_point_ops
         return sum(flops(one) for group in inputs["groups"] for one in group)
 
@@ -200,17 +200,17 @@ class MicrobatchMixin(Trainer):
 
 
 def _forwards(inputs: Collated) -> list[Forward]:
-    """All of a collated batch: one forward for each group of passes."""
+    """Make one forward for each group of passes of a collated batch."""
     return [Forward(passes, _part(inputs, passes[0], whole=True)) for passes in inputs["groups"]]
 
 
 def _part(inputs: Collated, one: Inputs, whole: bool = False) -> Part:
-    """The part of a collated batch that a pass computes, or with `whole` the whole pairs that it is a part of."""
+    """Return the part of a collated batch that a pass computes; with `whole`, its pairs with all prompts."""
     rows = inputs.get("pair_index")
     pairs = one["pairs"]
     return Part(pairs, inputs["size"], None if whole else one["prompts"], None if rows is None else rows[pairs])
 
 
 def _no_losses(logprobs: CompletionLogProbs, part: Part) -> Tensor:
-    """Nothing, with a gradient of zeros."""
+    """Zero losses of a dummy forward, with a gradient of zeros."""
     return logprobs.logps * 0

@@ -30,7 +30,8 @@ LOG = get_logger("axolotl.mopo")
 class MODPOTrainer(MultiObjectiveTrainer):
     """`rl: modpo` (arXiv 2310.03708): DPO on one objective, with the other objectives as a margin.
 
-    The reference is the policy before its first step; its log-probs are computed once, so one model is enough.
+    Reference log-probs and margin rewards are computed once before the first step, so only the policy is in memory
+    during training.
     """
 
     block: ClassVar = MODPOConfig
@@ -56,10 +57,10 @@ class MODPOTrainer(MultiObjectiveTrainer):
         self.add_callback(StartCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; constants are computed before the first step, or before the weights of a resumed run are loaded.
+        """Train. Constants are computed before the first step, or before the checkpoint of a resumed run is loaded.
 
         Raises:
-            ConfigError: where a run whose weights are split is resumed without the constants of its first start.
+            ConfigError: if a run with sharded weights is resumed without the constants of its first start.
         """
         if resume_from_checkpoint:
             last = get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else None
@@ -69,45 +70,48 @@ class MODPOTrainer(MultiObjectiveTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _recorded_start(self, checkpoint: Path) -> dict[str, str] | None:
-        """What a checkpoint says of the start of its run; None where this process still has the weights of then."""
+        """Read what a checkpoint records of the start of its run; None if this process still has these weights."""
         if not self.is_sharded:
             return None
-        start = fault = None
-        if self.is_world_process_zero():  # which wrote it; other machines may not have the file
+        start = message = None
+        if self.is_world_process_zero():  # the file may be only on its machine
             try:
                 start = read_start(checkpoint)
             except ValueError as error:
-                fault = str(error)
-        start, fault = broadcast_object_list([start, fault])
+                message = str(error)
+        start, message = broadcast_object_list([start, message])
         if start is None:
             missing = (
-                f"{checkpoint} holds no {START}, without which the reference of a run whose weights are split "
-                "cannot be found again; resume from another checkpoint, or start the run anew"
+                f"{checkpoint} contains no {START}, which is needed to find the reference log-probs of a run with "
+                "sharded weights; resume from another checkpoint, or start a new run"
             )
-            raise ConfigError(f"`resume_from_checkpoint`: {fault or missing}")
+            raise ConfigError(f"`resume_from_checkpoint`: {message or missing}")
         return start
 
     def before_first_step(self, wrapped: nn.Module, resumed: bool) -> None:
-        """As for every method; then the reference and the margins are computed, but for a resumed run."""
+        """See `MultiObjectiveTrainer`. Unless the run is resumed, also compute and check the constants."""
         super().before_first_step(wrapped, resumed)
         if not resumed:
             self.precompute(wrapped)
             self.check_start(wrapped)
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; before any training the policy as it stands is its own initial reference."""
+        """Evaluate. Without reference log-probs from before training, `reference: initial` is the current policy."""
         self.require_prepared()
-        foreign = eval_dataset is not None and "pair_index" not in eval_dataset.column_names
-        if (foreign or "evaluation" not in self._constants) and self.method.reference == "initial":
-            LOG.warning("The policy is evaluated against itself as it stands now: no reference was computed before.")
-        if eval_dataset is not None and foreign:
-            return self._evaluate_foreign(eval_dataset, *args, **kwargs)
+        is_new = eval_dataset is not None and "pair_index" not in eval_dataset.column_names
+        if (is_new or "evaluation" not in self._constants) and self.method.reference == "initial":
+            LOG.warning(
+                "The policy is evaluated against its current weights as the reference, since no reference log-probs "
+                "were computed before training."
+            )
+        if eval_dataset is not None and is_new:
+            return self._evaluate_new_rows(eval_dataset, *args, **kwargs)
         if "evaluation" not in self._constants:
             self.precompute(self.model, train=self._normalised)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def _evaluate_foreign(self, rows: Dataset, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate rows that the trainer was not built with, as `axolotl evaluate` asks for."""
+    def _evaluate_new_rows(self, rows: Dataset, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate rows that are not the trainer's own, as `axolotl evaluate` does."""
         rows, tables = numbered(with_lengths(rows), 0), self._tables
         sets = {"evaluation": rows, **({"train": self.train_dataset} if self._normalised else {})}
         constants = self._precomputation(self.model).constants(sets)["evaluation"]
@@ -132,12 +136,12 @@ class MODPOTrainer(MultiObjectiveTrainer):
         )
 
     def precompute(self, wrapped: nn.Module, train: bool = True, recorded: dict[str, str] | None = None) -> None:
-        """Compute the reference log-probs and margins of rows with the policy as it stands, or find them.
+        """Compute the reference log-probs and margin rewards with the current policy, or read them from the cache.
 
         Args:
             wrapped: the policy as it is run.
-            train: of the training rows, and not of those for evaluation alone.
-            recorded: the `start` of the run that is resumed, where the policy cannot be run as it was then.
+            train: whether to include the training rows; otherwise only the evaluation rows.
+            recorded: the `start` of a resumed run with sharded weights, whose initial policy cannot be run.
         """
         precomputation = self._precomputation(wrapped, recorded)
         self.start = precomputation.start
@@ -146,20 +150,20 @@ class MODPOTrainer(MultiObjectiveTrainer):
             sets["evaluation"] = self.eval_dataset
         self._constants = precomputation.constants(sets)
         parts = list(self._constants.values())
-        if not train:  # `pair_index` counts the training rows all the same
+        if not train:  # `pair_index` still counts the training rows
             shape = (len(self.train_dataset), 2)
             parts.insert(0, Constants(torch.empty(shape), torch.empty(*shape, len(self.method.margins))))
         self._tables = Constants(*(torch.cat(part).float().to(self.args.device) for part in zip(*parts, strict=True)))
         self._reference_is_policy = precomputation.reference_is_policy
 
     def check_start(self, wrapped: nn.Module) -> None:
-        """Hold the policy, as it is trained, against the reference that it must still be.
+        """Check that the policy in training mode still has the log-probs of the reference.
 
         Raises:
-            RuntimeError: where its log-probs differ by more than its precision explains.
+            RuntimeError: if its log-probs differ by more than its precision explains.
         """
         if not self._reference_is_policy:
-            LOG.info("The reference is the base model; the policy starts with an adapter that changes it.")
+            LOG.info("The reference is the base model; the policy starts with an adapter that differs from it.")
             return
         LOG.info("The reference is the policy before its first step.")
         rows = self.checked_rows
@@ -171,14 +175,14 @@ class MODPOTrainer(MultiObjectiveTrainer):
         difference = ((logps - expected).abs().cpu() / lengths).max().item()
         if not difference <= self.tolerance:
             raise RuntimeError(
-                f"before the first step the policy's log-probs differ from the reference's by {difference:.3g} nats a "
-                f"token, more than {self.tolerance:g}; look for dropout or noise that is on in training, "
-                "for weights that changed after the reference was computed, or for a foreign file in "
+                f"before the first step the policy's log-probs differ from the reference's by {difference:.3g} nats "
+                f"per token, more than {self.tolerance:g}; check for dropout or noise that is on in training, for "
+                "weights that changed after the reference was computed, and for a file of another run in "
                 f"{self.method.cache_dir}"
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and warn once of a margin whose scale is far from the implicit reward's."""
+        """Log, and warn once for each margin whose scale is far from that of the implicit reward."""
         super().log(logs, start_time)
         implicit = logs.get("rewards/margins_std")
         for name, weight in zip(self.method.margins, self.method.margin_weights, strict=True):
@@ -187,8 +191,8 @@ class MODPOTrainer(MultiObjectiveTrainer):
                 continue
             self._warned.add(name)
             LOG.warning(
-                "The margin %s, weighted, spreads %.3g times as wide as the implicit reward of %s; only its scale "
-                "against that reward matters, so mind its `scale`, its `normalize` or its weight.",
+                "The standard deviation of the weighted margin %s is %.3g times that of the implicit reward of %s. "
+                "Only this ratio matters; check the margin's `scale`, `normalize` and weight.",
                 name,
                 deviation / implicit,
                 self.method.objective,
@@ -197,7 +201,7 @@ class MODPOTrainer(MultiObjectiveTrainer):
     def pair_losses(self, logprobs: CompletionLogProbs, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """See `losses.modpo_loss`.
 
-        `rewards/...` are the implicit rewards of the objective that orders the pairs, `rewards/collective_...` are
+        `rewards/...` are the implicit rewards of the objective that orders the pairs. `rewards/collective_...` are
         beta * (logp - ref_logp), the reward of all objectives together.
         """
         method = self.method

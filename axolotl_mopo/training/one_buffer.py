@@ -1,4 +1,4 @@
-"""A batch of many small tensors that leaves a data-loader worker, or goes to a device, as a single one."""
+"""A batch of many small tensors that moves between processes or to a device as a single tensor."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -11,13 +11,13 @@ _ALIGNMENT = 16
 
 
 class OneBufferBatch(dict[str, Any]):
-    """A batch, nested as it likes, whose tensors go to another process or device together, in one buffer.
+    """A nested batch whose tensors move to another process or device together, in one buffer.
 
-    torch sends every tensor by a file descriptor, or a copy, of its own, and a batch of several passes has dozens.
+    torch would use a file descriptor or a copy for every tensor, and a batch of several passes has dozens of tensors.
     """
 
     packed: "tuple[Tensor, dict[str, Any]] | None" = None
-    """The buffer that the tensors are views of, and where in it they lie."""
+    """The buffer that the tensors are views of, and the batch with slots instead of tensors."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.packed = None
@@ -27,12 +27,12 @@ class OneBufferBatch(dict[str, Any]):
         return _unpacked, self._pack()
 
     def pin_memory(self) -> "OneBufferBatch":
-        """A copy in page-locked memory."""
+        """Return a copy in page-locked memory."""
         buffer, layout = self._pack()
         return _unpacked(buffer.pin_memory(), layout)
 
     def to(self, device: Any, non_blocking: bool = False) -> "OneBufferBatch":
-        """A copy on a device."""
+        """Return a copy on a device."""
         buffer, layout = self._pack()
         return _unpacked(buffer.to(device, non_blocking=non_blocking), layout)
 
@@ -42,7 +42,7 @@ class OneBufferBatch(dict[str, Any]):
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a tensor lies in the buffer."""
+    """Position of a tensor in the buffer."""
 
     start: int
     shape: torch.Size
@@ -54,7 +54,7 @@ class _Slot:
 
 
 def _packed(batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """A buffer of bytes, and the batch with slots in the place of tensors."""
+    """Return a buffer of bytes, and the batch with slots instead of tensors."""
     tensors: list[tuple[Tensor, _Slot]] = []
     end = 0
 
@@ -79,7 +79,7 @@ def _unpacked(buffer: Tensor, layout: dict[str, Any]) -> OneBufferBatch:
 
 
 def _replaced(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """A copy of nested dicts, lists and dataclasses with `function` of whatever is of a kind in its place."""
+    """Copy nested dicts, lists and dataclasses; replace every value of type `kind` by `function(value)`."""
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Log-probs of the rows' completions under a model: the reference's, and those that implicit rewards are made of."""
+"""Computes log-probs of the completions of prepared rows, for the reference and for implicit rewards."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,15 +25,15 @@ from axolotl_mopo.training.collator import PairCollator, read_tokens
 
 @dataclass(frozen=True)
 class PairLogProbs:
-    """A model and how pairs of a single prompt are scored by it.
+    """Computes log-probs of pairs with a single prompt under a model.
 
     Args:
-        model: as it is run, possibly wrapped.
-        computer: computes the log-probs of its batches.
-        collator: makes them.
-        accelerator: gives device and precision.
-        pass_counts: keeps the ranks together.
-        batch_size: rows at a time.
+        model: the model as it is run, possibly wrapped.
+        computer: computes the log-probs of a batch.
+        collator: makes the batches.
+        accelerator: defines device and precision.
+        pass_counts: finds the number of dummy forward passes of this rank.
+        batch_size: number of rows in a batch.
     """
 
     model: nn.Module
@@ -45,11 +45,11 @@ class PairLogProbs:
 
     @torch.no_grad()
     def logps(self, rows: Dataset, title: str | None) -> Tensor:
-        """Log-probs [N, 2] of the chosen and the rejected completions of N rows, without gradient, in float32.
+        """Compute the log-probs [N, 2] of the chosen and rejected completions of N rows, without gradient, in float32.
 
         Args:
-            rows: prepared rows, as many on every rank.
-            title: of the progress bar; None shows none.
+            rows: prepared rows, the same number on every rank.
+            title: title of the progress bar; None for no progress bar.
         """
         pinned = self.accelerator.device.type == "cuda"
         loader = DataLoader(rows, batch_size=self.batch_size, collate_fn=self.collator, pin_memory=pinned)
@@ -57,7 +57,7 @@ class PairLogProbs:
         return torch.cat([self._batch_logps(batch) for batch in tqdm(loader, desc=title, disable=quiet)])
 
     def of(self, model: Any) -> "PairLogProbs":
-        """Another model of the same architecture, scored in the same way."""
+        """Return a copy for another model of the same architecture."""
         base = None if self.computer.base is None else model
         return replace(self, model=model, computer=replace(self.computer, base=base))
 
@@ -69,13 +69,12 @@ class PairLogProbs:
         (dummies,) = self.pass_counts.missing(len(passes))
         with self.accelerator.autocast():
             for one in passes + passes[-1:] * dummies:
-                scores = self.computer(self.model, one)
-                logps[one["pairs"]] = scores.logps.view(-1, 2).float()
+                logps[one["pairs"]] = self.computer(self.model, one).logps.view(-1, 2).float()
         return logps
 
 
 def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
-    """The base model alone, where the model has adapters."""
+    """Context manager that turns off the adapters of the model, if it has any."""
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
@@ -83,31 +82,32 @@ def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
 def separate_model(
     path: str, like: PreTrainedModel, dtype: torch.dtype, policy: PairLogProbs, rows: Dataset
 ) -> Iterator[PairLogProbs]:
-    """A whole model of its own, loaded for a while.
+    """Context manager that loads a whole model and yields a `PairLogProbs` for it.
 
     Args:
         path: a folder or a model of the hub.
-        like: the policy's model, whose attention it gets.
-        dtype: of its weights.
-        policy: how the policy is scored.
-        rows: prepared rows, one of which tries the layout.
+        like: the policy's model; the loaded model gets the same attention implementation.
+        dtype: dtype of its weights.
+        policy: the `PairLogProbs` of the policy.
+        rows: prepared rows; the layout is tried on the first.
 
-    Yields:
-        How it is scored.
+    Raises:
+        ConfigError: if its weights cannot be read, or it adds noise in training.
+        ValueError: if its vocabulary has another size than the policy's.
     """
     model = load_whole(AutoModelForCausalLM, path, dtype, attn_implementation=plain_implementation(like))
     model.to(policy.accelerator.device)
     if model.config.vocab_size != like.config.vocab_size:
         raise ValueError(
             f"{path} has a vocabulary of {model.config.vocab_size} tokens and the policy one of "
-            f"{like.config.vocab_size}; an implicit reward needs the policy's own tokenizer"
+            f"{like.config.vocab_size}; give a model with the policy's own tokenizer, which an implicit reward needs"
         )
     turn_off_noise(model)
     model.eval()
     try:
         layout = choose_layout(model, model, [read_tokens(rows[0])])
     except NoiseError as error:
-        raise ConfigError(f"{path} cannot give rewards: {error}; turn it off in its own config.json") from None
+        raise ConfigError(f"{path} cannot compute rewards: {error}; turn it off in its own config.json") from None
     if layout.packed:
         use_tree_attention(model)
     try:
@@ -118,4 +118,4 @@ def separate_model(
             collator=replace(policy.collator, packed=layout.packed),
         )
     finally:
-        model.to("meta")  # frees the memory, whoever still refers to the model
+        model.to("meta")  # frees the memory even if there are still references to the model

@@ -1,4 +1,4 @@
-"""One pass before the first step: reference log-probs and margin rewards of every row, computed once and kept."""
+"""Computes reference log-probs and margin rewards of every row once before the first step, and caches them."""
 
 import json
 import math
@@ -33,16 +33,16 @@ from axolotl_mopo.training.table_cache import TableCache
 LOG = get_logger("axolotl.mopo")
 
 _VERSION = 3
-"""Of the tables: one more where a table of an older release must not be found."""
+"""Version of the tables; increase it if tables of older releases must not be used."""
 _TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
 _TEXTS = ("messages", "chosen_text", "rejected_text")
 
-Score = Callable[[Dataset, Sequence[int], bool], Tensor]
-"""Rows, their numbers and whether to show no progress -> [N, 2]."""
+ComputeRows = Callable[[Dataset, Sequence[int], bool], Tensor]
+"""Rows, their numbers and whether to hide the progress bar -> [N, 2]."""
 
 
 class Constants(NamedTuple):
-    """What a step needs of N rows besides the policy."""
+    """What the loss of N rows needs besides the policy's log-probs."""
 
     reference: Tensor
     """Log-probs of the chosen and the rejected completion, [N, 2]."""
@@ -52,15 +52,15 @@ class Constants(NamedTuple):
 
 @dataclass
 class Precomputation:
-    """Computes the constants of rows, or finds them in the cache.
+    """Computes the constants of rows, or reads them from the cache.
 
     Args:
         method: the `modpo:` block.
-        model: the policy as it stood before its first step, not wrapped.
-        policy: the same as it is run, and how it is scored.
-        cache: where tables are kept.
-        recorded: the `start` of the run that is resumed, where the model cannot be run as it was then: what is computed
-            with it can only be found.
+        model: the unwrapped policy before its first step.
+        policy: computes log-probs under the policy as it is run.
+        cache: the cache of tables.
+        recorded: the `start` of a resumed run with sharded weights. Its initial policy cannot be run, so the log-probs
+            must be in the cache.
     """
 
     method: MODPOConfig
@@ -81,11 +81,11 @@ class Precomputation:
 
     @property
     def reference_is_policy(self) -> bool:
-        """Whether the reference is the policy as it stands."""
+        """Whether the reference has the same weights as the initial policy."""
         return self.start[self.method.reference] == self.start["initial"]
 
     def constants(self, sets: Mapping[str, Dataset]) -> dict[str, Constants]:
-        """The constants of sets of rows; the set `train`, if there, decides how margins are normalised."""
+        """Compute the constants of sets of rows; margins are normalised by the set `train`."""
         digests = {name: rows_digest(rows, _TOKENS) for name, rows in sets.items()}
         reference = {
             name: self.policy_logps(name, rows, digests[name], self.method.reference) for name, rows in sets.items()
@@ -103,7 +103,7 @@ class Precomputation:
         return {name: Constants(reference[name], margins[name]) for name in sets}
 
     def _row_rewards(self, rows: Dataset) -> dict[str, Tensor]:
-        """The rewards [N, 2] of every margin that the prepared rows hold."""
+        """Read the rewards [N, 2] of the margins that are stored in the prepared rows."""
         names = list(self.method.row_settings.margins)
         if not names:
             return {}
@@ -112,15 +112,15 @@ class Precomputation:
         return {name: table[:, :, index] for index, name in enumerate(names)}
 
     def policy_logps(self, set_name: str, rows: Dataset, rows_key: str, state: str) -> Tensor:
-        """Log-probs [N, 2] of a set's rows under the policy of the run's start; `state` is `initial` or `base`."""
+        """Log-probs [N, 2] of a set's rows under the initial policy or its base model (`state`: initial or base)."""
         title = f"Reference, {set_name}"
 
-        def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
+        def compute(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
             if self.recorded is not None:
                 raise ConfigError(
-                    f"`{self.method.rl}.cache_dir`: {title} of the run that is resumed is not in {self.cache.folder}, "
-                    "and cannot be computed again from a model whose weights are split; give the folder that the run "
-                    "used, with the same data, or start the run anew"
+                    f"`{self.method.rl}.cache_dir`: {title} of the resumed run is not in {self.cache.folder}, and "
+                    "cannot be computed again because the weights are sharded; set it to the folder that the run used, "
+                    "with the same data, or start a new run"
                 )
             adapters: AbstractContextManager[None] = nullcontext()
             if self.start[state] != self.start["initial"]:
@@ -128,46 +128,48 @@ class Precomputation:
             with adapters, in_mode(self.policy.model, training=False):
                 return self.policy.logps(rows, title)
 
-        return self._logps(title, {"weights": self.start[state]}, rows, rows_key, score)
+        return self._logps(title, {"weights": self.start[state]}, rows, rows_key, compute)
 
     def adapter_logps(self, title: str, path: str, rows: Dataset, rows_key: str) -> Tensor:
         """Log-probs [N, 2] under the base model with the adapter at `path`."""
 
-        def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
+        def compute(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
             with unchanged(self.model, path), with_adapter(self.model, path) as adapted:
                 return self.policy.of(adapted).logps(rows, title)
 
         weights = digest([self.start["base"], model_digest(path)])
-        return self._logps(title, {"weights": weights}, rows, rows_key, score)
+        return self._logps(title, {"weights": weights}, rows, rows_key, compute)
 
     def separate_logps(self, title: str, path: str, rows: Dataset, rows_key: str) -> Tensor:
-        """Log-probs [N, 2] under a whole model that is loaded for a while."""
+        """Log-probs [N, 2] under a whole model that is loaded temporarily."""
 
-        def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
+        def compute(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
             dtype = getattr(torch, self.start["dtype"])
             with separate_model(path, self._base, dtype, self.policy, rows) as model:
                 return model.logps(rows, title)
 
         content = {"weights": model_digest(path), "dtype": self.start["dtype"]}
-        return self._logps(title, content, rows, rows_key, score)
+        return self._logps(title, content, rows, rows_key, compute)
 
     @property
     def _base(self) -> Any:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def _logps(self, title: str, model: Mapping[str, str], rows: Dataset, rows_key: str, score: Score) -> Tensor:
-        """The log-probs of a model, which is known by what `model` says of it."""
+    def _logps(
+        self, title: str, model: Mapping[str, str], rows: Dataset, rows_key: str, compute: ComputeRows
+    ) -> Tensor:
+        """Return the log-probs [N, 2] under a model, which `model` identifies."""
         how = {"precision": self.accelerator.mixed_precision, "attention": plain_implementation(self._base)}
-        return self.table(title, {"rows": rows_key, **model, **how}, rows, score)
+        return self.table(title, {"rows": rows_key, **model, **how}, rows, compute)
 
-    def table(self, title: str, content: Mapping[str, Any], rows: Dataset, score: Score) -> Tensor:
-        """Numbers [N, 2] that are known by what `content` says of them; computed only where the cache has none."""
+    def table(self, title: str, content: Mapping[str, Any], rows: Dataset, compute: ComputeRows) -> Tensor:
+        """Return a table [N, 2], from the cache if it has one whose name is the digest of `content`."""
         name = digest({"version": _VERSION, **content})
         if name not in self._tables:
-            table, hit = self.cache.table(name, len(rows), lambda: self._over_ranks(title, rows, score))
+            table, hit = self.cache.table(name, len(rows), lambda: self._over_ranks(title, rows, compute))
             self._tables[name] = table
             LOG.info(
-                "%s: %s for %s pairs, %d bytes a pair (%s).",
+                "%s: %s for %s pairs, %d bytes per pair (%s).",
                 title,
                 "found" if hit else "computed",
                 f"{len(rows):,}",
@@ -176,48 +178,54 @@ class Precomputation:
             )
         return self._tables[name]
 
-    def _over_ranks(self, title: str, rows: Dataset, score: Score) -> Tensor:
-        """Every rank scores the same number of rows, the longest first.
+    def _over_ranks(self, title: str, rows: Dataset, compute: ComputeRows) -> Tensor:
+        """Compute a table with the same number of rows on every rank, the longest first.
 
         Raises:
-            DataError: where a row's numbers are not finite.
+            DataError: if a number is not finite; names the row.
         """
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
         order = np.argsort(-pair_lengths(rows), kind="stable")
         padded = np.resize(order, -(-len(order) // world_size) * world_size)
         mine = padded[rank::world_size]
-        scores = score(rows.select(mine), mine.tolist(), not self.accelerator.is_main_process)
-        gathered = self.accelerator.gather(scores.to(self.accelerator.device)).cpu()
+        values = compute(rows.select(mine), mine.tolist(), not self.accelerator.is_main_process)
+        gathered = self.accelerator.gather(values.to(self.accelerator.device)).cpu()
         table = torch.empty(len(rows), 2, dtype=gathered.dtype)
         table[np.concatenate([padded[r::world_size] for r in range(world_size)])] = gathered
         if not table.isfinite().all():
             row = int((~table.isfinite().all(1)).nonzero()[0])
-            raise DataError(f"{title}: row {row} of the prepared rows gets {table[row].tolist()}, not finite numbers")
+            raise DataError(
+                f"{title}: row {row} of the prepared rows gets {table[row].tolist()}, which are not all finite; check "
+                "this row and the model"
+            )
         return table
 
     def _deviation(self, name: str, margin: RewardSource, raw: Mapping[str, Tensor]) -> float:
-        """What `normalize` divides a margin by: the standard deviation of its differences in the training set."""
+        """Return the divisor of `normalize`: the standard deviation of chosen minus rejected in the training set."""
         if margin.normalize == "none":
             return 1.0
         where = f"`{self.method.rl}.margins.{name}`"
         if "train" not in raw:
-            raise DataError(f"{where} is normalised by the training set, and there is none here")
+            raise DataError(f"{where}: `normalize` needs the training set, which is not given; set it to none")
         differences = raw["train"][:, 0] - raw["train"][:, 1]
         deviation = differences.double().std(correction=0).item()
         if deviation == 0:
-            raise DataError(f"{where} is the same difference for every pair; it cannot be normalised")
-        LOG.info("The margin %s is divided by %g, the standard deviation of its differences.", name, deviation)
+            raise DataError(
+                f"{where}: chosen minus rejected is the same for every pair, so it cannot be normalised; set "
+                "`normalize: none`"
+            )
+        LOG.info("The margin %s is divided by %g, the standard deviation of chosen minus rejected.", name, deviation)
         return deviation
 
     def _agreed(self, weights: str) -> str:
-        """One name for the weights of all ranks, each of which may hold a part of them."""
+        """Combine the digests of all ranks into one, since each rank may have only a part of the weights."""
         parts = sorted(set(gather_object([weights])))
         return parts[0] if len(parts) == 1 else digest(parts)
 
 
 @dataclass(frozen=True)
 class _PairResponses:
-    """The responses of one set of pairs, for the source of one margin; see `Responses`. All numbers are [N, 2]."""
+    """The responses of one set of pairs, for the source of one margin; see `Responses`. Every method returns [N, 2]."""
 
     precomputation: Precomputation
     margin: str
@@ -225,39 +233,39 @@ class _PairResponses:
     rows: Dataset
     rows_key: str
     own: Mapping[str, Tensor]
-    """The rewards that the rows hold, by the margins' names."""
+    """Margin name -> rewards that are stored in the rows."""
 
     @property
     def title(self) -> str:
-        """Of messages and progress bars."""
+        """Title of messages and progress bars."""
         return f"Margin {self.margin}, {self.set_name}"
 
     def row_rewards(self, source: RewardSource) -> Tensor:
-        """What was computed when the rows were prepared."""
+        """Return the rewards that were computed when the rows were prepared."""
         return self.own[self.margin]
 
     def text_rewards(self, source: TextSource) -> Tensor:
-        """Computed once and kept in the cache."""
+        """Compute the rewards, or read them from the cache."""
         if source.code:
             LOG.info("The margin %s runs the code of %s.", self.margin, source.code)
         device = self.precomputation.accelerator.device
 
-        def score(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
+        def compute(rows: Dataset, numbers: Sequence[int], quiet: bool) -> Tensor:
             with source.opened(device) as rewards:
                 return both_sides(rewards, rows, numbers, source.batch_size, self.title, quiet)
 
         settings = source.model_dump(mode="json", exclude={*TRAINING_KEYS, "batch_size", "path"})
         content = {"texts": rows_digest(self.rows, _TEXTS), "settings": settings, "source": source.content_digest()}
-        return self.precomputation.table(self.title, content, self.rows, score)
+        return self.precomputation.table(self.title, content, self.rows, compute)
 
     def logps(self, path: str) -> Tensor:
-        """Under an adapter on the base model, or under a whole model."""
+        """Return log-probs under an adapter on the base model, or under a whole model."""
         part = (self.title, path, self.rows, self.rows_key)
         is_adapter = (Path(path) / ADAPTER).exists()
         return self.precomputation.adapter_logps(*part) if is_adapter else self.precomputation.separate_logps(*part)
 
     def reference_logps(self, path: str, reference: str | None) -> Tensor:
-        """Under a whole model, or under the run's base model."""
+        """Return log-probs under a whole model, or under the run's base model."""
         if reference is None:
             return self.precomputation.policy_logps(self.set_name, self.rows, self.rows_key, "base")
         return self.precomputation.separate_logps(self.title, reference, self.rows, self.rows_key)
@@ -266,7 +274,7 @@ class _PairResponses:
 def both_sides(
     rewards: Rewards, rows: Dataset, numbers: Sequence[int], batch_size: int, title: str, quiet: bool
 ) -> Tensor:
-    """The rewards of both responses of N prepared rows, [N, 2]."""
+    """Compute the rewards of both responses of N prepared rows, [N, 2]."""
     table = torch.zeros(len(rows), 2)
     batches: Iterator[Any] = rows.select_columns(["messages", "chosen_text", "rejected_text"]).iter(batch_size)
     total = math.ceil(len(rows) / batch_size)
@@ -279,17 +287,17 @@ def both_sides(
 
 
 def _fitting(rewards: Tensor, where: str) -> Tensor:
-    """Rewards as float32, [N, 2].
+    """Convert rewards [N, 2] to float32.
 
     Raises:
-        DataError: where one is too large for that.
+        DataError: if one is too large for float32.
     """
     bad = ~rewards.float().isfinite()
     if bad.any():
         row, side = (int(index) for index in bad.nonzero()[0])
         raise DataError(
-            f"{where}: the reward {rewards[row, side]:g}, of row {row} of the prepared rows, is too large for float32; "
-            "give the margin a `clip`, or a smaller `scale`"
+            f"{where}: the reward {rewards[row, side]:g} of row {row} of the prepared rows is too large for float32; "
+            "set `clip`, or a smaller `scale`"
         )
     return rewards.float()
 

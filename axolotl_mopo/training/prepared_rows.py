@@ -1,6 +1,7 @@
-"""Prepared rows: their lengths, and columns of numbers beside them.
+"""Adds columns of numbers to prepared rows, and computes the rows' lengths.
 
-A column joins the table below a shuffle or a split, so that no rows are written anew.
+After a shuffle or a split, `datasets` keeps a table and the indices of the selected rows. A column is added to that
+table, so that the rows are not copied.
 """
 
 from typing import Any
@@ -11,40 +12,40 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 LENGTH = "length"
-"""The column by which the host groups rows of like length."""
+"""The column by which transformers groups rows of similar length."""
 
 _TOKENS = ["prompt_input_ids", "chosen_input_ids", "rejected_input_ids"]
 
 
 def stored(rows: Dataset) -> tuple[Dataset, NDArray[np.int64] | None]:
-    """The table below a selection and where each of the rows lies in it; the rows themselves and None without one."""
+    """Return the table that the rows are selected from, and their indices in it; without a selection, rows and None."""
     indices = rows._indices
     if indices is None:
         return rows, None
     table = Dataset(rows.data, info=rows.info.copy(), split=rows.split, fingerprint=f"{rows._fingerprint}-stored")
-    # Unsigned in the table, with which `datasets` cannot select rows that are neighbours.
+    # `datasets` stores unsigned indices, but fails to select adjacent rows with them.
     return table, indices.column(0).to_numpy().astype(np.int64)
 
 
 def numbers(rows: Dataset, name: str) -> NDArray[Any]:
-    """A column of numbers [N]."""
+    """Return a column of numbers [N]."""
     table, selected = stored(rows)
     values = table.data.column(name).to_numpy()
     return values if selected is None else values[selected]
 
 
 def with_numbers(rows: Dataset, name: str, values: NDArray[np.int64]) -> Dataset:
-    """The rows with one more column.
+    """Add a column to rows.
 
-    `datasets` copies selected rows before it adds one; here it joins the table below the selection.
+    `datasets` would copy selected rows first; here the column is added to the table that they are selected from.
 
     Args:
         rows: N rows.
-        name: of the column, which they do not have.
-        values: its whole numbers, [N].
+        name: name of the new column.
+        values: integers of the column, [N].
     """
     table, selected = stored(rows)
-    if selected is None or len(np.unique(selected)) < len(selected):  # a row that is there twice has two numbers
+    if selected is None or len(np.unique(selected)) < len(selected):  # a row that is selected twice has two values
         return rows.add_column(name, values)
     column = np.zeros(len(table), np.int64)
     column[selected] = values
@@ -52,12 +53,12 @@ def with_numbers(rows: Dataset, name: str, values: NDArray[np.int64]) -> Dataset
 
 
 def with_lengths(rows: Dataset) -> Dataset:
-    """The rows with a column of their lengths."""
+    """Add a column with the length of each row, if there is none."""
     return rows if LENGTH in rows.column_names else with_numbers(rows, LENGTH, pair_lengths(rows))
 
 
 def pair_lengths(rows: Dataset) -> NDArray[np.int64]:
-    """Tokens of every pair [N]: each of its prompts, and both completions for each of them."""
+    """Count the tokens of every pair [N]: each of its prompts, with both completions for each prompt."""
     lengths = []
     table, selected = stored(rows)
     for batch in table.select_columns(_TOKENS).with_format("arrow").iter(1000):

@@ -1,4 +1,4 @@
-"""Numbers for every row, on disk under a name made of all that they depend on."""
+"""Stores numbers for every row on disk, under the digest of everything that they depend on."""
 
 import json
 from collections.abc import Callable
@@ -19,35 +19,35 @@ from axolotl_mopo.files import Folder, read_file
 LOG = get_logger("axolotl.mopo")
 
 _DIGEST = "sha256"
-"""Key of the digest in a file's metadata. A file without one is of an older release, and computed again."""
+"""Key of the digest in a file's metadata. A file without it was written by an older release and is computed again."""
 _LARGEST = 1 << 32
 _ROUND = 1.0
-"""Seconds that the main process tries to get a lock before it tells the others."""
+"""Seconds that the main process waits for a lock before it reports to the other processes."""
 
 
 class TableCache:
-    """Tables [N, 2], a number for the chosen and one for the rejected response of every row.
+    """A cache of tables [N, 2] with a number for the chosen and the rejected response of every row.
 
     Args:
-        folder: where the files are.
-        accelerator: of the run; the main process reads and writes, the others get what it has.
+        folder: folder of the files.
+        accelerator: accelerator of the run; the main process reads and writes files, and sends tables to the others.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self.accelerator = folder, accelerator
 
     def table(self, name: str, rows: int, compute: Callable[[], Tensor]) -> tuple[Tensor, bool]:
-        """The table of a name; computed, by all processes together, only where it is not there.
+        """Return a table; if it is not in the cache, all processes compute it.
 
-        A table appears whole or not at all, and processes of another run wait for the one that computes it.
+        Files are written atomically, and other runs wait for the run that computes the table.
 
         Args:
-            name: made of the content.
-            rows: N.
-            compute: makes the table, on every process.
+            name: digest of the content.
+            rows: number of rows N.
+            compute: computes the table; called on every process.
 
         Returns:
-            The table on the CPU, and whether it was found.
+            The table on the CPU, and whether it was in the cache.
         """
         lock = FileLock(self.path(name).with_suffix(".lock"))
         if self.accelerator.is_main_process:
@@ -69,31 +69,31 @@ class TableCache:
         return found.cpu(), bool(hit)
 
     def _acquire(self, lock: FileLock) -> None:
-        """Wait, in rounds that are shorter than any collective may take, until the main process holds the lock."""
+        """Wait until the main process holds the lock, in rounds that are shorter than the timeout of collectives."""
         warned = False
         while True:
             (taken,) = broadcast_object_list([self.accelerator.is_main_process and _is_taken(lock)])
             if taken:
                 return
             if self.accelerator.is_main_process and not warned:
-                LOG.warning("Waiting for another run, which computes the same table and holds %s.", lock.lock_file)
+                LOG.warning("Waiting for another run that computes the same table (lock file %s).", lock.lock_file)
                 warned = True
 
     def path(self, name: str) -> Path:
-        """The file of a table."""
+        """Return the path of a table's file."""
         return self.folder / f"{name}.safetensors"
 
     def _read(self, name: str, rows: int) -> Tensor | None:
-        Folder(self.folder).sweep(self.path(name).name)  # whoever writes holds the lock
+        Folder(self.folder).sweep(self.path(name).name)  # safe, since a process that writes holds the lock
         try:
-            # Read whole before it is checked, so that nothing can be put in its place in between.
+            # Read the whole file before checking it, so that it cannot be replaced in between.
             values, recorded = _parse(read_file(self.path(name), _LARGEST))
         except (OSError, ValueError, SafetensorError):
             return None
         if values.shape != (rows, 2) or not values.isfinite().all() or recorded is None:
             return None
         if recorded != table_digest(name, values):
-            LOG.warning("%s is not the table that was written there; it is computed again.", self.path(name))
+            LOG.warning("%s does not match its recorded digest; the table is computed again.", self.path(name))
             return None
         return values
 
@@ -103,10 +103,10 @@ class TableCache:
 
 
 def _parse(content: bytes) -> tuple[Tensor, str | None]:
-    """The values of a table's file, and the digest that was written with them."""
+    """Return the values in a table's file, and the digest that was written with them."""
     tensors = load(content)
     if "values" not in tensors:
-        raise ValueError("there are no values")
+        raise ValueError("the file has no tensor `values`")
     size = int.from_bytes(content[:8], "little")
     return tensors["values"], (json.loads(content[8 : 8 + size]).get("__metadata__") or {}).get(_DIGEST)
 

@@ -1,4 +1,4 @@
-"""What a user should know about the prepared rows before training on them."""
+"""Messages about the prepared rows before training."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from axolotl_mopo.training.prepared_rows import LENGTH, numbers
 
 
 def row_warnings(train: Dataset, evaluation: Dataset | None) -> Iterator[str]:
-    """What was cut to fit into `sequence_len`, and how many prompts are in both sets."""
+    """Yield warnings about truncated pairs, and about prompts that are in both sets."""
     for name, rows in (("training", train), ("evaluation", evaluation)):
         if rows is None:
             continue
@@ -19,23 +19,23 @@ def row_warnings(train: Dataset, evaluation: Dataset | None) -> Iterator[str]:
             cut = numbers(rows, column)
             if count := int((cut > 0).sum()):
                 yield (
-                    f"{count:,} of {len(cut):,} {name} pairs have {what} that were cut to fit into sequence_len, by "
-                    f"{cut[cut > 0].mean():.0f} tokens on average."
+                    f"{count:,} of {len(cut):,} {name} pairs have {what} that were truncated to fit into sequence_len, "
+                    f"by {cut[cut > 0].mean():.0f} tokens on average; raise `sequence_len` to avoid this."
                 )
     if evaluation is not None:
         known = np.isin(numbers(evaluation, "prompt_key"), numbers(train, "prompt_key"))
         if known.any():
             yield (
-                f"{int(known.sum()):,} of {len(known):,} evaluation pairs have a prompt that is in the training set as "
-                "well, so that the evaluation flatters; keep the prompts of both apart."
+                f"{int(known.sum()):,} of {len(known):,} evaluation pairs have a prompt that is also in the training "
+                "set, so evaluation metrics are too good; use separate prompts for evaluation."
             )
 
 
 def budget_message(rows: Dataset, collator: PairCollator) -> str | None:
-    """What `max_tokens_per_pass` means for rows that are too long for it by themselves, or None where none is."""
+    """Return a message about rows that are longer than `max_tokens_per_pass`, or None if there are none."""
     if collator.max_tokens is None:
         return None
-    if collator.packed:  # no trie has more tokens than its sequences
+    if collator.packed:  # a trie has at most as many tokens as its sequences
         rows_in_doubt = rows.select(np.flatnonzero(numbers(rows, LENGTH) > collator.max_tokens))
     else:
         rows_in_doubt = rows
@@ -47,9 +47,9 @@ def budget_message(rows: Dataset, collator: PairCollator) -> str | None:
         alone += any(pass_tokens(pair, one, collator.packed) > collator.max_tokens for one in passes)
     if not split and not alone:
         return None
-    message = f"of {len(rows):,} pairs, {split:,} are split by their prompts to keep to max_tokens_per_pass"
+    message = f"of {len(rows):,} pairs, {split:,} are split by their prompts to fit into max_tokens_per_pass"
     if split:
-        message += ", and take one more forward pass, without gradient, each time"
+        message += ", and need an additional forward pass without gradient in every step"
     if alone:
-        message += f"; {alone:,} exceed it all the same, since a prompt and its two completions are not split"
+        message += f"; {alone:,} still exceed it, since a prompt and its two completions are never split"
     return message
