@@ -101,7 +101,7 @@ def configuration(
     """The YAML, after its data was read by it, and what was decided, a line each.
 
     Raises:
-        ConfigError, DataError: where the data cannot be read, or not by this method.
+        ConfigError, DataError: if the data cannot be read, or not by this method.
     """
     from axolotl_mopo.commands.recognition import recognize
     from axolotl_mopo.commands.starting_config import decide, text
@@ -139,7 +139,7 @@ def _read_back(written: str, table: Any) -> int:
     """Read rows by the configuration that was made, as training does, and count the pairs.
 
     Raises:
-        ConfigError, DataError: where training would be refused.
+        ConfigError, DataError: if training would be refused.
     """
     import yaml
 

@@ -128,7 +128,7 @@ def recognize(
         objective: what orders the pairs, where no label does.
 
     Raises:
-        DataError: where no format reads them: which columns there are, and which formats.
+        DataError: if no format reads them: which columns there are, and which formats.
     """
     rows = table.select(range(min(len(table), ROWS)))
     if not len(rows):
@@ -215,7 +215,7 @@ def _try(rows: Dataset, kind: str, keys: Options, objective: str | None) -> Reco
     """Read the rows as one format, with bad rows left out where there are few.
 
     Raises:
-        DataError: where it does not read them.
+        DataError: if it does not read them.
     """
     format = FORMATS[kind]
     order = _objective(rows, kind, objective)

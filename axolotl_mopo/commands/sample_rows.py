@@ -27,7 +27,7 @@ def own_rows(entry: Mapping[str, Any]) -> tuple[Dataset, str] | None:
     """The first rows of an entry's own data and where they are from; None where it is not at hand.
 
     Raises:
-        DataError: where it is there and cannot be loaded.
+        DataError: if it is there and cannot be loaded.
     """
     path = str(entry.get("path"))
     names = entry.get("data_files")
@@ -62,7 +62,7 @@ def sample_rows(path: str) -> Dataset:
     """The rows of a sample that the user gives.
 
     Raises:
-        DataError: where it cannot be read.
+        DataError: if it cannot be read.
     """
     if not Path(path).exists():
         raise DataError(f"--data: there is no file or folder {path}, seen from {Path.cwd()}")
@@ -93,7 +93,7 @@ def made_up(entry: Mapping[str, Any], block: MethodConfig | None) -> tuple[Datas
     """Rows in the shape that the entry reads, and the rated responses that its `ratings` name, if it names some.
 
     Raises:
-        ConfigError: where the shape is another package's.
+        ConfigError: if the shape is another package's.
     """
     kind = entry.get("type")
     if block is None or not isinstance(kind, str) or not kind.startswith(PREFIX):

@@ -88,7 +88,7 @@ def plan(config: Path, folder: Path, samples: Sequence[str], trust: bool) -> Pla
 
     Raises:
         ConfigError, DataError, OSError: what is wrong with the configuration as it stands, or with a sample.
-        ImportError, AttributeError: where a plugin that it names cannot be imported.
+        ImportError, AttributeError: if a plugin that it names cannot be imported.
     """
     return _Planner(config, folder, trust).plan(samples)
 

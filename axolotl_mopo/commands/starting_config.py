@@ -41,7 +41,7 @@ def decide(found: Recognized, method: str) -> Decisions:
     """Choose what to train for of the scores that the data has.
 
     Raises:
-        DataError: where the data has no scores and the method needs some.
+        DataError: if the data has no scores and the method needs some.
     """
     return _modpo(found) if method == "modpo" else _amopo(found)
 

@@ -81,7 +81,7 @@ def load_tokenizer(source: str, *, trust: bool) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a model of the hub.
 
     Raises:
-        OSError, ValueError: where there is none.
+        OSError, ValueError: if there is none.
     """
     return AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
 
@@ -90,7 +90,7 @@ def load_architecture(source: str, *, trust: bool) -> PretrainedConfig:
     """The configuration of a model in a folder or of the hub.
 
     Raises:
-        OSError, ValueError: where there is none, or it needs code of its own.
+        OSError, ValueError: if there is none, or it needs code of its own.
     """
     return AutoConfig.from_pretrained(source, trust_remote_code=trust)
 
