@@ -17,7 +17,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--prompts", "source", required=True, help="A file, a folder or a data set of the hub.")
+@click.option("--prompts", "source", required=True, help="Prompts: a file, a folder or a data set of the hub.")
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the comparison.")
 @click.option(
     "--baseline",
@@ -39,14 +39,18 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Maximum length of a response."
 )
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy decoding."
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Temperature; 0 is greedy decoding.",
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Sample from the most likely tokens whose probabilities add up to this.",
+    help="Sample from the most likely tokens with this total probability.",
 )
 @click.option(
     "--seed", default=42, show_default=True, help="Random seed, combined with the prompt and the sample's number."
@@ -155,7 +159,13 @@ def generate(
 )
 @click.option("--higher-is-better", "higher", multiple=True, help="An objective for which higher is better (default).")
 @click.option("--replace", is_flag=True, help="Replace scores that another scorer computed.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="For implicit rewards.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Number of responses in a batch, for implicit rewards.",
+)
 @click.option("--dtype", default="auto", show_default=True, help="Data type of the weights, for implicit rewards.")
 def score(
     folder: Path,
