@@ -935,7 +935,7 @@ def test_a_policy_that_came_later_is_scored_alone(scored, judges, sweep, base, t
         find_front(Comparison(comparison.folder))
     comparison = scored("nice=callable:my_judges:length")
     assert len(judges.read_text().splitlines()) == calls + 1
-    assert [s.policy.name for s in find_front(comparison).standings] == ["sweep0001", "sweep0002", "reference", "third"]
+    assert [s.policy.name for s in find_front(comparison).results] == ["sweep0001", "sweep0002", "reference", "third"]
 
 
 def test_the_smoke_prompts_are_prompts():
