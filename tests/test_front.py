@@ -1,4 +1,4 @@
-"""From scored responses to a front: statistics against hand-made numbers, reports, and what is refused."""
+"""The Pareto front of scored responses: statistics against numbers computed by hand, reports, and refusals."""
 
 import csv
 import io
@@ -179,7 +179,7 @@ def test_intervals_are_as_wide_as_the_normal_ones():
 
 @pytest.fixture
 def uneven(tmp_path):
-    """Eight prompts with three responses each, out of order in the files; costs tie, and nothing else is alike."""
+    """Eight prompts with three responses each, unsorted in the files; only costs have ties."""
     rng = random.Random(5)
     means = {"a": (3, 5), "b": (2, 3), "c": (1, 7), "d": (2.5, 9), "baseline": (1.8, 1), "reference": (1.5, 0)}
     rewards = {
@@ -208,7 +208,7 @@ def plain_means(rows, number):
 
 
 def plain_win_rate(rows, others, number):
-    """Every two responses to one prompt, ties counted half."""
+    """Win rate over all pairs of responses to the same prompt; ties count half."""
     both = [
         (number(row), number(other)) for row, other in product(rows, others) if row["prompt_id"] == other["prompt_id"]
     ]
@@ -216,7 +216,7 @@ def plain_win_rate(rows, others, number):
 
 
 def plain_area(points, begin):
-    """What points span together from `begin` on, where more is better on both axes."""
+    """The hypervolume of points above `begin`, if higher is better on both axes."""
     area, top = 0.0, begin[1]
     for across, up in sorted(points, reverse=True):
         if across > begin[0] and up > top:
@@ -225,7 +225,7 @@ def plain_area(points, begin):
 
 
 def resamples(count):
-    """Every resample of so many values, as what is drawn, and in how many orders."""
+    """All resamples of `count` values: the drawn indices, and the number of orders that give them."""
     return [
         (drawn, math.factorial(count) // math.prod(map(math.factorial, Counter(drawn).values())))
         for drawn in combinations_with_replacement(range(count), count)
@@ -233,7 +233,7 @@ def resamples(count):
 
 
 def tails(values, drawn_in_ways, low, high):
-    """Of all resamples of some values, the shares whose means lie below `low` and above `high`."""
+    """The fractions of all resamples of some values whose means are below `low` and above `high`."""
     means = [(sum(values[index] for index in drawn) / len(values), ways) for drawn, ways in drawn_in_ways]
     below = sum(ways for mean, ways in means if mean < low)
     above = sum(ways for mean, ways in means if mean > high)
@@ -279,7 +279,7 @@ def test_every_number_is_that_of_a_plain_computation(uneven):
 
 
 def test_intervals_leave_out_one_resample_in_forty_on_either_side(uneven):
-    """Against every resample of the prompts' means, of which the bootstrap draws some."""
+    """Compares with all resamples of the prompts' means; the bootstrap draws some of them."""
     shares, drawn_in_ways = [], resamples(8)
     for result in find_front(uneven).results:
         rows = uneven.responses(result.policy.name)
@@ -470,7 +470,7 @@ def browser():
 
 
 def opened(browser, page, folder):
-    """The page in a real browser, and whatever it said or asked for besides."""
+    """The page in a real browser, with its console messages and network requests."""
     (folder / "front.html").write_text(page)
     view, seen = browser.new_page(), []
     for event in ("console", "pageerror", "request"):
@@ -557,7 +557,7 @@ def test_a_column_is_computed_where_it_was_left(four):
 
 
 def test_numbers_are_kept_for_one_policy_column_and_source(four):
-    """Those of a computation that stopped, while others of the same folder go on."""
+    """A stopped computation keeps its numbers while others in the same folder continue."""
     asked = []
 
     def stopping(rows):
@@ -576,7 +576,7 @@ def test_numbers_are_kept_for_one_policy_column_and_source(four):
         assert four.compute(*place, 3, numbers, "title") == [0, 1, 10, 11]
     assert four.compute("a", "new", "source", 3, numbers, "title") == [0, 7, 10, 7]
     four.add_column("a", "new", [1.0, 2.0, 3.0, 4.0], ["source"])
-    assert four.compute("a", "new", "source", 3, numbers, "title") == [0, 1, 10, 11]  # nothing is kept any longer
+    assert four.compute("a", "new", "source", 3, numbers, "title") == [0, 1, 10, 11]  # the partial results are gone
     assert four.compute("a", "new", "another", 3, lambda rows: [8.0] * len(rows), "title") == [0, 1, 10, 11]
 
 

@@ -1,4 +1,4 @@
-"""Responses of real policies and their log-probs, scored by real models and functions, on disk."""
+"""Generate responses of real policies with their log-probs, and score them with real models and functions."""
 
 import json
 import math
@@ -51,7 +51,7 @@ AMOPO = AMoPOConfig(dimensions=["helpfulness"])
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A base model on disk whose own generation settings would change what is drawn."""
+    """A base model on disk whose own generation settings would change the responses."""
     folder = tmp_path_factory.mktemp("runs") / "base"
     model = build_model(AutoConfig.from_pretrained(SMOKE / "model"))
     model.generation_config = GenerationConfig(
@@ -63,7 +63,7 @@ def base(tmp_path_factory):
 
 
 def save_run(base, folder, seed, method=MODPO):
-    """What a run leaves: an adapter, its tokenizer and its manifest."""
+    """The output of a run: an adapter, its tokenizer and its manifest."""
     save_adapter(base, folder, seed, spread=0.4)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     write_manifest(method, str(base), folder)
@@ -72,7 +72,7 @@ def save_run(base, folder, seed, method=MODPO):
 
 @pytest.fixture(scope="module")
 def sweep(base):
-    """A sweep's folder with two adapters of the base model."""
+    """The folder of a sweep with two adapters of the base model."""
     folder = base.parent / "sweep-of-two"
     for number in (1, 2):
         save_run(base, folder / f"sweep000{number}", number)
@@ -141,7 +141,7 @@ def test_log_probs_are_those_of_separately_loaded_models(compared, base, sweep):
 
 
 def test_responses_are_drawn_from_the_policy_itself(base):
-    """Whatever the model's own generation settings say."""
+    """For all generation settings of the model."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     with torch.no_grad():
         model.lm_head.weight[6:] = 0  # a few likely tokens
@@ -200,12 +200,12 @@ LEAKING = {
 
 
 def draw_with(base, sampling, **settings):
-    """What a model draws whose own generation settings are these."""
+    """The responses of a model with these generation settings."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=2, pad_token_id=0, **settings)
     stops = stop_tokens(model.generation_config, tokenizer)
     drawn = generate(model, [[5, 6, 7], [9, 10, 11, 12]], sampling, stops, [1, 2])
-    assert model.generation_config.to_dict().items() >= settings.items()  # it stays as it was
+    assert model.generation_config.to_dict().items() >= settings.items()  # unchanged
     return drawn
 
 
@@ -229,7 +229,7 @@ def test_the_own_generation_settings_of_a_model_are_followed_where_that_is_wante
 
 
 def with_settings(base, folder, content):
-    """A base model with these generation settings, as they stand in its file."""
+    """A base model with these generation settings in its file."""
     shutil.copytree(base, folder)
     (folder / "generation_config.json").write_text(content if isinstance(content, str) else json.dumps(content))
     return folder
@@ -394,7 +394,7 @@ def test_generating_touches_nothing_but_its_folder(base, sweep, tmp_path):
     assert seen.called == []
     absolute = {path for path in seen.written if path.startswith("/")}
     assert {path for path in absolute if not path.startswith((str(tmp_path / "out"), "/dev/"))} == set()
-    assert not any(path.startswith("-") for path in seen.written)  # every kept number is of a model that has a name
+    assert not any(path.startswith("-") for path in seen.written)  # every partial file has the digest of a model
     made = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     names = ("sweep0001", "sweep0002", "reference")
     assert made == {".lock", "comparison.json", *(f"responses/{name}.jsonl" for name in names)}
@@ -427,7 +427,7 @@ def test_a_response_depends_on_seed_prompt_and_sample_alone(compared, sweep, tmp
 
 
 def test_the_reference_answers_with_the_chat_template_of_the_runs(base, tmp_path):
-    """Although its own folder has none."""
+    """The reference's own folder has none."""
     bare = tmp_path / "bare"
     shutil.copytree(base, bare)
     (bare / "chat_template.jinja").unlink()
@@ -448,7 +448,7 @@ def without_weights(base, folder):
 
 
 def test_runs_from_random_weights_are_compared_without_a_reference(base, tmp_path):
-    """As the smoke configurations are, whose base model has no weights."""
+    """For example the smoke configurations, whose base model has no weights."""
     bare = without_weights(base, tmp_path / "bare")
     run = tmp_path / "run"
     shutil.copytree(base, run)
@@ -559,7 +559,7 @@ def test_a_generation_that_stopped_goes_on_where_it_was(compared, sweep, tmp_pat
         generation(tmp_path, policies, engine=stumbling)
     partial = tmp_path / "responses" / "sweep0002.jsonl"
     assert len(partial.read_text().splitlines()) == 4
-    with partial.open("a") as file:  # of a batch that a killed process wrote in part
+    with partial.open("a") as file:  # an incomplete line of a killed process
         row = json.loads(partial.read_text().splitlines()[0])
         file.write(json.dumps({**row, "prompt_id": 2, "prompt": PROMPTS.conversations[2]}) + "\n{")
     again = generation(tmp_path, policies)
@@ -650,7 +650,7 @@ def test_a_prompt_may_leave_just_the_room_that_a_response_may_take(base, tmp_pat
     with pytest.raises(DataError, match=words):
         generation(tmp_path / "out", policies, None, sampling=Sampling(max_new_tokens=4))
     assert not (tmp_path / "out").exists()
-    # A model that does not say how much it takes, as one without positions, is asked anything.
+    # A model without a known maximum length, such as one without positions, accepts prompts of any length.
     monkeypatch.setattr(generating, "_config", lambda path: SimpleNamespace(vocab_size=config["vocab_size"]))
     assert (
         len(generation(tmp_path / "any", policies, None, sampling=Sampling(max_new_tokens=4)).responses("model")) == 4
@@ -707,7 +707,7 @@ def test_policies_are_found_in_what_training_leaves(base, sweep, tmp_path):
 
 def test_runs_that_are_none_are_named(sweep, tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.json").write_text("{}")  # the host writes it before it trains
+    (tmp_path / "empty" / "config.json").write_text("{}")  # Axolotl writes it before training
     with pytest.raises(ConfigError, match="empty has neither a model nor a checkpoint with one"):
         find_policies([str(tmp_path / "empty")])
     with pytest.raises(ConfigError, match="nowhere is neither a folder nor a model of the hub"):
@@ -863,7 +863,7 @@ def test_a_scorer_that_fails_loses_nothing_of_what_was_scored(scored, judges):
         scored(f"nice={spec}")
     before = judges.read_text().splitlines()
     assert len(before) == 2
-    judges.write_text("\n".join([*before, "[]"]) + "\n")  # from now on it does not fail
+    judges.write_text("\n".join([*before, "[]"]) + "\n")  # the scorer stops failing
     comparison = scored(f"nice={spec}")
     asked = [response for line in judges.read_text().splitlines() for response in json.loads(line)]
     assert len(asked) == 3 * 8  # every response once

@@ -1,4 +1,4 @@
-"""`axolotl mopo init`: what it finds in data of every shape, what it writes, what it refuses, and that it trains."""
+"""`axolotl mopo init`: the formats it detects, the files it writes and what it refuses. Its configurations train."""
 
 import json
 import re
@@ -114,7 +114,7 @@ def write(rows, path):
 
 @pytest.fixture
 def init(tmp_path):
-    """Run the command on rows; what it printed, and the configuration that it wrote."""
+    """Run the command on rows; returns its output and the configuration that it wrote."""
 
     def made(rows, method, *arguments):
         data, config = write(rows, tmp_path / "data.jsonl"), tmp_path / "config.yaml"

@@ -1,4 +1,4 @@
-"""Comparison folders from strangers: what is wrong with them is named, and nothing outside of them is touched."""
+"""Comparison folders from strangers: errors name what is wrong, and no file outside the folder is touched."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def judge(tmp_path, monkeypatch):
 
 @pytest.fixture
 def received(tmp_path):
-    """A folder as it may be received, beside a file and a folder that it must not reach."""
+    """A comparison folder, next to a file and a folder that the commands must not touch."""
     (tmp_path / "victim.json").write_text('{"mine": true}')
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.jsonl").write_text("mine\n")
@@ -57,14 +57,14 @@ def seen():
 
 
 def run(command, *arguments):
-    """What a command of ours says, and how it ended."""
+    """The output of a command and its exit code."""
     result = CliRunner().invoke(mopo, [command, *map(str, arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result.output, result.exit_code
 
 
 def tree(folder):
-    """Everything below a folder: kinds, link targets and contents."""
+    """All entries below a folder: kinds, link targets and contents."""
     found = {}
     for path in sorted(folder.rglob("*")):
         kind = stat.S_IFMT(path.lstat().st_mode)
@@ -85,7 +85,7 @@ def put(value, keys, case):
 
 
 def broken(folder, case, judge):
-    """Make a folder what a case says."""
+    """Apply a case of folders.yaml to a folder."""
     name = case.get("file", "comparison.json")
     if "SOURCE" in name:
         _, margin = parse_scorer(judge)
@@ -143,7 +143,7 @@ def test_there_are_enough_broken_folders_and_each_says_what_is_expected():
 
 
 def test_commands_touch_nothing_but_the_folder_that_they_are_given(received, judge, seen):
-    """Scores, then compares, twice, so that there are files to replace and to remove."""
+    """Scores and compares twice, so that there are files to replace and to remove."""
     outside = {path: what for path, what in tree(received.parent).items() if not path.startswith("received")}
     times = {path: (received.parent / path).stat().st_mtime_ns for path in outside}
     (received / "notes.txt").write_text("mine")
@@ -210,7 +210,7 @@ def test_a_scorer_that_fails_leaves_the_scores_that_were_there(received, judge, 
 
 
 def test_numbers_that_were_kept_of_other_responses_are_not_used(received, judge):
-    """As where a run was killed, and its responses were drawn again."""
+    """As after a killed run whose responses were generated again."""
     rows = Comparison(received).responses("a")
     with Comparison.opened(received) as opened:
         opened.compute("a", "long", "source", 2, lambda part: [7.0] * len(part), "title")
@@ -266,7 +266,7 @@ def test_lines_are_not_added_to_a_file_that_has_a_second_name(tmp_path):
     os.link(tmp_path / "victim", tmp_path / "folder" / "a.jsonl")
     with pytest.raises(OSError, match="has a second name"):
         Folder(tmp_path / "folder").append("a.jsonl", b"x\n")
-    Folder(tmp_path / "folder").write("a.jsonl", b"x\n")  # in its place, not into it
+    Folder(tmp_path / "folder").write("a.jsonl", b"x\n")  # replaces the link, does not write through it
     assert (tmp_path / "victim").read_text() == "mine\n"
 
 
@@ -285,7 +285,7 @@ def test_two_commands_do_not_work_in_one_folder(received):
 
 
 def test_settings_are_read_when_the_folder_is_locked(received, judge, monkeypatch):
-    """Whatever another command has added between the start of this one and its lock is kept."""
+    """Changes of another command between the start of this one and its lock are kept."""
     locked = Folder.locked
 
     def slow(self, name):
@@ -400,7 +400,7 @@ def test_a_weighting_that_looks_like_code_stays_text(received, judge):
 
 
 def test_a_folder_of_an_older_version_is_read(received):
-    """Without what was added since, and with an empty mapping for a model without `mopo.json`."""
+    """It lacks later settings, and has an empty mapping for a model without `mopo.json`."""
     made = json.loads((received / "comparison.json").read_text())
     del made["sampling"]["generation_config"]
     made["policies"]["reference"]["manifest"] = {}

@@ -1,4 +1,4 @@
-"""`axolotl mopo smoke`: what it keeps of a configuration and what it replaces, that it trains, and what it refuses."""
+"""`axolotl mopo smoke`: the keys that it keeps and replaces, its training run, and what it refuses."""
 
 import importlib
 import inspect
@@ -36,7 +36,7 @@ ADDED = {"bf16", "fp16", "tf32", "max_steps", "logging_steps"}
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder to work in, one for temporary files, and training as a fork of the warm process."""
+    """A working folder, a folder for temporary files, and training in a fork of the warm process."""
     (tmp_path / "temporary").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
