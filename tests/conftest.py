@@ -1,4 +1,4 @@
-"""Tiny real models, the embedded tokenizer, and rows to train on."""
+"""Fixtures: tiny real models, the smoke tokenizer, and rows to train on."""
 
 import copy
 import gc
@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: a core for each, and for the commands that it runs
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run in parallel: one core for each test and its commands
     os.environ |= {"OMP_NUM_THREADS": "1"}
 
 import forking  # noqa: F401
@@ -64,7 +64,7 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# A window of 5 is shorter than every prompt but the shortest.
+# A window of 5 is shorter than every prompt except the shortest.
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE),
     "qwen2": Qwen2Config(**SHAPE),
@@ -106,7 +106,7 @@ def build_model(config, attention="sdpa", dtype=torch.float32):
 
 
 def stir(model, spread=0.3):
-    """Move a model's LoRA adapters from their start, where they change nothing."""
+    """Change a model's LoRA adapters, since initial ones have no effect."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -115,7 +115,7 @@ def stir(model, spread=0.3):
 
 
 def save_adapter(base, folder, seed, spread=0.3):
-    """A LoRA adapter of a base model on disk that changes it."""
+    """Save a LoRA adapter that changes the base model."""
     torch.manual_seed(seed)
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     stir(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config), spread).save_pretrained(folder)
@@ -123,7 +123,7 @@ def save_adapter(base, folder, seed, spread=0.3):
 
 
 def save_reward_model(folder, tokenizer, labels):
-    """A tiny reward model on disk with a head for each label; returned as well."""
+    """Save and return a tiny reward model with one head per label."""
     torch.manual_seed(2)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     names = dict(enumerate(labels))
@@ -137,7 +137,7 @@ def save_reward_model(folder, tokenizer, labels):
 
 
 def ragged_pairs(dimensions=2):
-    """Pairs of very different lengths, one-token completions among them."""
+    """Pairs of very different lengths, including one-token completions."""
     rng = random.Random(0)
 
     def tokens(count):
@@ -148,19 +148,19 @@ def ragged_pairs(dimensions=2):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests first, so that other workers do not wait for them at the end."""
+    """Run the longest tests first, so that other workers do not wait for them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 def pytest_collection_finish():
-    """Keep what was imported out of the garbage collections that the host asks for in every run."""
+    """Exclude imported modules from garbage collection, which Axolotl runs explicitly in every training run."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def accelerate_state():
-    """Axolotl keeps accelerate's state for good, so one that a test has emptied is filled again for those after it."""
+    """Restore accelerate's state after a test that emptied it, since Axolotl expects it to persist."""
     yield
     if not PartialState._shared_state:
         PartialState()
@@ -179,7 +179,7 @@ def tokenizer():
 
 @pytest.fixture
 def host_log(caplog, monkeypatch):
-    """What the host's loggers say, ours among them; importing its command line configures them."""
+    """Captures Axolotl's loggers, including this package's. Importing Axolotl's command line configures them."""
     import axolotl.cli  # noqa: F401
 
     monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
@@ -189,7 +189,7 @@ def host_log(caplog, monkeypatch):
 
 
 def smoke_config(method, output_dir, **overrides):
-    """The smoke YAML of a method, on absolute paths, with top-level keys replaced (None removes one)."""
+    """The smoke YAML of a method with absolute paths and replaced top-level keys (None removes a key)."""
     cfg = yaml.safe_load((ROOT / "example_configs" / f"smoke-{method}.yaml").read_text())
     cfg["base_model"] = str(SMOKE / "model")
     for section in ("datasets", "test_datasets"):
@@ -202,7 +202,7 @@ def smoke_config(method, output_dir, **overrides):
 
 
 def twenty_steps(method, output_dir, processes, **overrides):
-    """A run with a global batch of four, and rows that do not come out even over two processes."""
+    """A run with a global batch of four and a number of rows that two processes cannot share evenly."""
     steps = {"max_steps": 20, "learning_rate": 0.0005, "gradient_accumulation_steps": 1}
     steps |= {"eval_strategy": "steps", "eval_steps": 20, "dataloader_num_workers": 0, "seed": 7}
     steps |= {"micro_batch_size": 4 // processes, "eval_batch_size": 4 // processes}
@@ -223,7 +223,7 @@ class Poison(TrainerCallback):
 
 
 def rare_token(trainer):
-    """A token that stands in one row only, and that row."""
+    """A token that occurs in one row only, and the number of that row."""
     rows = [
         {*chain(*row["prompt_input_ids"], row["chosen_input_ids"], row["rejected_input_ids"])}
         for row in trainer.train_dataset
@@ -233,7 +233,7 @@ def rare_token(trainer):
 
 
 def host_trainer(cfg):
-    """The trainer that Axolotl builds from a configuration, by its own config, data, model and builder code."""
+    """The trainer that Axolotl builds from a configuration with its own config, data, model and builder code."""
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_preference_datasets
@@ -245,7 +245,7 @@ def host_trainer(cfg):
 
 
 def axolotl(*arguments, cwd=ROOT, fails=False):
-    """What the real `axolotl` command writes when it is run, in a fork of the warm process, with these arguments."""
+    """Run the real `axolotl` command in a fork of the warm process, and return its output."""
     done = python(AXOLOTL, *arguments, cwd=cwd)
     output = done.stdout + done.stderr
     assert (done.returncode != 0) is fails, output[-5000:]
@@ -253,7 +253,7 @@ def axolotl(*arguments, cwd=ROOT, fails=False):
 
 
 def prepare(rows, tokenizer, *, method="amopo", kind="pairs", entry=None, num_proc=0, **settings):
-    """The rows as the host's own map leaves them; `settings` go to the method's block, or to the YAML where known."""
+    """The rows after Axolotl's own map. `settings` go to the YAML if it has the key, else to the method's block."""
     blocks = {
         "amopo": {"dimensions": ["helpfulness"], "score_range": [0, 4]},
         "modpo": {"objective": "better", "weights": {"better": 1}},

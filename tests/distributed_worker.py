@@ -77,7 +77,7 @@ def train(cfg, result, sharded=False, poison=None):
 
 
 def train_sharded(trainer, result):
-    """The host's loop, in short, on a model that torch's own FSDP2 has split; on a CPU accelerate would split none."""
+    """A short version of the Trainer's loop, on a model sharded by torch's FSDP2; on a CPU, accelerate shards none."""
     model = trainer.model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     mesh = init_device_mesh("cpu", (trainer.accelerator.num_processes,))

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 
 class Killer(TrainerCallback):
-    """Sends a signal to its own process at the nth time that the host says what it is doing."""
+    """Sends a signal to its own process at the nth call of a callback event."""
 
     def __init__(self, event, count, signal_name):
         self.count, self.number = count, getattr(signal, signal_name)

@@ -104,12 +104,12 @@ def test_sweep_modpo(tmp_path):
     trained = []
     for run in runs:
         check_run(run, "modpo")
-        # In one process the host's card gathers the configs of all runs so far.
+        # In one process, Axolotl's model card collects the configs of all runs so far.
         config_in_card = (run / "README.md").read_text().split("```yaml\n")[-1].split("```")[0]
         trained.append(yaml.safe_load(config_in_card)["modpo.weights"])
         manifest = check_manifest(run, "modpo")
         assert (manifest["weights"], manifest["objective"]) == (trained[-1], "overall")
-    assert sorted(trained, key=lambda weights: weights["overall"]) == sweep  # the host shuffles a sweep
+    assert sorted(trained, key=lambda weights: weights["overall"]) == sweep  # Axolotl shuffles a sweep
     compare(tmp_path, tmp_path / "out")
     front = json.loads((tmp_path / "compared" / "front.json").read_text())
     assert [policy["name"] for policy in front["policies"]] == [run.name for run in runs]
@@ -210,7 +210,7 @@ def test_preprocess_then_train_with_lora_then_merge(quick, tmp_path):
 
 
 def test_the_workflow_with_an_adapter_as_margin(tmp_path):
-    """DPO on one objective by the host's own trainer, MODPO on the other with it as margin, a sweep, a merge."""
+    """DPO on one objective with Axolotl's own trainer, MODPO on the other with it as margin, a sweep, a merge."""
     base = tmp_path / "base"
     build_model(AutoConfig.from_pretrained(SMOKE / "model")).save_pretrained(base)
     AutoTokenizer.from_pretrained(SMOKE / "model").save_pretrained(base)

@@ -52,7 +52,9 @@ def configuration(base, folder, name, processes):
         method,
         folder / f"{name}-{processes}",
         processes,
-        base_model=str(base / "model"),  # its shape: several processes without a GPU cannot load weights in the host
+        base_model=str(
+            base / "model"
+        ),  # its shape only: Axolotl cannot load weights in several processes without a GPU
         dataset_prepared_path=str(folder / "prepared"),
         **{method: block},
         **POLICIES.get(policy, {}),

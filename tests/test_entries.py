@@ -1,4 +1,4 @@
-"""Data-set entries: what orders the pairs, which scores they hold, and what Axolotl would silently ignore."""
+"""Data-set entries: what orders the pairs, which scores they have, and what Axolotl would silently ignore."""
 
 import copy
 
@@ -14,7 +14,7 @@ def spec(base, **entry):
     cfg["datasets"] = [{"path": "data.jsonl", **entry}]
     MOPOPlugin().register(cfg)
     (value,) = cfg["mopo_data"].values()
-    assert set(cfg["datasets"][0]) <= {"path", "type", "split", "data_files"}  # the host's schema would drop our keys
+    assert set(cfg["datasets"][0]) <= {"path", "type", "split", "data_files"}  # Axolotl's schema would drop our keys
     return DataSpec.model_validate(value)
 
 

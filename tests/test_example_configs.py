@@ -1,4 +1,4 @@
-"""Every example config passes the host's validation as it stands."""
+"""Every example config passes Axolotl's validation without changes."""
 
 import copy
 
@@ -36,7 +36,7 @@ def test_there_are_smoke_configs_recipes_the_papers_experiments_and_the_gallery(
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A clone in which the experiments' first steps were run."""
+    """A clone with the outputs of the experiments' first steps."""
     (tmp_path / "example_configs").symlink_to(EXAMPLES)
     for folder in (tmp_path / "outputs" / "safety-dpo", tmp_path / "outputs" / "gallery" / "safety" / "dpo"):
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Another package adds a data set, a source of margins and a method, and the host trains with each of them."""
+"""Another package adds a data set, a source of margins and a method, and Axolotl trains with each of them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The host's features under both methods, each by an effect that is missing where it is ignored."""
+"""Axolotl's features with both methods. Each test checks an effect that is missing if the feature is ignored."""
 
 import json
 import math
@@ -48,11 +48,11 @@ def write(tmp_path, prepared):
 
 @pytest.fixture
 def build(write):
-    """The trainer that the host builds from it."""
+    """The trainer that Axolotl builds from it."""
 
     def build(method, name="run", **overrides):
         random.seed(0)
-        torch.manual_seed(0)  # the host does not seed random initial weights
+        torch.manual_seed(0)  # Axolotl does not seed random initial weights
         return host_trainer(write(method, name, **overrides))
 
     return build
@@ -69,11 +69,11 @@ def on_disk(tmp_path, tokenizer):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """The host's command line in this process."""
+    """Axolotl's command line, in this process."""
     from axolotl.cli.main import cli
 
     def command(name, cfg, **options):
-        monkeypatch.setattr(sys, "argv", ["axolotl"])  # which the host parses once more
+        monkeypatch.setattr(sys, "argv", ["axolotl"])  # Axolotl parses it again
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(cfg))
         done = CliRunner().invoke(cli, [name, str(path), "--launcher", "python"], catch_exceptions=False, **options)
@@ -164,7 +164,7 @@ def test_offloading_what_checkpoints_keep_changes_no_gradient(build):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_model_has_the_same_losses(build, monkeypatch, method):
     """Traced and differentiated as for any backend, but run without generated code, which takes minutes to make."""
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # set by the host, and to be gone afterwards
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # Axolotl sets it; monkeypatch restores it afterwards
     plain = build(method, "plain", **FIXED[method])
     plain.train()
     torch._dynamo.reset()
@@ -240,7 +240,7 @@ for kernels in (False, True):  # they stay in the model's classes
 
 @pytest.fixture(scope="module")
 def beside_kernels(tmp_path_factory):
-    """What a process of its own found with and without the host's kernels."""
+    """The results of a subprocess with and without Axolotl's kernels."""
     folder = tmp_path_factory.mktemp("kernels")
     done = python("-c", KERNELS, folder)
     assert done.returncode == 0, done.stderr[-5000:]
@@ -339,7 +339,7 @@ def test_a_run_that_is_started_again_goes_on(command, write, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trained_model_answers_a_prompt(command, write, on_disk, tokenizer, method):
-    # Without `rl`, which it takes away for inference, the host would turn on kernels that need a GPU.
+    # Axolotl removes `rl` for inference, and would then enable kernels that need a GPU.
     kernels = dict.fromkeys(["lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"], False)
     cfg = write(method, **on_disk, **LORA, **kernels)
     command("train", cfg)
@@ -431,7 +431,7 @@ def test_the_hosts_packing_is_refused_by_the_host(build, method):
 def test_trackers_get_the_methods_metrics(build, tmp_path, monkeypatch, method):
     import wandb
 
-    # The host sets the first two itself, and they are to be gone afterwards.
+    # Axolotl sets the first two itself; monkeypatch restores them afterwards.
     for name, value in {"WANDB_MODE": "offline", "WANDB_PROJECT": "mopo", "WANDB_DIR": tmp_path}.items():
         monkeypatch.setenv(name, str(value))
     trackers = {"use_wandb": True, "wandb_project": "mopo", "wandb_mode": "offline", "use_tensorboard": True}
@@ -453,7 +453,7 @@ def test_trackers_get_the_methods_metrics(build, tmp_path, monkeypatch, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_worker_of_ray_trains(write, method):
-    """The host's command asks Ray for a GPU; here its worker is started by Ray on a CPU."""
+    """Axolotl's command requests a GPU from Ray; here Ray starts its worker on a CPU."""
     ray = pytest.importorskip("ray")
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg

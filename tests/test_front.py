@@ -1,4 +1,4 @@
-"""From scored responses to a front: statistics against hand-made numbers, reports, and what is refused."""
+"""The Pareto front of scored responses: statistics against numbers computed by hand, reports, and refusals."""
 
 import csv
 import io
@@ -86,21 +86,21 @@ def four(tmp_path):
 
 def test_means_directions_and_dominance(four):
     front = find_front(four)
-    means = {s.policy.name: tuple(s.rewards[name].mean for name in ("helpful", "cost")) for s in front.standings}
+    means = {s.policy.name: tuple(s.rewards[name].mean for name in ("helpful", "cost")) for s in front.results}
     assert means == {"a": (3, 1), "b": (2, 0), "c": (1, 2), "reference": (2, 1)}
-    dominated = {s.policy.name: s.dominated_by for s in front.standings}
+    dominated = {s.policy.name: s.dominated_by for s in front.results}
     assert dominated == {"a": [], "b": [], "c": ["a", "b", "reference"], "reference": ["a", "b"]}
-    assert [s.on_front for s in front.standings] == [True, True, False, False]
-    assert {s.tokens for s in front.standings} == {3.5}
-    assert {s.finished for s in front.standings} == {0.5}
+    assert [s.on_front for s in front.results] == [True, True, False, False]
+    assert {s.tokens for s in front.results} == {3.5}
+    assert {s.finished for s in front.results} == {0.5}
     only_cost = find_front(four, ["cost"])
-    assert [s.policy.name for s in only_cost.standings if s.on_front] == ["b"]
+    assert [s.policy.name for s in only_cost.results if s.on_front] == ["b"]
 
 
 def test_policies_that_are_equal_do_not_dominate_each_other(tmp_path):
     same = [[(1, 1)], [(2, 0)]]
     front = find_front(comparison(tmp_path, {"a": same, "b": same}, samples=1))
-    assert all(s.on_front for s in front.standings)
+    assert all(s.on_front for s in front.results)
 
 
 def test_the_hypervolume_is_the_area_between_the_front_and_its_beginning(four):
@@ -113,7 +113,7 @@ def test_the_hypervolume_is_the_area_between_the_front_and_its_beginning(four):
 
 
 def test_win_rates_compare_every_two_responses_to_a_prompt(four):
-    rates = {s.policy.name: s.win_rates for s in find_front(four).standings}
+    rates = {s.policy.name: s.win_rates for s in find_front(four).results}
     # Prompt 0: of (4, 2) against (3, 1): 4 wins twice, 2 loses and wins. Prompt 1: 3 against 2, always.
     assert rates["a"]["helpful"] == pytest.approx((3 / 4 + 1) / 2)
     assert rates["a"]["cost"] == pytest.approx(0.5)
@@ -124,28 +124,28 @@ def test_win_rates_compare_every_two_responses_to_a_prompt(four):
 
 def test_divergence_is_the_mean_log_ratio(tmp_path):
     rewards = {"a": [[(1, 1)], [(2, 2)]]}
-    (standing,) = find_front(comparison(tmp_path / "a", rewards, samples=1)).standings
-    assert standing.kl.mean == pytest.approx(0.25)
+    (result,) = find_front(comparison(tmp_path / "a", rewards, samples=1)).results
+    assert result.kl.mean == pytest.approx(0.25)
     drawn_otherwise = find_front(comparison(tmp_path / "b", rewards, samples=1, temperature=0.5))
     assert not drawn_otherwise.exact_sampling
     without = comparison(tmp_path / "c", rewards, samples=1)
     without.replace("a", [{k: v for k, v in row.items() if k != "ref_logp"} for row in without.responses("a")])
-    assert find_front(without).standings[0].kl is None
+    assert find_front(without).results[0].kl is None
 
 
 def test_a_single_policy_is_a_front(tmp_path):
     front = find_front(
         comparison(tmp_path, {"a": [[(1, 1)], [(3, 1)]]}, samples=1), reference_point={"helpful": 0, "cost": 4}
     )
-    assert front.standings[0].on_front
-    assert front.standings[0].win_rates is None
+    assert front.results[0].on_front
+    assert front.results[0].win_rates is None
     assert front.hypervolume == {"policies": 2 * 3, "all": 2 * 3}
 
 
 def test_hypervolume_with_ties_and_duplicates(tmp_path):
     rewards = {"a": [[(2, 1)]], "b": [[(2, 1)]], "c": [[(2, 0)]], "d": [[(1, 0)]]}
     front = find_front(comparison(tmp_path, rewards, samples=1), reference_point={"helpful": 0, "cost": 2})
-    assert {s.policy.name: s.dominated_by for s in front.standings} == {"a": ["c"], "b": ["c"], "c": [], "d": ["c"]}
+    assert {s.policy.name: s.dominated_by for s in front.results} == {"a": ["c"], "b": ["c"], "c": [], "d": ["c"]}
     assert front.hypervolume["policies"] == 2 * 2
 
 
@@ -179,7 +179,7 @@ def test_intervals_are_as_wide_as_the_normal_ones():
 
 @pytest.fixture
 def uneven(tmp_path):
-    """Eight prompts with three responses each, out of order in the files; costs tie, and nothing else is alike."""
+    """Eight prompts with three responses each, unsorted in the files; only costs have ties."""
     rng = random.Random(5)
     means = {"a": (3, 5), "b": (2, 3), "c": (1, 7), "d": (2.5, 9), "baseline": (1.8, 1), "reference": (1.5, 0)}
     rewards = {
@@ -208,7 +208,7 @@ def plain_means(rows, number):
 
 
 def plain_win_rate(rows, others, number):
-    """Every two responses to one prompt, ties counted half."""
+    """Win rate over all pairs of responses to the same prompt; ties count half."""
     both = [
         (number(row), number(other)) for row, other in product(rows, others) if row["prompt_id"] == other["prompt_id"]
     ]
@@ -216,7 +216,7 @@ def plain_win_rate(rows, others, number):
 
 
 def plain_area(points, begin):
-    """What points span together from `begin` on, where more is better on both axes."""
+    """The hypervolume of points above `begin`, if higher is better on both axes."""
     area, top = 0.0, begin[1]
     for across, up in sorted(points, reverse=True):
         if across > begin[0] and up > top:
@@ -225,7 +225,7 @@ def plain_area(points, begin):
 
 
 def resamples(count):
-    """Every resample of so many values, as what is drawn, and in how many orders."""
+    """All resamples of `count` values: the drawn indices, and the number of orders that give them."""
     return [
         (drawn, math.factorial(count) // math.prod(map(math.factorial, Counter(drawn).values())))
         for drawn in combinations_with_replacement(range(count), count)
@@ -233,7 +233,7 @@ def resamples(count):
 
 
 def tails(values, drawn_in_ways, low, high):
-    """Of all resamples of some values, the shares whose means lie below `low` and above `high`."""
+    """The fractions of all resamples of some values whose means are below `low` and above `high`."""
     means = [(sum(values[index] for index in drawn) / len(values), ways) for drawn, ways in drawn_in_ways]
     below = sum(ways for mean, ways in means if mean < low)
     above = sum(ways for mean, ways in means if mean > high)
@@ -252,21 +252,21 @@ def test_every_number_is_that_of_a_plain_computation(uneven):
     front = find_front(uneven, reference_point={"helpful": 1.0})
     rows = {policy.name: uneven.responses(policy.name) for policy in uneven.policies}
     points = {name: [sum(plain_means(own, NUMBERS[x])) / 8 for x in ("helpful", "cost")] for name, own in rows.items()}
-    for standing in front.standings:
-        name = standing.policy.name
-        assert standing.rewards["helpful"].mean == pytest.approx(points[name][0])
-        assert standing.rewards["cost"].mean == pytest.approx(-points[name][1])
-        assert standing.kl.mean == pytest.approx(sum(plain_means(rows[name], NUMBERS["kl"])) / 8)
-        assert standing.win_rates == {
+    for result in front.results:
+        name = result.policy.name
+        assert result.rewards["helpful"].mean == pytest.approx(points[name][0])
+        assert result.rewards["cost"].mean == pytest.approx(-points[name][1])
+        assert result.kl.mean == pytest.approx(sum(plain_means(rows[name], NUMBERS["kl"])) / 8)
+        assert result.win_rates == {
             x: pytest.approx(plain_win_rate(rows[name], rows["reference"], NUMBERS[x])) for x in ("helpful", "cost")
         }
-        assert standing.tokens == pytest.approx(sum(len(row["token_ids"]) for row in rows[name]) / 24)
-        assert standing.finished == pytest.approx(sum(row["finished"] for row in rows[name]) / 24)
+        assert result.tokens == pytest.approx(sum(len(row["token_ids"]) for row in rows[name]) / 24)
+        assert result.finished == pytest.approx(sum(row["finished"] for row in rows[name]) / 24)
         own = points[name]
-        assert standing.dominated_by == [
+        assert result.dominated_by == [
             other for other, (x, y) in points.items() if x >= own[0] and y >= own[1] and [x, y] != own
         ]
-    assert 1 < sum(standing.on_front for standing in front.standings) < len(front.standings)
+    assert 1 < sum(result.on_front for result in front.results) < len(front.results)
     worst = min(y for _, y in points.values())
     assert front.reference_point == {"helpful": 1.0, "cost": pytest.approx(-worst)}
     policies = [points[name] for name in "abcd"]
@@ -279,11 +279,11 @@ def test_every_number_is_that_of_a_plain_computation(uneven):
 
 
 def test_intervals_leave_out_one_resample_in_forty_on_either_side(uneven):
-    """Against every resample of the prompts' means, of which the bootstrap draws some."""
+    """Compares with all resamples of the prompts' means; the bootstrap draws some of them."""
     shares, drawn_in_ways = [], resamples(8)
-    for standing in find_front(uneven).standings:
-        rows = uneven.responses(standing.policy.name)
-        for name, interval in {**standing.rewards, "kl": standing.kl}.items():
+    for result in find_front(uneven).results:
+        rows = uneven.responses(result.policy.name)
+        for name, interval in {**result.rewards, "kl": result.kl}.items():
             sign = -1 if name == "cost" else 1
             means = [sign * mean for mean in plain_means(rows, NUMBERS[name])]
             shares += tails(means, drawn_in_ways, interval.low, interval.high)
@@ -292,23 +292,23 @@ def test_intervals_leave_out_one_resample_in_forty_on_either_side(uneven):
 
 
 def test_what_is_missing_is_named(four, tmp_path):
-    with pytest.raises(ConfigError, match="speed was not scored; scored are helpful, cost"):
+    with pytest.raises(ConfigError, match="speed was not scored; scored: helpful, cost"):
         find_front(four, ["speed"])
     rows = four.responses("b")
     four.replace("b", rows[:3])
     with pytest.raises(ConfigError, match="b has 3 of 4 responses; run axolotl mopo generate again"):
         find_front(four)
     four.replace("b", [{k: v for k, v in row.items() if k != "cost"} for row in rows])
-    with pytest.raises(ConfigError, match="b is not scored on cost, on which others are"):
+    with pytest.raises(ConfigError, match="b has no scores of cost, which other policies have"):
         find_front(four)
     assert find_front(four, ["helpful"])
     with (
-        pytest.raises(ConfigError, match="holds no responses; make them with axolotl mopo generate"),
+        pytest.raises(ConfigError, match="holds no responses; generate them with axolotl mopo generate"),
         Comparison.existing(tmp_path / "nowhere"),
     ):
         pass
     four.settings = four.settings.model_copy(update={"objectives": {}})
-    with pytest.raises(ConfigError, match="has no scores; see axolotl mopo score"):
+    with pytest.raises(ConfigError, match="has no scores; compute them with axolotl mopo score"):
         find_front(four)
 
 
@@ -333,7 +333,7 @@ def test_two_objectives_fit_into_a_narrow_terminal(four):
 
 def test_log_ratios_of_other_draws_are_not_called_an_estimate(tmp_path):
     front = find_front(comparison(tmp_path, {"a": [[(1, 1)], [(2, 2)]]}, samples=1, temperature=0))
-    assert any("it is no estimate of the policies' divergence" in line for line in notes(front))
+    assert any("it is not an estimate of the policies' divergence" in line for line in notes(front))
 
 
 def test_csv_and_json_hold_the_same_numbers(four):
@@ -352,15 +352,15 @@ def test_csv_and_json_hold_the_same_numbers(four):
 def test_every_cell_of_the_csv_is_a_number_of_the_front(uneven):
     front = find_front(uneven)
     lines = list(csv.DictReader(io.StringIO(to_csv(front))))
-    for line, standing in zip(lines, front.standings, strict=True):
-        expected = {"policy": standing.policy.name, "kind": standing.policy.kind, "weights": standing.policy.label}
+    for line, result in zip(lines, front.results, strict=True):
+        expected = {"policy": result.policy.name, "kind": result.policy.kind, "weights": result.policy.label}
         for name in ("helpful", "cost"):
-            mean, low, high = standing.rewards[name]
+            mean, low, high = result.rewards[name]
             expected |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-            expected[f"{name}_win_rate"] = standing.win_rates[name]
-        expected |= {"kl": standing.kl.mean, "kl_low": standing.kl.low, "kl_high": standing.kl.high}
-        expected |= {"tokens": standing.tokens, "finished": standing.finished, "on_front": standing.on_front}
-        expected["dominated_by"] = " ".join(standing.dominated_by)
+            expected[f"{name}_win_rate"] = result.win_rates[name]
+        expected |= {"kl": result.kl.mean, "kl_low": result.kl.low, "kl_high": result.kl.high}
+        expected |= {"tokens": result.tokens, "finished": result.finished, "on_front": result.on_front}
+        expected["dominated_by"] = " ".join(result.dominated_by)
         assert line == {name: str(value) for name, value in expected.items()}
         assert list(line) == list(expected)
     assert lines[0]["weights"] == "helpful 0.5"
@@ -376,17 +376,17 @@ def test_json_and_page_hold_every_number_of_the_front(uneven):
         for name in ("helpful", "cost")
     ]
     assert (content["prompts"], content["samples"], content["exact_sampling"]) == (8, 3, True)
-    for entry, in_page, standing in zip(content["policies"], shown["policies"], front.standings, strict=True):
-        assert entry["rewards"] == {name: value._asdict() for name, value in standing.rewards.items()}
-        assert entry["kl"] == standing.kl._asdict()
-        assert entry["win_rates"] == standing.win_rates
-        assert (entry["tokens"], entry["finished"]) == (standing.tokens, standing.finished)
-        assert (entry["on_front"], entry["dominated_by"]) == (standing.on_front, standing.dominated_by)
-        assert (entry["name"], entry["kind"]) == (standing.policy.name, standing.policy.kind)
-        assert in_page.pop("label") == standing.policy.label
+    for entry, in_page, result in zip(content["policies"], shown["policies"], front.results, strict=True):
+        assert entry["rewards"] == {name: value._asdict() for name, value in result.rewards.items()}
+        assert entry["kl"] == result.kl._asdict()
+        assert entry["win_rates"] == result.win_rates
+        assert (entry["tokens"], entry["finished"]) == (result.tokens, result.finished)
+        assert (entry["on_front"], entry["dominated_by"]) == (result.on_front, result.dominated_by)
+        assert (entry["name"], entry["kind"]) == (result.policy.name, result.policy.kind)
+        assert in_page.pop("label") == result.policy.label
         responses = in_page.pop("responses")
         assert in_page == entry
-        rows = uneven.responses(standing.policy.name)[:15]
+        rows = uneven.responses(result.policy.name)[:15]
         assert [response for own in responses for response in own] == [
             {"text": row["response"], "finished": row["finished"], "scores": {x: row[x] for x in ("helpful", "cost")}}
             for row in rows
@@ -403,15 +403,15 @@ def test_the_table_shows_means_half_widths_and_shares(uneven):
     console = Console(width=250, record=True, file=io.StringIO())
     console.print(table(front))
     lines = console.export_text().splitlines()
-    for standing in front.standings:
-        (line,) = [line for line in lines if line.split()[:1] == [standing.policy.name]]
+    for result in front.results:
+        (line,) = [line for line in lines if line.split()[:1] == [result.policy.name]]
         cells = []
         for name in ("helpful", "cost"):
-            mean, low, high = standing.rewards[name]
-            cells += [f"{mean:.3g} ± {(high - low) / 2:.2g}", f"{100 * standing.win_rates[name]:.0f}%"]
-        cells += [f"{standing.kl.mean:.3g}", f"{standing.tokens:.0f}", f"{100 * standing.finished:.0f}%"]
-        cells.append("yes" if standing.on_front else f"no: {', '.join(standing.dominated_by)}")
-        title = f"{standing.policy.name}{' (baseline)' if standing.policy.kind == 'baseline' else ''}"
+            mean, low, high = result.rewards[name]
+            cells += [f"{mean:.3g} ± {(high - low) / 2:.2g}", f"{100 * result.win_rates[name]:.0f}%"]
+        cells += [f"{result.kl.mean:.3g}", f"{result.tokens:.0f}", f"{100 * result.finished:.0f}%"]
+        cells.append("yes" if result.on_front else f"no: {', '.join(result.dominated_by)}")
+        title = f"{result.policy.name}{' (baseline)' if result.policy.kind == 'baseline' else ''}"
         assert line.split() == [*title.split(), *" ".join(cells).split()]
     volumes = [f"{front.hypervolume[which]:.4g}" for which in ("policies", "all")]
     assert "{} for the policies, {} with baselines and reference.".format(*volumes) in notes(front)[1]
@@ -470,7 +470,7 @@ def browser():
 
 
 def opened(browser, page, folder):
-    """The page in a real browser, and whatever it said or asked for besides."""
+    """The page in a real browser, with its console messages and network requests."""
     (folder / "front.html").write_text(page)
     view, seen = browser.new_page(), []
     for event in ("console", "pageerror", "request"):
@@ -497,9 +497,9 @@ def test_hovering_shows_values_and_a_click_the_responses(four, browser, tmp_path
     assert not card.is_visible()
     points.nth(1).click()
     view.get_by_role("button", name="Next").click()
-    behind = view.locator("#behind").inner_text()
+    shown_responses = view.locator("#responses").inner_text()
     for words in ("prompt 2 of 2", "Question 1?", "b says 1.0", "b says 1.1", "reference says 1.0"):
-        assert words in behind
+        assert words in shown_responses
     assert seen == []
 
 
@@ -519,7 +519,7 @@ def test_hostile_text_stays_text_in_a_browser(four, browser, tmp_path):
     hostile = '</script><img src=x onerror="alert(1)"><b>bold</b>'
     four.replace("a", [{**row, "response": hostile} for row in four.responses("a")])
     view, seen = opened(browser, render(find_front(four), four, prompts=1), tmp_path)
-    assert hostile in view.locator("#behind").inner_text()
+    assert hostile in view.locator("#responses").inner_text()
     assert view.locator("img, b").count() == 0
     assert seen == []
 
@@ -557,7 +557,7 @@ def test_a_column_is_computed_where_it_was_left(four):
 
 
 def test_numbers_are_kept_for_one_policy_column_and_source(four):
-    """Those of a computation that stopped, while others of the same folder go on."""
+    """A stopped computation keeps its numbers while others in the same folder continue."""
     asked = []
 
     def stopping(rows):
@@ -576,7 +576,7 @@ def test_numbers_are_kept_for_one_policy_column_and_source(four):
         assert four.compute(*place, 3, numbers, "title") == [0, 1, 10, 11]
     assert four.compute("a", "new", "source", 3, numbers, "title") == [0, 7, 10, 7]
     four.add_column("a", "new", [1.0, 2.0, 3.0, 4.0], ["source"])
-    assert four.compute("a", "new", "source", 3, numbers, "title") == [0, 1, 10, 11]  # nothing is kept any longer
+    assert four.compute("a", "new", "source", 3, numbers, "title") == [0, 1, 10, 11]  # the partial results are gone
     assert four.compute("a", "new", "another", 3, lambda rows: [8.0] * len(rows), "title") == [0, 1, 10, 11]
 
 
@@ -584,7 +584,7 @@ def test_another_sampling_or_another_run_of_a_name_is_refused(four, tmp_path):
     with pytest.raises(ConfigError, match=r"made with prompts .*count=2.* not .*count=9.*choose another --out"):
         four.agree(prompts={"count": 9, "digest": 2})
     four.add_policy(policy("a", weights={"helpful": 0.5}))
-    with pytest.raises(ConfigError, match="under the name a, and runs/a is another run or was trained anew"):
+    with pytest.raises(ConfigError, match="under the name a, and runs/a is another run or was trained again"):
         four.add_policy(policy("a", weights={"helpful": 0.6}))
 
 
@@ -608,12 +608,12 @@ def test_scorers_are_the_margins_sources(text, expected):
     [
         ("brief", "write NAME=SOURCE"),
         ("logp=length", "the objective logp needs the column logp, which is taken; choose another name"),
-        ("a b=length", "the name 'a b' may have letters, digits"),
+        ("a b=length", "the name 'a b' is not allowed; use letters, digits"),
         ("x=magic", "`--scorer x` needs a `source`, one of column, length, adapter, reward_model, callable"),
         ("x=length:feet", "`--scorer x.unit`"),
         ("x=column", "have no column of scores; use another source"),
-        ("x={source: length, scale: 2}", "scale belong to training"),
-        ("x={source: [}", "is no YAML mapping"),
+        ("x={source: length, scale: 2}", "scale apply to training only"),
+        ("x={source: [}", "is not a YAML mapping"),
         ("x=callable:nosuch:f", "`--scorer x.function`: the function nosuch:f cannot be imported"),
         ("x=adapter:no/where", "`--scorer x.path`: no/where is not the folder of a LoRA adapter"),
     ],

@@ -1,4 +1,4 @@
-"""The gallery's worlds say what they claim, and the host takes all that they train."""
+"""The gallery's synthetic data is as described, and Axolotl accepts its configurations."""
 
 import re
 import statistics

@@ -1,4 +1,4 @@
-"""Responses of real policies and their log-probs, scored by real models and functions, on disk."""
+"""Generate responses of real policies with their log-probs, and score them with real models and functions."""
 
 import json
 import math
@@ -51,7 +51,7 @@ AMOPO = AMoPOConfig(dimensions=["helpfulness"])
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A base model on disk whose own generation settings would change what is drawn."""
+    """A base model on disk whose own generation settings would change the responses."""
     folder = tmp_path_factory.mktemp("runs") / "base"
     model = build_model(AutoConfig.from_pretrained(SMOKE / "model"))
     model.generation_config = GenerationConfig(
@@ -63,7 +63,7 @@ def base(tmp_path_factory):
 
 
 def save_run(base, folder, seed, method=MODPO):
-    """What a run leaves: an adapter, its tokenizer and its manifest."""
+    """The output of a run: an adapter, its tokenizer and its manifest."""
     save_adapter(base, folder, seed, spread=0.4)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     write_manifest(method, str(base), folder)
@@ -72,7 +72,7 @@ def save_run(base, folder, seed, method=MODPO):
 
 @pytest.fixture(scope="module")
 def sweep(base):
-    """A sweep's folder with two adapters of the base model."""
+    """The folder of a sweep with two adapters of the base model."""
     folder = base.parent / "sweep-of-two"
     for number in (1, 2):
         save_run(base, folder / f"sweep000{number}", number)
@@ -92,11 +92,11 @@ def generation(folder, policies, reference="known", prompts=PROMPTS, sampling=SA
         "engine": TransformersEngine(models, sampling),
         "models": models,
         "batch_size": 2,
-        "say": lambda text: None,
+        "log": lambda text: None,
         **overrides,
     }
     if reference == "known":
-        reference = reference_policy(policies, None, settings["say"])
+        reference = reference_policy(policies, None, settings["log"])
     Generation(**settings).run(policies, reference)
     return Comparison(folder)
 
@@ -141,7 +141,7 @@ def test_log_probs_are_those_of_separately_loaded_models(compared, base, sweep):
 
 
 def test_responses_are_drawn_from_the_policy_itself(base):
-    """Whatever the model's own generation settings say."""
+    """For all generation settings of the model."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     with torch.no_grad():
         model.lm_head.weight[6:] = 0  # a few likely tokens
@@ -200,12 +200,12 @@ LEAKING = {
 
 
 def draw_with(base, sampling, **settings):
-    """What a model draws whose own generation settings are these."""
+    """The responses of a model with these generation settings."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=2, pad_token_id=0, **settings)
     stops = stop_tokens(model.generation_config, tokenizer)
     drawn = generate(model, [[5, 6, 7], [9, 10, 11, 12]], sampling, stops, [1, 2])
-    assert model.generation_config.to_dict().items() >= settings.items()  # it stays as it was
+    assert model.generation_config.to_dict().items() >= settings.items()  # unchanged
     return drawn
 
 
@@ -229,7 +229,7 @@ def test_the_own_generation_settings_of_a_model_are_followed_where_that_is_wante
 
 
 def with_settings(base, folder, content):
-    """A base model with these generation settings, as they stand in its file."""
+    """A base model with these generation settings in its file."""
     shutil.copytree(base, folder)
     (folder / "generation_config.json").write_text(content if isinstance(content, str) else json.dumps(content))
     return folder
@@ -238,10 +238,10 @@ def with_settings(base, folder, content):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_beams": 3}, "own settings have num_beams, which cannot be followed"),
-        ({"max_time": 1}, "own settings have max_time, which cannot be followed"),
-        ({"stop_strings": ["x"]}, "own settings have stop_strings, which cannot be followed"),
-        ({"token_healing": True}, "own settings have token_healing, which cannot be followed"),
+        ({"num_beams": 3}, "own settings have num_beams, which is not supported"),
+        ({"max_time": 1}, "own settings have max_time, which is not supported"),
+        ({"stop_strings": ["x"]}, "own settings have stop_strings, which is not supported"),
+        ({"token_healing": True}, "own settings have token_healing, which is not supported"),
         ({"do_sample": True, "temperature": 0.0}, "own settings are wrong: .*temperature"),
         ({"do_sample": True, "min_p": 2.0}, "own settings are wrong: .*min_p"),
     ],
@@ -285,7 +285,7 @@ def test_a_model_without_a_stop_token_is_named(base, tmp_path):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
     (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}.{% endfor %}")
-    with pytest.raises(ConfigError, match="has no end-of-text token, and its chat template ends a turn with none"):
+    with pytest.raises(ConfigError, match="has no end-of-text token, and its chat template ends turns without one"):
         generation(tmp_path / "out", find_policies([str(folder)]), None)
     assert not (tmp_path / "out").exists()
 
@@ -303,11 +303,11 @@ def test_logits_that_are_not_finite_are_not_drawn_from(base):
     [
         (
             {"prompt_id": 7},
-            "to prompt 7, sample 0, in .* is to no prompt and sample that is asked for; remove its line",
+            "to prompt 7, sample 0, in .* does not belong to the prompts and --samples; remove its line",
         ),
-        ({"sample": 5}, "to prompt 0, sample 5, in .* is to no prompt and sample that is asked for"),
-        ({"prompt": user("Another?")}, "to prompt 0, sample 0, in .* is to no prompt and sample that is asked for"),
-        ({"token_ids": [10**6]}, "to prompt 0, sample 0, in .* has the token 1000000, and .* has 1,024"),
+        ({"sample": 5}, "to prompt 0, sample 5, in .* does not belong to the prompts and --samples"),
+        ({"prompt": user("Another?")}, "to prompt 0, sample 0, in .* does not belong to the prompts and --samples"),
+        ({"token_ids": [10**6]}, "to prompt 0, sample 0, in .* has token 1000000, and the vocabulary of .* has 1,024"),
     ],
 )
 def test_responses_that_nobody_asked_for_are_named(compared, sweep, tmp_path, change, words):
@@ -324,7 +324,7 @@ def test_responses_that_nobody_asked_for_are_named(compared, sweep, tmp_path, ch
 
 def test_responses_of_a_policy_that_the_settings_do_not_know_are_not_taken_over(compared, sweep, tmp_path):
     shutil.copytree(compared.folder / "responses", tmp_path / "responses")
-    with pytest.raises(ConfigError, match=r"sweep0001.jsonl is there, but comparison.json does not know sweep0001"):
+    with pytest.raises(ConfigError, match=r"sweep0001.jsonl exists, but comparison.json does not list sweep0001"):
         generation(tmp_path, find_policies([str(sweep)]), sampling=Sampling(samples=2, max_new_tokens=6, seed=7))
 
 
@@ -394,7 +394,7 @@ def test_generating_touches_nothing_but_its_folder(base, sweep, tmp_path):
     assert seen.called == []
     absolute = {path for path in seen.written if path.startswith("/")}
     assert {path for path in absolute if not path.startswith((str(tmp_path / "out"), "/dev/"))} == set()
-    assert not any(path.startswith("-") for path in seen.written)  # every kept number is of a model that has a name
+    assert not any(path.startswith("-") for path in seen.written)  # every partial file has the digest of a model
     made = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     names = ("sweep0001", "sweep0002", "reference")
     assert made == {".lock", "comparison.json", *(f"responses/{name}.jsonl" for name in names)}
@@ -402,12 +402,12 @@ def test_generating_touches_nothing_but_its_folder(base, sweep, tmp_path):
 
 def test_a_likeliest_response_is_asked_for_once(base, sweep, tmp_path):
     policies = find_policies([str(sweep)])
-    with pytest.raises(ConfigError, match="--temperature 0 gives the same response every time; ask for --samples 1"):
+    with pytest.raises(ConfigError, match="--temperature 0 gives the same response every time; use --samples 1"):
         generation(tmp_path / "out", policies, sampling=Sampling(samples=2, temperature=0))
     assert not (tmp_path / "out").exists()
     model = AutoModelForCausalLM.from_pretrained(base)
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=2)
-    with pytest.raises(ConfigError, match="the model's own settings take the likeliest token"):
+    with pytest.raises(ConfigError, match="the model's own settings use greedy decoding"):
         generate(model, [[5]], Sampling(samples=2, generation_config="model"), [2], [0])
 
 
@@ -427,7 +427,7 @@ def test_a_response_depends_on_seed_prompt_and_sample_alone(compared, sweep, tmp
 
 
 def test_the_reference_answers_with_the_chat_template_of_the_runs(base, tmp_path):
-    """Although its own folder has none."""
+    """The reference's own folder has none."""
     bare = tmp_path / "bare"
     shutil.copytree(base, bare)
     (bare / "chat_template.jinja").unlink()
@@ -448,13 +448,13 @@ def without_weights(base, folder):
 
 
 def test_runs_from_random_weights_are_compared_without_a_reference(base, tmp_path):
-    """As the smoke configurations are, whose base model has no weights."""
+    """For example the smoke configurations, whose base model has no weights."""
     bare = without_weights(base, tmp_path / "bare")
     run = tmp_path / "run"
     shutil.copytree(base, run)
     write_manifest(MODPO, str(bare), run)
     said = []
-    compared = generation(tmp_path / "out", find_policies([str(run)]), say=said.append)
+    compared = generation(tmp_path / "out", find_policies([str(run)]), log=said.append)
     assert "has no weights (reinit_weights), so there is no reference" in said[0]
     assert [policy.kind for policy in compared.policies] == ["policy"]
     assert all("ref_logp" not in row for row in compared.responses("run"))
@@ -493,7 +493,9 @@ def test_a_token_that_a_model_does_not_have_is_named(base, sweep, tmp_path):
     tokenizer.add_tokens([f"<new{number}>" for number in range(size)])
     tokenizer.chat_template = f"<new{size - 1}>{tokenizer.chat_template}"
     tokenizer.save_pretrained(run)
-    with pytest.raises(DataError, match=r"prompt 0, asked of run: the tokenizer in .* gives the token \d+, and .* has"):
+    with pytest.raises(
+        DataError, match=r"prompt 0, for run: the tokenizer in .* produces token \d+, and the vocabulary of"
+    ):
         generation(tmp_path / "out", find_policies([str(run)]))
 
 
@@ -517,7 +519,7 @@ def test_vllm_has_room_for_the_next_rank_that_it_takes(tmp_path, rank, room):
 
 def test_a_rank_that_vllm_does_not_take_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 513}))
-    with pytest.raises(ConfigError, match="x has rank 513, and vLLM takes 512 at most"):
+    with pytest.raises(ConfigError, match="x has rank 513, and vLLM supports 512 at most"):
         adapter_rank(Policy("x", str(tmp_path), base="base"))
 
 
@@ -528,7 +530,7 @@ def test_vllm_is_told_what_transformers_draws_with():
     wanted = Sampling(generation_config="model")
     assert vllm_settings(own, wanted) == {"temperature": 0.3, "top_k": 7, "min_p": 0.1}
     own.no_repeat_ngram_size = 2
-    with pytest.raises(ConfigError, match="vLLM does not know no_repeat_ngram_size"):
+    with pytest.raises(ConfigError, match="vLLM does not support no_repeat_ngram_size"):
         vllm_settings(own, wanted)
 
 
@@ -557,7 +559,7 @@ def test_a_generation_that_stopped_goes_on_where_it_was(compared, sweep, tmp_pat
         generation(tmp_path, policies, engine=stumbling)
     partial = tmp_path / "responses" / "sweep0002.jsonl"
     assert len(partial.read_text().splitlines()) == 4
-    with partial.open("a") as file:  # of a batch that a killed process wrote in part
+    with partial.open("a") as file:  # an incomplete line of a killed process
         row = json.loads(partial.read_text().splitlines()[0])
         file.write(json.dumps({**row, "prompt_id": 2, "prompt": PROMPTS.conversations[2]}) + "\n{")
     again = generation(tmp_path, policies)
@@ -577,7 +579,7 @@ def test_what_was_drawn_otherwise_is_not_mixed(compared, sweep, tmp_path):
     retrained = tmp_path / "sweep-of-two"
     shutil.copytree(sweep, retrained)
     save_run(policies[0].base, retrained / "sweep0001", 9)
-    with pytest.raises(ConfigError, match=r"under the name sweep0001, and .* is another run or was trained anew"):
+    with pytest.raises(ConfigError, match=r"under the name sweep0001, and .* is another run or was trained again"):
         generation(folder, find_policies([str(retrained)]))
 
 
@@ -609,7 +611,7 @@ def test_a_whole_model_is_a_policy_too(base, sweep, tmp_path):
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "merged")
     runs = [f"whole={tmp_path / 'merged'}", f"lora={sweep / 'sweep0001'}"]
     policies = find_policies(runs)
-    with pytest.raises(ConfigError, match=r"the runs were trained from .*unknown; name one with --reference"):
+    with pytest.raises(ConfigError, match=r"the runs were trained from .*unknown; choose one with --reference"):
         reference_policy(policies, None, print)
     write_manifest(MODPO, str(base), tmp_path / "merged")
     policies = find_policies(runs)
@@ -621,9 +623,7 @@ def test_a_whole_model_is_a_policy_too(base, sweep, tmp_path):
 
 def test_a_prompt_that_does_not_fit_is_named_before_anything_is_generated(sweep, tmp_path):
     prompts = Prompts("questions", [user("Why?"), user("why " * 3000)], 0)
-    with pytest.raises(
-        DataError, match=r"questions, prompt 1, asked of sweep0001: its \d+ tokens and --max-new-tokens"
-    ):
+    with pytest.raises(DataError, match=r"questions, prompt 1, for sweep0001: its \d+ tokens and --max-new-tokens"):
         generation(tmp_path, find_policies([str(sweep)]), prompts=prompts)
     assert not (tmp_path / "responses").exists()
 
@@ -644,12 +644,13 @@ def test_a_prompt_may_leave_just_the_room_that_a_response_may_take(base, tmp_pat
     assert len(fitting.responses("model")) == len(PROMPTS.conversations)
     longest = lengths.index(max(lengths))
     words = (
-        f"prompt {longest}, asked of model: its {max(lengths)} tokens and --max-new-tokens 4 are more than the {limit}"
+        f"prompt {longest}, for model: its {max(lengths)} tokens and --max-new-tokens 4 exceed the model's limit of "
+        f"{limit}"
     )
     with pytest.raises(DataError, match=words):
         generation(tmp_path / "out", policies, None, sampling=Sampling(max_new_tokens=4))
     assert not (tmp_path / "out").exists()
-    # A model that does not say how much it takes, as one without positions, is asked anything.
+    # A model without a known maximum length, such as one without positions, accepts prompts of any length.
     monkeypatch.setattr(generating, "_config", lambda path: SimpleNamespace(vocab_size=config["vocab_size"]))
     assert (
         len(generation(tmp_path / "any", policies, None, sampling=Sampling(max_new_tokens=4)).responses("model")) == 4
@@ -706,14 +707,14 @@ def test_policies_are_found_in_what_training_leaves(base, sweep, tmp_path):
 
 def test_runs_that_are_none_are_named(sweep, tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.json").write_text("{}")  # the host writes it before it trains
+    (tmp_path / "empty" / "config.json").write_text("{}")  # Axolotl writes it before training
     with pytest.raises(ConfigError, match="empty has neither a model nor a checkpoint with one"):
         find_policies([str(tmp_path / "empty")])
     with pytest.raises(ConfigError, match="nowhere is neither a folder nor a model of the hub"):
         find_policies(["nowhere"])
     with pytest.raises(ConfigError, match="two runs are called x; give one another name"):
         find_policies([f"x={sweep / 'sweep0001'}", f"x={sweep / 'sweep0001'}"])
-    with pytest.raises(ConfigError, match="the name 'a/b' may have"):
+    with pytest.raises(ConfigError, match="the name 'a/b' is not allowed"):
         find_policies([f"a/b={sweep}"])
 
 
@@ -830,7 +831,7 @@ def test_a_model_of_another_vocabulary_is_asked_for_the_text_of_a_response(base,
     same = Policy("policy", "y", tokenizer=str(tmp_path / "copy"))
     assert _asked(rows, same, model) == [(prompt, row["token_ids"])] * 2
     rows[1]["token_ids"] = [7, len(other)]
-    with pytest.raises(DataError, match=f"policy, prompt 1, sample 0: there is no token {len(other)} in {tmp_path}"):
+    with pytest.raises(DataError, match=f"policy, prompt 1, sample 0: {tmp_path}.* has no token {len(other)}"):
         _asked(rows, same, model)
 
 
@@ -862,7 +863,7 @@ def test_a_scorer_that_fails_loses_nothing_of_what_was_scored(scored, judges):
         scored(f"nice={spec}")
     before = judges.read_text().splitlines()
     assert len(before) == 2
-    judges.write_text("\n".join([*before, "[]"]) + "\n")  # from now on it does not fail
+    judges.write_text("\n".join([*before, "[]"]) + "\n")  # the scorer stops failing
     comparison = scored(f"nice={spec}")
     asked = [response for line in judges.read_text().splitlines() for response in json.loads(line)]
     assert len(asked) == 3 * 8  # every response once
@@ -874,7 +875,7 @@ def test_an_objective_has_one_scorer(scored, judges):
     assert len(judges.read_text().splitlines()) == 3
     scored("nice=callable:my_judges:length")
     assert len(judges.read_text().splitlines()) == 3  # nothing is scored twice
-    with pytest.raises(ConfigError, match=r"--scorer nice: its scores were made by .*my_judges:length"):
+    with pytest.raises(ConfigError, match=r"--scorer nice: its scores were computed by .*my_judges:length"):
         scored("nice=length")
     comparison = scored("nice=length", replace=True)
     assert all(row["nice"] == -len(row["token_ids"]) for row in comparison.responses("sweep0001"))
@@ -916,7 +917,9 @@ def test_a_scorer_that_has_changed_is_not_mixed_with_what_it_was(judges, base, t
     before = made.responses("a")
     for name, scorer in zip(scorers, names, strict=True):
         change(name, 2)
-        with pytest.raises(ConfigError, match=f"--scorer {name}: its scores were made by .*or that has changed since"):
+        with pytest.raises(
+            ConfigError, match=f"--scorer {name}: its scores were computed by .*or by another version of it"
+        ):
             score(scorer)
         change(name, 1)
         score(scorer)
@@ -928,11 +931,11 @@ def test_a_policy_that_came_later_is_scored_alone(scored, judges, sweep, base, t
     calls = len(judges.read_text().splitlines())
     third = save_run(base, tmp_path / "third", 5)
     generation(comparison.folder, find_policies([str(sweep), str(third)]))
-    with pytest.raises(ConfigError, match="third is not scored on nice, on which others are"):
+    with pytest.raises(ConfigError, match="third has no scores of nice, which other policies have"):
         find_front(Comparison(comparison.folder))
     comparison = scored("nice=callable:my_judges:length")
     assert len(judges.read_text().splitlines()) == calls + 1
-    assert [s.policy.name for s in find_front(comparison).standings] == ["sweep0001", "sweep0002", "reference", "third"]
+    assert [s.policy.name for s in find_front(comparison).results] == ["sweep0001", "sweep0002", "reference", "third"]
 
 
 def test_the_smoke_prompts_are_prompts():

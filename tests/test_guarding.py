@@ -198,7 +198,7 @@ def test_the_first_bad_step_is_named_with_its_own_rows(guard):
 def test_a_run_stops_before_whatever_reads_or_keeps_the_state(guard, moment, flag):
     state, control = TrainerState(), TrainerControl()
     note(guard, 2, {6: math.nan, 7: 1.0})
-    guard.on_step_end(None, state, control)  # the host goes on with the next step
+    guard.on_step_end(None, state, control)  # the Trainer continues with the next step
     if flag:
         setattr(control, flag, True)
     with pytest.raises(LossError, match="The loss of step 2 is not finite, for row 6 "):

@@ -1,4 +1,4 @@
-"""The picture of a run: what it shows of the host's log."""
+"""The plot of a run, and what it shows of the Trainer's log."""
 
 import pytest
 from transformers import TrainerState, TrainingArguments

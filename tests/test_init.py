@@ -1,4 +1,4 @@
-"""`axolotl mopo init`: what it finds in data of every shape, what it writes, what it refuses, and that it trains."""
+"""`axolotl mopo init`: the formats it detects, the files it writes and what it refuses. Its configurations train."""
 
 import json
 import re
@@ -114,7 +114,7 @@ def write(rows, path):
 
 @pytest.fixture
 def init(tmp_path):
-    """Run the command on rows; what it printed, and the configuration that it wrote."""
+    """Run the command on rows; returns its output and the configuration that it wrote."""
 
     def made(rows, method, *arguments):
         data, config = write(rows, tmp_path / "data.jsonl"), tmp_path / "config.yaml"
@@ -325,7 +325,7 @@ def test_nothing_is_overwritten_and_local_paths_must_be_there(tmp_path):
     data, config = write(SHAPES["flat"], tmp_path / "data.jsonl"), tmp_path / "config.yaml"
     config.write_text("mine")
     arguments = ("--method", "modpo", "-o", config)
-    assert "is there already" in run(*arguments, "--data", data, "--base-model", MODEL, fails=True)
+    assert "exists already" in run(*arguments, "--data", data, "--base-model", MODEL, fails=True)
     assert config.read_text() == "mine"
     config.unlink()
     for given in ((tmp_path / "none.jsonl", MODEL), (data, tmp_path / "no" / "model"), ("nowhere.parquet", MODEL)):
@@ -395,6 +395,6 @@ def test_splits_and_saved_data_sets_are_read_as_axolotl_reads_them(tmp_path):
     table = Dataset.from_list(SHAPES["flat"])
     DatasetDict(train=table, test=table).save_to_disk(tmp_path / "saved")
     arguments = ("--method", "modpo", "--data", tmp_path / "saved", "--base-model", MODEL, "-o", tmp_path / "c.yaml")
-    assert "leave out --split" in run(*arguments, "--split", "test", fails=True)
+    assert "remove --split" in run(*arguments, "--split", "test", fails=True)
     run(*arguments)
     assert yaml.safe_load((tmp_path / "c.yaml").read_text())["datasets"][0]["split"] == "train"

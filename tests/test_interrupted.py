@@ -16,7 +16,7 @@ from warm import AXOLOTL, python
 RUNS = 20
 STEPS = 8
 EVENTS = {"on_step_begin": 1, "on_substep_end": 1, "on_pre_optimizer_step": 1, "on_step_end": 1, "on_save": 0.5}
-"""Where a run is killed, and how often the host comes there in a step."""
+"""Events at which a run is killed, and how often each occurs in a step."""
 KINDS = [("amopo", {}), ("amopo", LORA_WITH_DROPOUT), ("modpo", {}), ("modpo", LORA_WITH_DROPOUT)]
 GAUSSIAN = {"dimensions": ["helpfulness", "correctness"], "temperature": 0.1}
 """The weights are drawn in every step."""

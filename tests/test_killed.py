@@ -1,4 +1,4 @@
-"""`axolotl mopo generate` and `score`, killed at several points: what is run again leaves the same files."""
+"""`axolotl mopo generate` and `score`, killed at several points: a second run leaves the same files."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ def slow(prompts, responses):
 
 
 def kill_when(condition, *arguments):
-    """Run a command and kill it as soon as the condition holds."""
+    """Run a command and kill it as soon as the condition is true."""
     process = Process(AXOLOTL, *arguments)
     deadline = time.monotonic() + 120
     while not condition():
@@ -42,7 +42,7 @@ def files(folder):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """An adapter's folder; beside it a module that judges slowly."""
+    """The folder of an adapter, next to a module with a slow scorer."""
     base = tmp_path / "base"
     build_model(AutoConfig.from_pretrained(SMOKE / "model")).save_pretrained(base)
     AutoTokenizer.from_pretrained(SMOKE / "model").save_pretrained(base)

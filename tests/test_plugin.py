@@ -1,4 +1,4 @@
-"""The plugin meets the host by its official hooks, and only lightly."""
+"""The plugin uses only Axolotl's official hooks, and little of them."""
 
 import copy
 import subprocess
@@ -180,7 +180,7 @@ def test_the_hosts_schema_keeps_our_fields(monkeypatch):
     assert validated.amopo.dimensions == ["helpfulness", "correctness"]
     assert validated.datasets[0].type == bound
     again = copy.deepcopy(validated)
-    MOPOPlugin().register(again)  # as a Ray worker does, with the host's defaults filled in
+    MOPOPlugin().register(again)  # as a Ray worker does, with Axolotl's defaults filled in
     assert again == validated
     arguments = PluginManager.get_instance().get_training_args(validated)
     assert set(arguments) == {"mopo", "logging_nan_inf_filter", "accelerator_config"}
@@ -191,7 +191,7 @@ def test_the_hosts_schema_keeps_our_fields(monkeypatch):
     assert arguments["accelerator_config"] == {"non_blocking": False, "even_batches": True}
     validated.dataloader_pin_memory = False
     assert "accelerator_config" not in PluginManager.get_instance().get_training_args(validated)
-    validated.group_by_length = True  # the host leaves it out for preference runs
+    validated.group_by_length = True  # Axolotl leaves it out for preference runs
     arguments = PluginManager.get_instance().get_training_args(validated)
     assert arguments["train_sampling_strategy"] == "group_by_length"
 
@@ -227,7 +227,7 @@ def test_an_axolotl_outside_the_tested_range_is_told_of():
 def test_a_hook_that_the_host_lacks_is_named():
     class OldBase:
         def register(self, cfg):
-            """The only hook of an imagined host."""
+            """The only hook of an imaginary older Axolotl."""
 
     check_hooks(MOPOPlugin, BasePlugin)
     with pytest.raises(ConfigError, match=r"does not call the plugin hooks `get_input_args`, .* pip install"):

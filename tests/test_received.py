@@ -1,4 +1,4 @@
-"""Comparison folders from strangers: what is wrong with them is named, and nothing outside of them is touched."""
+"""Comparison folders from strangers: errors name what is wrong, and no file outside the folder is touched."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def judge(tmp_path, monkeypatch):
 
 @pytest.fixture
 def received(tmp_path):
-    """A folder as it may be received, beside a file and a folder that it must not reach."""
+    """A comparison folder, next to a file and a folder that the commands must not touch."""
     (tmp_path / "victim.json").write_text('{"mine": true}')
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.jsonl").write_text("mine\n")
@@ -57,14 +57,14 @@ def seen():
 
 
 def run(command, *arguments):
-    """What a command of ours says, and how it ended."""
+    """The output of a command and its exit code."""
     result = CliRunner().invoke(mopo, [command, *map(str, arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result.output, result.exit_code
 
 
 def tree(folder):
-    """Everything below a folder: kinds, link targets and contents."""
+    """All entries below a folder: kinds, link targets and contents."""
     found = {}
     for path in sorted(folder.rglob("*")):
         kind = stat.S_IFMT(path.lstat().st_mode)
@@ -85,7 +85,7 @@ def put(value, keys, case):
 
 
 def broken(folder, case, judge):
-    """Make a folder what a case says."""
+    """Apply a case of folders.yaml to a folder."""
     name = case.get("file", "comparison.json")
     if "SOURCE" in name:
         _, margin = parse_scorer(judge)
@@ -143,7 +143,7 @@ def test_there_are_enough_broken_folders_and_each_says_what_is_expected():
 
 
 def test_commands_touch_nothing_but_the_folder_that_they_are_given(received, judge, seen):
-    """Scores, then compares, twice, so that there are files to replace and to remove."""
+    """Scores and compares twice, so that there are files to replace and to remove."""
     outside = {path: what for path, what in tree(received.parent).items() if not path.startswith("received")}
     times = {path: (received.parent / path).stat().st_mtime_ns for path in outside}
     (received / "notes.txt").write_text("mine")
@@ -210,7 +210,7 @@ def test_a_scorer_that_fails_leaves_the_scores_that_were_there(received, judge, 
 
 
 def test_numbers_that_were_kept_of_other_responses_are_not_used(received, judge):
-    """As where a run was killed, and its responses were drawn again."""
+    """As after a killed run whose responses were generated again."""
     rows = Comparison(received).responses("a")
     with Comparison.opened(received) as opened:
         opened.compute("a", "long", "source", 2, lambda part: [7.0] * len(part), "title")
@@ -223,7 +223,7 @@ def test_more_objectives_than_can_be_compared_are_named(tmp_path):
     folder = comparison(tmp_path / "many", {"a": [[[1.0] * 33]], "b": [[[2.0] * 33]]}, many, samples=1).folder
     output, code = run("front", folder)
     assert code == 1
-    assert "there are 33 objectives; compare by 31 of them at most" in " ".join(output.split())
+    assert "there are 33 objectives; compare 31 of them at most" in " ".join(output.split())
 
 
 def test_a_volume_too_large_for_a_number_is_named(tmp_path):
@@ -231,7 +231,7 @@ def test_a_volume_too_large_for_a_number_is_named(tmp_path):
     folder = comparison(tmp_path / "many", {"a": [[[1e30] * 11]], "b": [[[-1e30] * 11]]}, many, samples=1).folder
     output, code = run("front", folder)
     assert code == 1
-    assert "the hypervolume of 11 objectives is too large for a number" in " ".join(output.split())
+    assert "the hypervolume of 11 objectives is too large for a float" in " ".join(output.split())
 
 
 def test_a_user_s_own_files_beside_the_outputs_stay(received):
@@ -266,7 +266,7 @@ def test_lines_are_not_added_to_a_file_that_has_a_second_name(tmp_path):
     os.link(tmp_path / "victim", tmp_path / "folder" / "a.jsonl")
     with pytest.raises(OSError, match="has a second hard link"):
         Folder(tmp_path / "folder").append("a.jsonl", b"x\n")
-    Folder(tmp_path / "folder").write("a.jsonl", b"x\n")  # in its place, not into it
+    Folder(tmp_path / "folder").write("a.jsonl", b"x\n")  # replaces the link, does not write through it
     assert (tmp_path / "victim").read_text() == "mine\n"
 
 
@@ -285,7 +285,7 @@ def test_two_commands_do_not_work_in_one_folder(received):
 
 
 def test_settings_are_read_when_the_folder_is_locked(received, judge, monkeypatch):
-    """Whatever another command has added between the start of this one and its lock is kept."""
+    """Changes of another command between the start of this one and its lock are kept."""
     locked = Folder.locked
 
     def slow(self, name):
@@ -306,7 +306,7 @@ def test_nothing_is_scored_where_there_are_no_responses(tmp_path, judge):
     for command in (("score", made.folder, "--scorer", judge), ("front", made.folder)):
         output, code = run(*command)
         assert code == 1
-        assert "holds no responses; make them with axolotl mopo generate" in output
+        assert "holds no responses; generate them with axolotl mopo generate" in output
 
 
 @pytest.mark.parametrize(
@@ -314,9 +314,12 @@ def test_nothing_is_scored_where_there_are_no_responses(tmp_path, judge):
     [
         (["--objectives", "helpful,helpful"], "every name once"),
         (["--objectives", "helpful,,cost"], "every name once"),
-        (["--objectives", "speed"], "speed was not scored; scored are helpful, cost"),
-        (["--reference-point", "speed=1"], "speed is not compared by; known are helpful, cost"),
-        (["--objectives", "cost", "--reference-point", "helpful=1"], "helpful is not compared by; known are cost"),
+        (["--objectives", "speed"], "speed was not scored; scored: helpful, cost"),
+        (["--reference-point", "speed=1"], "speed is not one of the compared objectives: helpful, cost"),
+        (
+            ["--objectives", "cost", "--reference-point", "helpful=1"],
+            "helpful is not one of the compared objectives: cost",
+        ),
         (["--reference-point", "helpful=nan"], "--reference-point helpful: it is nan; it must be a finite number"),
         (["--reference-point", "helpful=1e308"], "at most 1e+30 in magnitude"),
         (["--reference-point", "helpful=1,helpful=2"], "an objective is named twice"),
@@ -375,19 +378,21 @@ def test_a_length_is_not_turned_around(received):
     for arguments in (("cost2=length:words", "--lower-is-better", "cost2"), ("cost=length:words", "--replace")):
         output, code = run("score", received, "--scorer", *arguments)
         assert code == 1
-        assert "its scorer gives minus the length" in " ".join(output.split())
+        assert "its scorer returns minus the length" in " ".join(output.split())
     assert "cost2" not in Comparison(received).objectives
 
 
-def test_a_weighting_that_looks_like_code_stays_text(received):
+def test_a_weighting_that_looks_like_code_stays_text(received, judge):
     made = json.loads((received / "comparison.json").read_text())
     weights = {"=cmd()": 0.5, "[red]$\\frac$": 0.25, "\x1b[31m": 0.25}
     made["policies"]["a"]["manifest"] = {"method": "modpo", "weights": weights}
     made["policies"]["b"]["manifest"] = {"method": "modpo", "weights": {"-1+1": 1}}
     (received / "comparison.json").write_text(json.dumps(made))
-    output, code = run("front", received)
-    assert code == 0
-    assert "\x1b[31m" not in output
+    assert run("score", received, "--scorer", judge)[1] == 0
+    for objectives in ("helpful,cost,long", "helpful,cost"):
+        output, code = run("front", received, "--objectives", objectives)
+        assert code == 0, output
+        assert "\x1b[31m" not in output
     table = (received / "front.csv").read_text()
     assert "'=cmd() 0.5" in table
     assert "'-1+1 1" in table
@@ -395,7 +400,7 @@ def test_a_weighting_that_looks_like_code_stays_text(received):
 
 
 def test_a_folder_of_an_older_version_is_read(received):
-    """Without what was added since, and with an empty mapping for a model without `mopo.json`."""
+    """It lacks later settings, and has an empty mapping for a model without `mopo.json`."""
     made = json.loads((received / "comparison.json").read_text())
     del made["sampling"]["generation_config"]
     made["policies"]["reference"]["manifest"] = {}
@@ -405,5 +410,5 @@ def test_a_folder_of_an_older_version_is_read(received):
 
 def test_directions_of_objectives_are_in_the_settings(received):
     assert Comparison(received).objectives["cost"].lower_is_better is COST["lower_is_better"]
-    with pytest.raises(ConfigError, match="the name 'a b' may have letters"):
+    with pytest.raises(ConfigError, match="the name 'a b' is not allowed"):
         Comparison(received).add_objective("a b", Comparison(received).objectives["cost"])

@@ -1,4 +1,4 @@
-"""`axolotl mopo smoke`: what it keeps of a configuration and what it replaces, that it trains, and what it refuses."""
+"""`axolotl mopo smoke`: the keys that it keeps and replaces, its training run, and what it refuses."""
 
 import importlib
 import inspect
@@ -36,7 +36,7 @@ ADDED = {"bf16", "fp16", "tf32", "max_steps", "logging_steps"}
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder to work in, one for temporary files, and training as a fork of the warm process."""
+    """A working folder, a folder for temporary files, and training in a fork of the warm process."""
     (tmp_path / "temporary").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -137,8 +137,8 @@ def test_margins_of_every_source_are_trained_with_stand_ins(workplace, monkeypat
     }
     (workplace / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
     said = smoke("config.yaml", "--keep", "kept")
-    assert "margin talk: the code of judging_of_smoke:words, which runs as by axolotl train" in said
-    assert "its beta is taken for 0.1, as its mopo.json is not there" in said
+    assert "margin talk: the code of judging_of_smoke:words, which runs as in axolotl train" in said
+    assert "its beta is assumed to be 0.1, since its mopo.json is not available" in said
     assert "adapter: qlora -> lora (4-bit weights need a GPU)" in said
     kept = workplace / "kept"
     used = yaml.safe_load((kept / "config.yaml").read_text())["modpo"]["margins"]
@@ -214,7 +214,7 @@ def test_a_missing_sample_and_one_too_many_are_refused(workplace):
     (workplace / "config.yaml").write_text(yaml.safe_dump(smoke_config("modpo", workplace)))
     assert "--data: there is no file or folder none.jsonl" in smoke("config.yaml", "--data", "none.jsonl", fails=True)
     said = smoke("config.yaml", *("--data", SMOKE / "pairs.jsonl") * 3, fails=True)
-    assert "--data stands 3 times, and there are 2 entries of data" in said
+    assert "--data is given 3 times, and there are 2 data-set entries" in said
     (workplace / "list.yaml").write_text("- a")
     assert "it is not a mapping of keys to values" in smoke("list.yaml", fails=True)
 
@@ -239,7 +239,7 @@ def test_own_rows_and_samples_come_before_rows_that_are_made_up(tmp_path):
     assert used["datasets"][2] == {**own, "path": str(tmp_path / "a" / "datasets-2.parquet"), "ds_type": "parquet"} | {
         "split": "train"
     }
-    assert made.said[-1].endswith("made up for `type: axolotl_mopo.helpsteer`, since some/where is not at hand")
+    assert made.notes[-1].endswith("made up for `type: axolotl_mopo.helpsteer`, since some/where is not available")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -350,7 +350,7 @@ def test_a_local_models_class_and_tokenizer_are_kept(tmp_path):
     assert AutoConfig.from_pretrained(used["base_model"]).architectures == ["Qwen3ForCausalLM"]
     assert len(AutoTokenizer.from_pretrained(used["base_model"])) == 1024
     assert used["sequence_len"] == 512
-    assert any("a tiny Qwen3ForCausalLM with random weights" in line for line in made.said)
+    assert any("a tiny Qwen3ForCausalLM with random weights" in line for line in made.notes)
 
 
 def test_a_model_with_code_of_its_own_needs_an_option(tmp_path):
@@ -364,7 +364,7 @@ def test_a_model_with_code_of_its_own_needs_an_option(tmp_path):
         f"Path({str(tmp_path / 'ran')!r}).touch()\n\n\nclass StrangeConfig(LlamaConfig):\n    model_type = 'strange'\n"
     )
     cfg = smoke_config("modpo", tmp_path, base_model=str(folder), trust_remote_code=True)
-    with pytest.raises(ConfigError, match="brings code of its own; allow it with --trust-remote-code"):
+    with pytest.raises(ConfigError, match="has its own code; allow it with --trust-remote-code"):
         planned(cfg, tmp_path / "a")
     assert not (tmp_path / "ran").exists()
     _, used = planned(cfg, tmp_path / "b", trust=True)
@@ -389,8 +389,8 @@ def test_tokens_that_a_configuration_names_are_tokens_of_the_stand_in(tmp_path):
     assert used["lora_modules_to_save"] == ["lm_head"]
     assert used["sequence_len"] == 2048
     said = "\n".join(made.lines())
-    assert "lora_target_modules: ['c_attn'] -> left out (the tiny model has no such modules)" in said
-    assert "a tokenizer of bytes with ChatML's template, since that of some/model is not at hand" in said
+    assert "lora_target_modules: ['c_attn'] -> removed (the tiny model has no such modules)" in said
+    assert "a tokenizer of bytes with ChatML's template, since that of some/model is not available" in said
 
 
 def test_local_margins_are_checked_as_they_are_and_lend_their_labels_and_betas(tmp_path, tokenizer):

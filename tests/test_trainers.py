@@ -33,7 +33,7 @@ def build(tmp_path, prepared):
     def build(method, name="run", **overrides):
         cfg = smoke_config(method, tmp_path / name, **{"dataset_prepared_path": str(prepared), **overrides})
         random.seed(0)
-        torch.manual_seed(0)  # the host does not seed random initial weights
+        torch.manual_seed(0)  # Axolotl does not seed random initial weights
         return host_trainer(cfg)
 
     return build
@@ -148,7 +148,7 @@ def test_a_step_waits_for_no_number(build, method, settings):
         for _ in range(2):
             trainer.training_step(trainer.model, batch)
     assert reads.seen == []
-    assert trainer.args.logging_nan_inf_filter is False  # by which the host would look at every loss
+    assert trainer.args.logging_nan_inf_filter is False  # with it, the Trainer would check every loss
     x = torch.ones(2)
     for read in (x.sum().item, x.tolist, x.cpu, lambda: x[x > 0], lambda: bool(x[0]), x.nonzero):
         with Reads() as reads:
@@ -376,14 +376,14 @@ def test_bf16_stays_close_to_float32(build, method):
 
 
 def start_anew():
-    """Make accelerate forget the precision; the host's loggers need a state all the same."""
+    """Make accelerate forget the precision. Axolotl's loggers still need a state."""
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_mixed_precision_trains_float32_weights(build, method):
-    """The host refuses `bf16: true` on a CPU, so its trainer is built once more with the argument changed."""
+    """Axolotl refuses `bf16: true` on a CPU, so the trainer is rebuilt with the argument changed."""
     plain = build(method, max_steps=3, gradient_checkpointing=True, **FIXED[method])
     model, data = copy.deepcopy(plain.model), plain.train_dataset
     plain.train()

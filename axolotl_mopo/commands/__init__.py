@@ -1,1 +1,1 @@
-"""`axolotl mopo init` and `axolotl mopo smoke`: write a configuration for some data, and try a configuration."""
+"""`axolotl mopo init` and `axolotl mopo smoke`: write a configuration for a data set, and test a configuration."""

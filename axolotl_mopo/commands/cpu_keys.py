@@ -1,4 +1,4 @@
-"""Which keys of a configuration cannot act on a CPU without a network, and what stands in their place."""
+"""Replace the keys of a configuration that do not work on a CPU without a network."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,25 +13,25 @@ _KERNEL = "its kernels need a GPU"
 
 @dataclass(frozen=True)
 class Replaced:
-    """A key that has another value in the test."""
+    """A key with another value in the test."""
 
     key: str
     old: Any
     new: Any
-    """None where the key is left out."""
+    """None if the key is removed."""
     why: str
     is_exercised: bool = True
-    """Whether the test still says something of the key."""
+    """Whether the test still covers the feature of the key."""
 
     def __str__(self) -> str:
-        new = "left out" if self.new is None else _short(self.new)
+        new = "removed" if self.new is None else _short(self.new)
         return f"{self.key}: {_short(self.old)} -> {new} ({self.why})"
 
 
 @dataclass(frozen=True)
 class _Rule:
     keys: str
-    """A pattern of whole keys."""
+    """Pattern that matches whole keys."""
     why: str
     new: Any = None
     applies: Callable[[Any], bool] = bool
@@ -50,7 +50,7 @@ def _is_offloaded(value: Any) -> bool:
 
 
 _RULES = (
-    _Rule(r"bf16|fp16|tf32|bfloat16|float16", "on a CPU it trains in float32", False),
+    _Rule(r"bf16|fp16|tf32|bfloat16|float16", "the test trains in float32", False),
     _Rule(r"fp8|fp8_.*|bf16_full_eval", _GPU),
     _Rule(r"attn_implementation", _KERNEL, "sdpa", _is_flash),
     _Rule(r"(flash|flex|sage|xformers|s2|eager)_attention|flash_attn_.*|attn_implementation_.*", _KERNEL),
@@ -61,12 +61,12 @@ _RULES = (
     _Rule(
         r"liger_.*|lora_(mlp|qkv|o|embedding)_kernel|unsloth_.*|use_kernels|use_scattermoe|cut_cross_entropy.*", _KERNEL
     ),
-    _Rule(r"torch_compile|torch_compile_.*", "it compiles for minutes"),
-    _Rule(r"activation_offloading|layer_offloading|offload_.*", _GPU, None, lambda v: v and v != "hidden_states"),
+    _Rule(r"torch_compile|torch_compile_.*", "compiling takes minutes"),
+    _Rule(r"activation_offloading|layer_offloading|offload_.*", _GPU, None, _is_offloaded),
     _Rule(r"use_(wandb|mlflow|comet|trackio|otel_metrics)|(wandb|mlflow|comet|trackio|otel_metrics)_.*", _SERVICE),
     _Rule(r"hub_.*|push_dataset_to_hub|hf_use_auth_token", "nothing is uploaded"),
     _Rule(r"use_ray|ray_.*|resources_per_worker", _SERVICE),
-    _Rule(r"resume_from_checkpoint|auto_resume_from_checkpoints|profiler_.*", "the test is a run of its own"),
+    _Rule(r"resume_from_checkpoint|auto_resume_from_checkpoints|profiler_.*", "the test is a separate run"),
     _Rule(r"unfrozen_parameters|peft_layers_to_transform|peft_layer_replication", "the tiny model has two layers"),
     _Rule(r"trust_remote_code", "only --trust-remote-code allows it"),
 )
@@ -75,11 +75,14 @@ _LARGEST = {"micro_batch_size": 2, "eval_batch_size": 2, "gradient_accumulation_
 
 
 def for_a_cpu(cfg: Mapping[str, Any], trust: bool) -> tuple[dict[str, Any], list[Replaced]]:
-    """The configuration with what a CPU can do, in two short steps, and what was replaced.
+    """Adapt a configuration to a CPU and to two short steps.
 
     Args:
         cfg: the raw YAML.
-        trust: whether `trust_remote_code` may stay.
+        trust: whether to keep `trust_remote_code`.
+
+    Returns:
+        The adapted configuration, and the replaced keys.
     """
     kept, replaced = dict(cfg), []
 

@@ -1,4 +1,4 @@
-"""`axolotl mopo init`: a configuration for some data, which trains as it is."""
+"""`axolotl mopo init`: write a configuration for a data set that trains without changes."""
 
 import json
 import re
@@ -30,21 +30,21 @@ def _field_options(command: F) -> F:
 
 
 @click.command()
-@click.option("--method", type=click.Choice(["modpo", "amopo"]), help="The method to train by.")
-@click.option("--data", "source", help="A local file, a folder or a data set of the hub.")
-@click.option("--base-model", help="The model to start from: a folder or a model of the hub.")
+@click.option("--method", type=click.Choice(["modpo", "amopo"]), help="Training method.")
+@click.option("--data", "source", help="Preference data: a local file, a folder or a data set of the hub.")
+@click.option("--base-model", help="Base model: a folder or a model of the hub.")
 @click.option(
     "--output",
     "-o",
     type=click.Path(path_type=Path),
     default="config.yaml",
     show_default=True,
-    help="The YAML file to write; it must not exist.",
+    help="YAML file to write; it must not exist.",
 )
 @click.option("--split", default="train", show_default=True, help="A split, or a part such as train[:1000].")
-@click.option("--name", help="The configuration of a data set of the hub.")
-@click.option("--type", "kind", type=click.Choice(list(FORMATS)), help="The shape of the rows; found where omitted.")
-@click.option("--objective", help="What orders rated responses: the name of a score.")
+@click.option("--name", help="Configuration of a data set of the hub.")
+@click.option("--type", "kind", type=click.Choice(list(FORMATS)), help="Format of the rows; detected by default.")
+@click.option("--objective", help="Name of the score that orders rated responses.")
 @_field_options
 def init(
     method: str | None,
@@ -57,10 +57,10 @@ def init(
     objective: str | None,
     **fields: str | None,
 ) -> None:
-    """Write a configuration that trains on some preference data, with comments.
+    """Write a commented configuration that trains on preference data.
 
-    Where the terminal allows it, what is not given is asked for. The columns of the data decide how it is read and what
-    is trained for. Nothing is overwritten.
+    Missing options are asked for in a terminal. The columns of the data determine its format and the objectives.
+    Existing files are not overwritten.
     """
     _refuse_existing(output)
     method = method or _ask("--method", "Method", type=click.Choice(["modpo", "amopo"]), default="modpo")
@@ -70,7 +70,7 @@ def init(
     _refuse_missing("--base-model", base_model)
     options = {key: value for key, value in fields.items() if value is not None}
     try:
-        written, said = configuration(
+        written, lines = configuration(
             method, source, base_model, output, split=split, name=name, kind=kind, objective=objective, options=options
         )
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -81,9 +81,9 @@ def init(
         raise
     except (OSError, ValueError) as error:
         raise click.ClickException(f"{source}: {error}") from None
-    for line in said:
+    for line in lines:
         click.echo(line)
-    click.echo(f"\n{output} is written. Next:\n  axolotl mopo smoke {output}\n  axolotl train {output}")
+    click.echo(f"\nWrote {output}. Next:\n  axolotl mopo smoke {output}\n  axolotl train {output}")
 
 
 def configuration(
@@ -98,18 +98,21 @@ def configuration(
     objective: str | None,
     options: dict[str, Any],
 ) -> tuple[str, list[str]]:
-    """The YAML, after its data was read by it, and what was decided, a line each.
+    """Make a configuration and check that it reads the data.
+
+    Returns:
+        The YAML, and lines that explain the choices.
 
     Raises:
-        ConfigError, DataError: where the data cannot be read, or not by this method.
+        ConfigError, DataError: if the data cannot be read, or lacks what the method needs.
     """
     from axolotl_mopo.commands.recognition import recognize
     from axolotl_mopo.commands.starting_config import decide, text
     from axolotl_mopo.data.tables import load_table
 
     if Path(source, "dataset_dict.json").exists() and split != "train":
-        raise ConfigError("Axolotl reads the split train of a data set that save_to_disk left; leave out --split")
-    with redirect_stderr(StringIO()):  # the bars of `datasets`
+        raise ConfigError("Axolotl reads only the split train of a data set of save_to_disk; remove --split")
+    with redirect_stderr(StringIO()):  # progress bars of `datasets`
         table = load_table(source, split=split, name=name)
     found = recognize(table, kind, options, objective)
     if objective and not found.objective:
@@ -130,16 +133,16 @@ def configuration(
     return written, [
         f"The columns of {source} are {', '.join(table.column_names)}.",
         f"They are read as `type: axolotl_mopo.{found.kind}`: {pairs:,} pairs of the first {rows:,} rows.",
-        *decisions.said,
+        *decisions.reasons,
         *([f"Other scores are {', '.join(decisions.others)}."] if decisions.others else []),
     ]
 
 
 def _read_back(written: str, table: Any) -> int:
-    """Read rows by the configuration that was made, as training does, and count the pairs.
+    """Read the first rows with the new configuration, as training does, and count the pairs.
 
     Raises:
-        ConfigError, DataError: where training would be refused.
+        ConfigError, DataError: if training would refuse the configuration or the rows.
     """
     import yaml
 
@@ -160,7 +163,7 @@ def _read_back(written: str, table: Any) -> int:
 
 
 def _source(source: str, split: str, name: str | None) -> dict[str, Any]:
-    """The keys of an entry that say where the data is."""
+    """The keys of a data-set entry that locate the data."""
     entry = {"path": source}
     if any(suffix in (".json", ".jsonl") for suffix in Path(source).suffixes) and Path(source).is_file():
         entry["ds_type"] = "json"
@@ -170,7 +173,7 @@ def _source(source: str, split: str, name: str | None) -> dict[str, Any]:
 
 
 def _has_template(base_model: str) -> bool | None:
-    """Whether the tokenizer in a local folder has a chat template; None of a model of the hub."""
+    """Whether the tokenizer in a local folder has a chat template; None if unknown, as for a model of the hub."""
     folder = Path(base_model)
     if not folder.is_dir():
         return None
@@ -183,14 +186,14 @@ def _has_template(base_model: str) -> bool | None:
 
 
 def _run_name(source: str) -> str:
-    """A name for the run's folder, of letters, digits and dashes."""
+    """A name for the run's folder, with letters, digits and dashes only."""
     stem = Path(source).name.split(".")[0] or "data"
     return re.sub(r"[^\w-]+", "-", stem).strip("-") or "data"
 
 
 def _ask(option: str, prompt: str, **settings: Any) -> str:
     if not _is_terminal():
-        raise click.UsageError(f"Missing option '{option}' (there is no terminal to ask in).")
+        raise click.UsageError(f"Missing option '{option}' (there is no terminal to ask for it).")
     return str(click.prompt(prompt, **settings))
 
 
@@ -200,13 +203,15 @@ def _is_terminal() -> bool:
 
 def _refuse_existing(output: Path) -> None:
     if output.exists() or output.is_symlink():
-        raise click.ClickException(f"{output} is there already; move it away, or name another file with --output")
+        raise click.ClickException(f"{output} exists already; move it away, or name another file with --output")
 
 
 def _refuse_missing(option: str, path: str) -> None:
-    """Refuse what can only be a local path and is not there."""
+    """Refuse a path that can only be local and does not exist."""
     if Path(path).exists():
         return
     local = path.endswith(_SUFFIXES) or not _HUB_ID.fullmatch(path) or path.startswith((".", "~"))
     if local or ("/" in path and Path(path).parent.is_dir()):
-        raise click.ClickException(f"{option}: there is no file or folder {path}, seen from {Path.cwd()}")
+        raise click.ClickException(
+            f"{option}: there is no file or folder {path} (the working folder is {Path.cwd()}); check the path"
+        )

@@ -1,4 +1,4 @@
-"""Find out how a table can be read: which `type:` of a data-set entry, with which keys."""
+"""Detect the format of a table: the `type:` of its data-set entry and the entry's other keys."""
 
 import contextlib
 import io
@@ -36,15 +36,15 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 NOTES = {
     "amopo": "mappings of a `response` and its scores",
     "hh_rlhf": "dialogues as strings with Human: and Assistant:",
-    "responses": "one response a row, beside columns of numbers, its scores",
-    "pairs": "texts or messages; a prompt, or messages that begin with it; scores, if any",
+    "responses": "one response per row, and columns of numbers with its scores",
+    "pairs": "texts or messages; a prompt, or messages that begin with it; optional scores",
 }
-"""What a format's columns hold, where their names do not say it."""
+"""Contents of a format's columns, if the names are not enough."""
 
 ROWS = 2000
-"""How many rows are tried."""
+"""Number of rows to try."""
 MOST_BAD = 0.1
-"""The share of rows that may be bad, with `on_bad_row: drop`."""
+"""Maximum fraction of bad rows, which `on_bad_row: drop` leaves out."""
 
 _SIDES = (
     ("chosen", "rejected"),
@@ -57,27 +57,27 @@ _SIDES = (
     ("good", "bad"),
     ("positive", "negative"),
 )
-"""Words that tell the column of the preferred response from that of the other one."""
+"""Words in the names of the preferred response's column and of the other one's."""
 _PROMPTS = ("input", "query", "conversations", "conversation", "context", "post", "text", "user")
-"""Columns that hold the prompt where no column has one of the names that `pairs` looks for."""
+"""Names of prompt columns to try if there is none that `pairs` reads by default."""
 _PROMPTS_OF_PAIRS = ("prompt", "messages", "question", "instruction")
 _SYSTEMS = ("system_prompt", "system_message")
 _RESPONSES = ("", "response", "answer", "completion", "text", "output", "message", "content", "conversation", "reply")
-"""What the name of a response's column may say besides such a word."""
+"""The rest of the name of a response's column, without such a word."""
 _OVERALL = ("overall", "score", "rating", "reward", "helpfulness")
-"""Scores that order responses in the first place."""
+"""Scores that order responses, the preferred ones first."""
 _NO_SCORES = ("id", "index", "idx", "row", "turn", "turns", "seed", "timestamp", "length", "num_tokens", "tokens")
-"""Columns of numbers that rate nothing."""
+"""Columns of numbers that are not scores."""
 
 Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Usual:
-    """What is usually trained for with a known data set."""
+    """The usual objectives for a known data set."""
 
     objective: str
-    """What orders the pairs."""
+    """The score or label that orders the pairs."""
     margins: tuple[str, ...]
     dimensions: tuple[str, ...]
 
@@ -94,45 +94,45 @@ USUAL = {
 
 @dataclass(frozen=True)
 class Recognized:
-    """How a table is read, and what was read of its first rows."""
+    """The format of a table, and the pairs of its first rows."""
 
     kind: str
     """The format's name, `type: axolotl_mopo.<kind>` in an entry."""
     options: Options
-    """The entry's other keys."""
+    """Other keys of the entry."""
     objective: tuple[str, ...]
-    """What ordered the pairs, where no label does."""
+    """The score that orders the pairs; empty if a label does."""
     pairs: list[PreferencePair]
     stats: RowStats
 
     @property
     def format(self) -> Format:
-        """How the rows are laid out."""
+        """The format of the rows."""
         return FORMATS[self.kind]
 
     @property
     def is_rated(self) -> bool:
-        """Whether a score orders the pairs, and no label."""
+        """Whether a score orders the pairs, not a label."""
         return bool(self.objective) and self.format.read_responses is not None
 
 
 def recognize(
     table: Dataset, kind: str | None = None, options: Options | None = None, objective: str | None = None
 ) -> Recognized:
-    """Find the format and the keys that read a table's first rows, by its columns and by trying.
+    """Find the format and the keys that read a table's first rows, from its columns and by trying.
 
     Args:
         table: the raw rows.
-        kind: the only format to try; those whose columns are there where None.
-        options: keys of the entry that are given.
-        objective: what orders the pairs, where no label does.
+        kind: the only format to try; by default all formats whose columns the table has.
+        options: keys of the entry that the user chose.
+        objective: score that orders the pairs, if no label does.
 
     Raises:
-        DataError: where no format reads them: which columns there are, and which formats.
+        DataError: if no format reads the rows; lists the columns, the attempts and the formats.
     """
     rows = table.select(range(min(len(table), ROWS)))
     if not len(rows):
-        raise DataError("it has no rows")
+        raise DataError("it has no rows; use another file or split")
     reasons = []
     for name, keys in _candidates(rows, kind, options or {}):
         try:
@@ -145,7 +145,7 @@ def recognize(
 
 
 def score_names(recognized: Recognized) -> list[str]:
-    """The scores that every pair has for both responses; a tenth may lack them where a score orders the pairs."""
+    """The scores that both responses of every pair have. If a score orders the pairs, a tenth may lack others."""
     allowed = MOST_BAD * len(recognized.pairs) if recognized.is_rated else 0
     names = dict.fromkeys(chain.from_iterable(pair.chosen.scores for pair in recognized.pairs))
     return [name for name in names if _lacking(recognized.pairs, name) <= allowed and not _rates_nothing(name)]
@@ -161,7 +161,7 @@ def _rates_nothing(name: str) -> bool:
 
 
 def _candidates(rows: Dataset, kind: str | None, options: Options) -> Iterator[tuple[str, Options]]:
-    """Formats and keys to try, in this order."""
+    """The formats and keys to try, in order."""
     columns = set(rows.column_names)
     for name, needed in COLUMNS.items():
         if kind not in (None, name) or not set(options) <= set(FORMATS[name].options.model_fields):
@@ -174,7 +174,7 @@ def _candidates(rows: Dataset, kind: str | None, options: Options) -> Iterator[t
 
 
 def _of_one_split(rows: Dataset, format: Format) -> Options:
-    """The key that reads one split of rows that are labelled with theirs."""
+    """The key that selects the training rows of a table with a column of splits."""
     column = format.split_column
     if column not in rows.column_names or not format.is_labelled(rows.column_names):
         return {}
@@ -182,9 +182,9 @@ def _of_one_split(rows: Dataset, format: Format) -> Options:
 
 
 def _pairs_keys(rows: Dataset, given: Options) -> Iterator[Options]:
-    """Keys by which `pairs` might find the responses, the prompt and the system message.
+    """Keys with which `pairs` may find the responses, the prompt and the system message.
 
-    A column is only proposed where no other one could have its place: which of several holds the prompt, the user says.
+    A column is proposed only if it is the only candidate. If several columns may be the prompt, the user has to choose.
     """
     texts = [name for name, value in rows[0].items() if isinstance(value, str | list | Mapping)]
     sides: list[Options] = [{}]
@@ -202,7 +202,7 @@ def _pairs_keys(rows: Dataset, given: Options) -> Iterator[Options]:
 
 
 def _opposites(columns: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every two columns whose names differ by a word for the better response and one for the worse."""
+    """Pairs of columns whose names differ only by a word for the better response and one for the worse."""
     for better, worse in _SIDES:
         for column in columns:
             rest = column.lower().replace(better, "", 1).strip("_- ")
@@ -212,10 +212,10 @@ def _opposites(columns: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _try(rows: Dataset, kind: str, keys: Options, objective: str | None) -> Recognized:
-    """Read the rows as one format, with bad rows left out where there are few.
+    """Read the rows as one format. A few bad rows are left out.
 
     Raises:
-        DataError: where it does not read them.
+        DataError: if the format does not read the rows.
     """
     format = FORMATS[kind]
     order = _objective(rows, kind, objective)
@@ -226,15 +226,15 @@ def _try(rows: Dataset, kind: str, keys: Options, objective: str | None) -> Reco
     if stats.bad and not given:
         parts = stats.bad.total() + stats.pairs + stats.ties if format.read_pair else stats.rows
         if not pairs or stats.bad.total() > MOST_BAD * parts:
-            _read(rows, kind, keys, order)  # raises, with the row and what is wrong with it
+            _read(rows, kind, keys, order)  # raises an error that names the row
         keys = {**keys, "on_bad_row": "drop"}
     if not pairs:
-        raise DataError(f"no pair could be made of the first {len(rows):,} rows: {'; '.join(stats.lines())}")
+        raise DataError(f"the first {len(rows):,} rows give no pairs: {'; '.join(stats.lines())}")
     return Recognized(kind, keys, order, pairs, stats)
 
 
 def _objective(rows: Dataset, kind: str, objective: str | None) -> tuple[str, ...]:
-    """What orders the pairs: the user's word, the usual one of the format, or the first column of scores."""
+    """The score that orders the pairs: the user's choice, the format's usual one, or the first column of scores."""
     format = FORMATS[kind]
     if format.objectives == () or (format.read_responses and format.is_labelled(rows.column_names)):
         return ()
@@ -248,12 +248,12 @@ def _objective(rows: Dataset, kind: str, objective: str | None) -> tuple[str, ..
         if name not in RESPONSE_COLUMNS and not _rates_nothing(name) and _are_scores(rows[name])
     ]
     if not names:
-        raise DataError("it has no column of scores, which would order the responses")
+        raise DataError("it has no column of scores to order the responses by")
     return (next((name for name in _OVERALL if name in names), names[0]),)
 
 
 def _are_scores(values: Sequence[Any]) -> bool:
-    """Whether most values are numbers and not all of them are one."""
+    """Whether most values are numbers and at least two differ."""
     found = [score(value) for value in values if not isinstance(value, str)]
     numbers = [number for number in found if number is not None]
     return len(numbers) > len(values) / 2 and len(set(numbers)) > 1
@@ -262,7 +262,7 @@ def _are_scores(values: Sequence[Any]) -> bool:
 def _read(rows: Dataset, kind: str, keys: Options, objective: tuple[str, ...]) -> tuple[list[PreferencePair], RowStats]:
     """The pairs of the rows, without a progress bar."""
     if FORMATS[kind].read_responses is None and objective:
-        keys = {**keys, "objective": list(objective)}  # it picks the label that orders the pairs
+        keys = {**keys, "objective": list(objective)}  # selects the label that orders the pairs
     options = FORMATS[kind].options.model_validate(keys)
     spec = DataSpec(where="the data", strategy=kind, options=options, objective=objective)
     with contextlib.redirect_stderr(io.StringIO()):
@@ -271,7 +271,7 @@ def _read(rows: Dataset, kind: str, keys: Options, objective: tuple[str, ...]) -
 
 
 def _with_scores(rows: Dataset, found: Recognized) -> Recognized:
-    """The pairs with the scores of other columns than `pairs` looks for itself, where it finds none."""
+    """Search for columns of scores under other names, if `pairs` finds none."""
     if score_names(found):
         return found
     chosen = found.options.get("field_chosen", "chosen")
@@ -289,7 +289,7 @@ def _with_scores(rows: Dataset, found: Recognized) -> Recognized:
 
 
 def _score_fields(rows: Dataset, one: str, other: str) -> Iterator[tuple[str, str]]:
-    """Columns of nested scores, or patterns of flat ones, whose names differ by two words."""
+    """Columns of nested scores, or patterns of flat ones, whose names differ only by the two words."""
     columns = rows.column_names
     for column in columns:
         if one not in column or (match := column.replace(one, other)) not in columns or match == column:
@@ -307,16 +307,16 @@ def _score_fields(rows: Dataset, one: str, other: str) -> Iterator[tuple[str, st
 def _refusal(table: Dataset, reasons: Sequence[str], kind: str | None) -> str:
     lines = [f"its rows cannot be read as preference data. Its columns are {', '.join(table.column_names)}."]
     if reasons:
-        lines += ["Tried were:", *reasons]
+        lines += ["Tried:", *reasons]
     if kind is None:
-        lines.append("The formats, and the columns by which they are recognized:")
+        lines.append("Formats, and the columns that identify them:")
         lines += [
             f"  {name}: {', '.join(columns)}" + (f" ({NOTES[name]})" if name in NOTES else "")
             for name, columns in COLUMNS.items()
         ]
         lines.append(
-            "Rename the columns, or name those of pairs: --field-prompt, --field-chosen, --field-rejected. Each prompt "
-            "needs two responses of which one is preferred, or responses with scores."
+            "Rename the columns, or name them with --field-prompt, --field-chosen and --field-rejected. Each prompt "
+            "needs two responses, one of which is preferred, or responses with scores."
         )
     return "\n".join(lines)
 

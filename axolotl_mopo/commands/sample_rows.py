@@ -1,4 +1,4 @@
-"""The rows that a configuration is tried with: the first of its data, of a sample, or made up."""
+"""Choose the rows that test a configuration: the first of its own data or of a sample, or made-up rows."""
 
 import os
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ from axolotl_mopo.data.tables import load_table
 from axolotl_mopo.errors import ConfigError, DataError
 
 PAIRS = 12
-"""How many pairs are trained on."""
+"""Number of pairs to train on."""
 _ROWS = 2000
-"""Among how many rows they are looked for."""
+"""Number of rows to search for them."""
 _STREAMED = 64
 
 
 def own_rows(entry: Mapping[str, Any]) -> tuple[Dataset, str] | None:
-    """The first rows of an entry's own data and where they are from; None where it is not at hand.
+    """The first rows of an entry's own data, and their source; None if the data is not available.
 
     Raises:
-        DataError: where it is there and cannot be loaded.
+        DataError: if a local data set cannot be loaded.
     """
     path = str(entry.get("path"))
     names = entry.get("data_files")
@@ -41,38 +41,40 @@ def own_rows(entry: Mapping[str, Any]) -> tuple[Dataset, str] | None:
     try:
         stream = load_dataset(path, entry.get("name"), data_files=files, split=split, streaming=True)
         return Dataset.from_list(list(stream.take(_STREAMED))), f"{path}, of the hub"
-    except Exception:  # a library's error of any kind: no network in between, a script, a split of another name
+    except Exception:  # any error of a library, such as no network, a loading script or an unknown split
         return None
 
 
 def hub_has(name: str, kind: str) -> bool:
-    """Whether the hub can be asked, and has a model or a data set of this name."""
+    """Whether the hub is reachable and has a model or a data set of this name."""
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON") or name.count("/") > 1:
         return False
     from huggingface_hub import HfApi
 
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=10)
-    except Exception:  # offline, unknown, private: all of them mean that it is not at hand
+    except Exception:  # offline, unknown or private: not available
         return False
     return True
 
 
 def sample_rows(path: str) -> Dataset:
-    """The rows of a sample that the user gives.
+    """Load a sample that the user names.
 
     Raises:
-        DataError: where it cannot be read.
+        DataError: if it does not exist or cannot be read.
     """
     if not Path(path).exists():
-        raise DataError(f"--data: there is no file or folder {path}, seen from {Path.cwd()}")
+        raise DataError(
+            f"--data: there is no file or folder {path} (the working folder is {Path.cwd()}); check the path"
+        )
     return load_table(path)
 
 
 def few(table: Dataset, spec: DataSpec | None) -> Dataset:
-    """The first rows that make enough pairs, or the first rows where that is not known.
+    """The first rows that give enough pairs, or a few rows if `spec` is None.
 
-    A bad row among them stays, so that training says it.
+    Bad rows among them stay, so that training reports them.
     """
     rows = table.select(range(min(len(table), _ROWS)))
     if spec is None:
@@ -90,10 +92,10 @@ def few(table: Dataset, spec: DataSpec | None) -> Dataset:
 
 
 def made_up(entry: Mapping[str, Any], block: MethodConfig | None) -> tuple[Dataset, Dataset | None]:
-    """Rows in the shape that the entry reads, and the rated responses that its `ratings` name, if it names some.
+    """Make up rows in the format of an entry, and rated responses if it has `ratings`.
 
     Raises:
-        ConfigError: where the shape is another package's.
+        ConfigError: if the format belongs to another package.
     """
     kind = entry.get("type")
     if block is None or not isinstance(kind, str) or not kind.startswith(PREFIX):
@@ -111,7 +113,7 @@ def made_up(entry: Mapping[str, Any], block: MethodConfig | None) -> tuple[Datas
 
 
 def _scales(name: str, entry: Mapping[str, Any], block: MethodConfig) -> dict[str, tuple[float, float]]:
-    """The scores that rows need, each with its scale: what is trained for, and what orders the pairs."""
+    """The scores that rows need, each with its scale: the objectives, and what orders the pairs."""
     known = FORMATS[name].scales if name in FORMATS else {}
     settings = block.row_settings
     names, scale = settings.score_names, settings.score_range or (0.0, 4.0)
@@ -120,7 +122,3 @@ def _scales(name: str, entry: Mapping[str, Any], block: MethodConfig) -> dict[st
         names = [*([given] if isinstance(given, str) else given), *names]
     own = tuple(entry["score_scale"]) if entry.get("score_scale") else scale
     return {each: known.get(each, own) for each in dict.fromkeys(names)}
-
-
-def _is_column(margin: Any) -> bool:
-    return getattr(margin, "source", None) == "column"

@@ -1,4 +1,4 @@
-"""`axolotl mopo smoke`: try a configuration in two steps of a tiny model, on a CPU."""
+"""`axolotl mopo smoke`: test a configuration with two steps of a tiny model on a CPU."""
 
 import os
 import re
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from axolotl_mopo.commands.smoke_plan import Plan
 
 _FAULTS = (OSError, ValueError, ImportError, AttributeError, yaml.YAMLError)
-"""What can be wrong with files, data, settings and the plugins that a YAML names."""
+"""Errors of files, data, settings and of the plugins that a YAML names."""
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "AXOLOTL_DO_NOT_TRACK": "1",
@@ -36,17 +36,19 @@ _METRIC = re.compile(r"'((?:eval_|train_)?loss)': '?(-?[\d.]+(?:e-?\d+)?|nan|inf
     "--data",
     "samples",
     multiple=True,
-    help="A sample of the data, in the shape that its entry reads; may be repeated, in the order of `datasets:`.",
+    help="A sample of the data, in the format of its entry; may be repeated, in the order of `datasets:`.",
 )
-@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="A new folder that keeps everything.")
-@click.option("--trust-remote-code", "trust", is_flag=True, help="Let models and tokenizers run code of their own.")
+@click.option(
+    "--keep", type=click.Path(file_okay=False, path_type=Path), help="A new folder that keeps all files of the test."
+)
+@click.option("--trust-remote-code", "trust", is_flag=True, help="Allow models and tokenizers to run their own code.")
 def smoke(config: Path, samples: tuple[str, ...], keep: Path | None, trust: bool) -> None:
-    """Try CONFIG on a CPU: the same method, data format and keys, a tiny random model, a few rows, two steps.
+    """Test CONFIG on a CPU: the same method, data format and keys, a tiny random model, a few rows, two steps.
 
-    The architecture, the tokenizer and the rows are the configuration's own where they are at hand, without a network
-    stand-ins. The exit code is that of `axolotl train`. Like that, it runs the functions and plugins that CONFIG names.
+    Uses the architecture, the tokenizer and the rows of CONFIG if they are available, otherwise stand-ins. Returns the
+    exit code of `axolotl train`, and like it runs the functions and plugins that CONFIG names.
     """
-    with _workplace(keep) as folder:
+    with _test_folder(keep) as folder:
         from axolotl_mopo.commands.smoke_plan import plan
 
         try:
@@ -68,11 +70,11 @@ def smoke(config: Path, samples: tuple[str, ...], keep: Path | None, trust: bool
 
 
 @contextmanager
-def _workplace(keep: Path | None) -> Iterator[Path]:
-    """A folder that is gone afterwards, or the one to keep.
+def _test_folder(keep: Path | None) -> Iterator[Path]:
+    """Context manager that gives a temporary folder, or the one to keep.
 
     Raises:
-        click.ClickException: where the one to keep holds something already.
+        click.ClickException: if the folder to keep is not empty.
     """
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="mopo-smoke-") as name:
@@ -85,12 +87,12 @@ def _workplace(keep: Path | None) -> Iterator[Path]:
 
 
 def train(config: Path, log: Path, environment: dict[str, str]) -> int:
-    """Run `axolotl train` in a process of its own, and return its exit code.
+    """Run `axolotl train` in a subprocess and return its exit code.
 
     Args:
-        config: of the test.
-        log: a file for all that it writes.
-        environment: variables beside the user's.
+        config: configuration of the test.
+        log: file for its output.
+        environment: environment variables to add.
     """
     command = [sys.executable, "-m", "axolotl.cli.main", "train", str(config), "--launcher", "python"]
     with log.open("wb") as file:
@@ -100,7 +102,7 @@ def train(config: Path, log: Path, environment: dict[str, str]) -> int:
 
 
 def reason(log: str) -> str:
-    """The error that ended a run: the last exception's message, or else the last lines."""
+    """The error that ended a run: the message of the last exception, or else the last lines of the log."""
     log = re.sub(r"\x1b\[[0-9;]*m", "", log)
     _, traceback, last = log.rpartition("Traceback (most recent call last):")
     found = _ERROR.search(last) if traceback else None

@@ -1,4 +1,4 @@
-"""The small run that tries a configuration: its YAML, model and rows in one folder, and what was replaced."""
+"""Prepare the small run that tests a configuration: its YAML, model and rows in one folder."""
 
 import copy
 import logging
@@ -53,42 +53,42 @@ _DROPPED_OF_ENTRIES = ("data_files", "name", "revision", "shards", "shards_idx",
 
 @dataclass
 class Plan:
-    """A small run, ready to be trained."""
+    """A small run, ready to train."""
 
     source: Path
     """The user's configuration."""
     config: Path
-    """That of the test."""
+    """The configuration of the test."""
     method: str
-    said: list[str] = field(default_factory=list)
-    """What stands in the place of models and data."""
+    notes: list[str] = field(default_factory=list)
+    """The models and the data of the test."""
     replaced: list[Replaced] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
-        """What the user should know before it runs."""
-        yield f"{self.source} is tried by {self.method} with:"
-        yield from (f"  {line}" for line in self.said)
+        """What the user should know before the run."""
+        yield f"Testing {self.source} ({self.method}) with:"
+        yield from (f"  {line}" for line in self.notes)
         if changed := [str(each) for each in self.replaced if each.is_exercised]:
-            yield "Changed, and tried all the same:"
+            yield "Tested with another value:"
             yield from (f"  {line}" for line in changed)
         if left := [str(each) for each in self.replaced if not each.is_exercised]:
-            yield "Not tried on this machine:"
+            yield "Not tested on this machine:"
             yield from (f"  {line}" for line in left)
 
 
 def plan(config: Path, folder: Path, samples: Sequence[str], trust: bool) -> Plan:
-    """Make the small run of a configuration.
+    """Prepare the small run of a configuration.
 
     Args:
         config: the user's YAML.
-        folder: for everything that is made.
-        samples: of the data, in the order of `datasets:` and then `test_datasets:`.
-        trust: whether models and tokenizers may run code of their own.
+        folder: folder for all files of the run.
+        samples: samples of the data, in the order of `datasets:` and then `test_datasets:`.
+        trust: whether models and tokenizers may run their own code.
 
     Raises:
-        ConfigError, DataError, OSError: what is wrong with the configuration as it stands, or with a sample.
-        ImportError, AttributeError: where a plugin that it names cannot be imported.
+        ConfigError, DataError, OSError: if the configuration or a sample is wrong.
+        ImportError, AttributeError: if a plugin that it names cannot be imported.
     """
     return _Planner(config, folder, trust).plan(samples)
 
@@ -97,7 +97,7 @@ class _Planner:
     def __init__(self, config: Path, folder: Path, trust: bool) -> None:
         self.source, self.folder, self.trust = config, folder, trust
         self.cfg = _read(config)
-        self.said: list[str] = []
+        self.notes: list[str] = []
         self.replaced: list[Replaced] = []
 
     def plan(self, samples: Sequence[str]) -> Plan:
@@ -107,7 +107,7 @@ class _Planner:
             tokenizer = self._put_model()
             if isinstance(block, MODPOConfig):
                 self._put_margins(block, tokenizer)
-            specs = self._check_as_it_stands(block)
+            specs = self._check_with_plugin(block)
             self._put_rows(block, specs, list(samples))
         cfg, replaced = for_a_cpu(self.cfg, self.trust)
         self.replaced += replaced
@@ -120,10 +120,10 @@ class _Planner:
         if not _runs_code(block):
             environment["HF_HUB_OFFLINE"] = "1"
         method = f"`rl: {cfg['rl']}`" if cfg.get("rl") else "supervised fine-tuning"
-        return Plan(self.source, path, method, self.said, self.replaced, environment)
+        return Plan(self.source, path, method, self.notes, self.replaced, environment)
 
     def _check_method(self) -> MethodConfig | None:
-        """The method's block, checked as the user wrote it; None of a method of Axolotl."""
+        """The method's block, validated as the user wrote it; None for a method of Axolotl."""
         cfg = self.cfg
         plugins = cfg.get("plugins") or []
         if not isinstance(plugins, list):
@@ -138,11 +138,11 @@ class _Planner:
             return None
         return read_method(cfg, str(method), self.source.resolve().parent)
 
-    def _check_as_it_stands(self, block: MethodConfig | None) -> dict[str, list[DataSpec]]:
-        """Let the plugin check the configuration with only its models replaced, as `axolotl train` would.
+    def _check_with_plugin(self, block: MethodConfig | None) -> dict[str, list[DataSpec]]:
+        """Let the plugin check the configuration as `axolotl train` does, with only the models replaced.
 
         Returns:
-            How the rows of every entry are read, in the order of each section.
+            For each section, how to read the rows of its entries, in order.
         """
         if block is None:
             return {}
@@ -159,7 +159,10 @@ class _Planner:
     def _check_samples(self, samples: Sequence[str]) -> None:
         entries = [*_entries(self.cfg, "datasets"), *_entries(self.cfg, "test_datasets")]
         if len(samples) > len(entries):
-            raise ConfigError(f"--data stands {len(samples)} times, and there are {len(entries)} entries of data")
+            raise ConfigError(
+                f"--data is given {len(samples)} times, and there are {len(entries)} data-set entries; give it at most "
+                "once per entry"
+            )
 
     def _put(self, key: str, new: Any, why: str, is_exercised: bool = True) -> None:
         self.replaced.append(Replaced(key, self.cfg.get(key), new, why, is_exercised))
@@ -168,7 +171,7 @@ class _Planner:
             del self.cfg[key]
 
     def _put_model(self) -> PreTrainedTokenizerBase:
-        """Put a tiny model in the place of the base model, and return its tokenizer."""
+        """Replace the base model by a tiny one, and return its tokenizer."""
         cfg = self.cfg
         base = cfg.get("base_model")
         if not isinstance(base, str) or not base:
@@ -185,39 +188,43 @@ class _Planner:
         return tokenizer
 
     def _architecture(self, source: str) -> PretrainedConfig | None:
-        if not _is_at_hand(source, "config.json"):
+        if not _is_available(source, "config.json"):
             return None
         try:
             return tiny_models.load_architecture(source, trust=self.trust)
         except (OSError, ValueError, KeyError) as error:
             if "trust_remote_code" in str(error):
                 raise ConfigError(
-                    f"`base_model`: {source} brings code of its own; allow it with --trust-remote-code"
+                    f"`base_model`: {source} has its own code; allow it with --trust-remote-code"
                 ) from None
-            self.said.append(f"the architecture of {source} cannot be read ({_first_line(error)})")
+            self.notes.append(f"the architecture of {source} cannot be read ({_first_line(error)})")
             return None
 
     def _tokenizer(self, source: str) -> PreTrainedTokenizerBase:
-        if _is_at_hand(source, "tokenizer_config.json"):
+        if _is_available(source, "tokenizer_config.json"):
             try:
                 tokenizer = tiny_models.load_tokenizer(source, trust=self.trust)
             except (OSError, ValueError, KeyError, ImportError) as error:
                 if "trust_remote_code" in str(error):
                     raise ConfigError(
-                        f"the tokenizer of {source} brings code of its own; allow it with --trust-remote-code"
+                        f"the tokenizer of {source} has its own code; allow it with --trust-remote-code"
                     ) from None
-                self.said.append(f"the tokenizer of {source} cannot be read ({_first_line(error)})")
+                self.notes.append(f"the tokenizer of {source} cannot be read ({_first_line(error)})")
             else:
-                self.said.append(f"the tokenizer of {source}")
+                self.notes.append(f"the tokenizer of {source}")
                 return tokenizer
-        self.said.append(f"a tokenizer of bytes with ChatML's template, since that of {source} is not at hand")
+        self.notes.append(f"a tokenizer of bytes with ChatML's template, since that of {source} is not available")
         for key in _OF_ANOTHER_TOKENIZER:
             if self.cfg.get(key) is not None:
-                self._put(key, None, "it is of another tokenizer", is_exercised=False)
+                self._put(key, None, "it applies to another tokenizer", is_exercised=False)
         length = self.cfg.get("sequence_len")
         if isinstance(length, int) and length < _LONGEST:
             longer = min(_BYTES_OF_A_TOKEN * length, _LONGEST)
-            self._put("sequence_len", longer, f"a token of about {_BYTES_OF_A_TOKEN} characters is as many bytes")
+            self._put(
+                "sequence_len",
+                longer,
+                f"a token of about {_BYTES_OF_A_TOKEN} characters is {_BYTES_OF_A_TOKEN} bytes here",
+            )
         return tiny_models.byte_tokenizer(list(_named_tokens(self.cfg)))
 
     def _model(
@@ -226,19 +233,19 @@ class _Planner:
         if architecture is not None:
             try:
                 model = tiny_models.build(tiny_models.shrink(architecture), tokenizer, seed=0)
-            except Exception as error:  # sizes that do not fit each other fail in every way
-                self.said.append(f"{base} cannot be made small ({_first_line(error)})")
+            except Exception as error:  # sizes that do not fit together raise any exception
+                self.notes.append(f"{base} cannot be made small ({_first_line(error)})")
             else:
-                self.said.append(f"a tiny {type(model).__name__} with random weights, as {base} is one")
+                self.notes.append(f"a tiny {type(model).__name__} with random weights, the architecture of {base}")
                 return model
-        self.said.append(f"a tiny Llama with random weights, since the architecture of {base} is not at hand")
+        self.notes.append(f"a tiny Llama with random weights, since the architecture of {base} is not available")
         for key in _OF_ANOTHER_MODEL:
             if self.cfg.get(key) is not None:
-                self._put(key, None, "it is of another architecture", is_exercised=False)
+                self._put(key, None, "it applies to another architecture", is_exercised=False)
         return tiny_models.build(tiny_models.fallback_architecture(), tokenizer, seed=0)
 
     def _fit_adapter(self, model: PreTrainedModel) -> None:
-        """Let LoRA find modules in the tiny model, and an adapter to start from."""
+        """Adapt LoRA's target modules to the tiny model, and replace the adapter to start from."""
         cfg = self.cfg
         names = [name for name, _ in model.named_modules()]
         targets = cfg.get("lora_target_modules")
@@ -254,51 +261,53 @@ class _Planner:
             self._put("lora_model_dir", str(self.folder / "start"), "a random adapter of the tiny model")
 
     def _put_margins(self, block: MODPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Put random models in the place of those that margins name."""
+        """Replace the models of margins by random ones."""
         raw = self.cfg[block.rl]["margins"] if block.margins else {}
         base = Path(self.cfg["base_model"])
         for number, (name, source) in enumerate(block.margins.items()):
             if source.code:
-                self.said.append(f"margin {name}: the code of {source.code}, which runs as by axolotl train")
+                self.notes.append(f"margin {name}: the code of {source.code}, which runs as in axolotl train")
             given = {key: getattr(source, key) for key in source.model_paths}
             if given and Path(given["path"]).exists():
                 source = resolve_source(source, f"`{block.rl}.margins.{name}", self.cfg)
             for key, kind in source.model_paths.items():
                 folder = base if kind == "base" else self.folder / f"margin-{number}"
-                said = self._stand_in(kind, source, folder, tokenizer, seed=2 + number)
+                note = self._stand_in(kind, source, folder, tokenizer, seed=2 + number)
                 raw[name] = {**raw[name], key: str(folder)}
-                if said:
-                    self.said.append(f"margin {name}: {said.format(given[key])}")
+                if note:
+                    self.notes.append(f"margin {name}: {note.format(given[key])}")
 
     def _stand_in(
         self, kind: ModelKind, source: RewardSource, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int
     ) -> str:
-        """Save a random model of a kind; says so, with `{}` for the model in whose place it is."""
+        """Save a random model of a kind, and return a note with `{}` for the name of the model it replaces."""
         base = Path(self.cfg["base_model"])
         match kind:
             case "adapter":
                 beta = getattr(source, "beta", None)
                 tiny_models.save_adapter(base, folder, seed=seed, beta=beta or _UNKNOWN_BETA)
-                unknown = "" if beta else f"; its beta is taken for {_UNKNOWN_BETA}, as its mopo.json is not there"
-                return f"a random LoRA adapter, in the place of {{}}{unknown}"
+                unknown = (
+                    "" if beta else f"; its beta is assumed to be {_UNKNOWN_BETA}, since its mopo.json is not available"
+                )
+                return f"a random LoRA adapter instead of {{}}{unknown}"
             case "model":
                 architecture = tiny_models.load_architecture(str(base), trust=False)
                 tiny_models.save(tiny_models.build(architecture, tokenizer, seed), tokenizer, folder)
-                return "a random model, in the place of {}"
+                return "a random model instead of {}"
             case "classifier":
                 labels = _labels(Path(getattr(source, "path", "")), getattr(source, "head", None))
                 tiny_models.save_reward_model(folder, tokenizer, labels, seed=seed)
-                return "a random tiny reward model, in the place of {}"
+                return "a random tiny reward model instead of {}"
             case _:
                 return ""
 
     def _put_rows(
         self, block: MethodConfig | None, specs: Mapping[str, Sequence[DataSpec]], samples: list[str]
     ) -> None:
-        """Put a few rows in the place of every entry's data."""
+        """Replace the data of every entry by a few rows."""
         sections = {section: _entries(self.cfg, section) for section in ("datasets", "test_datasets")}
         if not sections["datasets"]:
-            raise ConfigError("`datasets` names no data; it must be a list of mappings with `path` and `type`")
+            raise ConfigError("`datasets` has no entry; it must be a list of mappings with `path` and `type`")
         for section, entries in sections.items():
             made = []
             for index, entry in enumerate(entries):
@@ -329,8 +338,8 @@ class _Planner:
         else:
             rows, ratings = made_up(entry, block)
             absent = entry["ratings"] if is_joined else entry.get("path")
-            origin = f"made up for `type: {entry.get('type')}`, since {absent} is not at hand"
-        self.said.append(f"{where}: {len(rows)} rows, {origin}")
+            origin = f"made up for `type: {entry.get('type')}`, since {absent} is not available"
+        self.notes.append(f"{where}: {len(rows)} rows, {origin}")
         name = where.replace("[", "-").rstrip("]")
         made = {key: value for key, value in entry.items() if key not in _DROPPED_OF_ENTRIES}
         if not self.trust:
@@ -359,7 +368,7 @@ def _entries(cfg: Mapping[str, Any], section: str) -> list[dict[str, Any]]:
 
 
 def _own_settings(raw: MutableMapping[str, Any], block: MethodConfig, folder: Path) -> dict[str, Any]:
-    """The method's block with texts in the place of template files, and its cache in the folder."""
+    """The method's block with texts instead of template files, and its cache in the folder."""
     made = dict(raw)
     if isinstance(block, PromptSettings) and made.get("directives"):
         texts = made["directives"]
@@ -374,24 +383,24 @@ def _runs_code(block: MethodConfig | None) -> bool:
 
 
 def _is_of_axolotl(plugin: str) -> bool:
-    """Whether a plugin is Axolotl's, which may need a GPU when it is imported."""
+    """Whether a plugin is part of Axolotl. Importing it may need a GPU."""
     return plugin.startswith("axolotl.")
 
 
-def _is_at_hand(source: str, file: str) -> bool:
-    """Whether a model's file is in a folder, in the hub's cache, or can be fetched."""
+def _is_available(source: str, file: str) -> bool:
+    """Whether a model's file is in a folder, in the hub's cache, or can be downloaded."""
     if Path(source).exists():
         return (Path(source) / file).exists()
     if source.count("/") > 1 or source.startswith((".", "/", "~")):
         return False
     try:
         return isinstance(try_to_load_from_cache(source, file), str) or hub_has(source, "model")
-    except ValueError:  # no name that the hub allows
+    except ValueError:  # not a valid name on the hub
         return False
 
 
 def _named_tokens(cfg: Mapping[str, Any]) -> Iterator[str]:
-    """Tokens that the configuration names, which its tokenizer has or adds."""
+    """Tokens in the configuration, which its tokenizer has or adds."""
     special = cfg.get("special_tokens") or {}
     values = list(special.values()) if isinstance(special, Mapping) else []
     for value in [*values, cfg.get("eot_tokens") or []]:
@@ -400,7 +409,7 @@ def _named_tokens(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _labels(folder: Path, head: int | str | None) -> dict[int, str]:
-    """The scores of a reward model: its own if it is at hand, else as many as `head` asks for."""
+    """The labels of a reward model: its own if it is available, otherwise as many as `head` needs."""
     path = folder / "config.json"
     if path.exists():
         labels = read_record(ModelConfig, path).id2label or {"0": "LABEL_0", "1": "LABEL_1"}
@@ -411,7 +420,7 @@ def _labels(folder: Path, head: int | str | None) -> dict[int, str]:
 
 
 def _match(targets: str | Sequence[str], names: Sequence[str]) -> bool:
-    """Whether a module of the model is one of the targets, as PEFT reads them."""
+    """Whether a module of the model matches the targets, as PEFT reads them."""
     if isinstance(targets, str):
         return any(re.fullmatch(targets, name) for name in names)
     return any(name == target or name.endswith(f".{target}") for target in targets for name in names)
@@ -423,7 +432,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep bars, and what the training run logs as well, out of the terminal."""
+    """Context manager that hides progress bars, and log messages that the training run repeats."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

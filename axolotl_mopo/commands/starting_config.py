@@ -1,4 +1,4 @@
-"""The text of the configuration that `axolotl mopo init` writes: keys, and comments that say where they come from."""
+"""Write the text of `axolotl mopo init`'s configuration: keys, and comments that give their source."""
 
 import math
 import textwrap
@@ -13,35 +13,35 @@ from axolotl_mopo.data.rows import PreferencePair
 from axolotl_mopo.errors import DataError
 
 _MOST_MARGINS = 3
-"""A front over more objectives than these and the one that orders the pairs cannot be searched by weights."""
+"""Maximum number of margins. With more objectives, a sweep over weights becomes too large."""
 _LESS_IS_BETTER = ("verbosity", "complexity", "toxicity", "severity", "severity_level", "cost", "bias", "harmfulness")
 _SCALES = ((1, 5), (0, 1), (0, 4), (0, 5), (1, 10), (0, 10), (-1, 1), (0, 100))
-"""Scales that people rate on; the first that holds all scores is taken."""
+"""Common rating scales; the first that contains all scores is used."""
 _SHORTEST, _LONGEST = 512, 4096
 _CHARACTERS_OF_A_TOKEN = 4
 _DIRECTIVE_TOKENS = 100
 _HELD_OUT_FROM = 20
-"""Pairs from which on a part is held out."""
+"""Number of pairs from which a part is held out."""
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What the method trains for."""
+    """The choices for the method: its settings, and why."""
 
     block: dict[str, Any]
     entry: dict[str, Any]
-    """Keys of the data-set entry besides where its data is."""
-    said: list[str]
-    """Why, in whole sentences."""
+    """Keys of the data-set entry that do not locate the data."""
+    reasons: list[str]
+    """Reasons for the choices, as sentences."""
     others: list[str]
-    """Scores that could be trained for as well."""
+    """Other scores that could be objectives."""
 
 
 def decide(found: Recognized, method: str) -> Decisions:
-    """Choose what to train for of the scores that the data has.
+    """Choose objectives among the scores of the data.
 
     Raises:
-        DataError: where the data has no scores and the method needs some.
+        DataError: if the method needs scores and the data has none.
     """
     return _modpo(found) if method == "modpo" else _amopo(found)
 
@@ -53,40 +53,40 @@ def _modpo(found: Recognized) -> Decisions:
     usual = USUAL[found.kind].margins if found.kind in USUAL else ()
     margins = [name for name in usual if name in names] or _most_conflicting(found, names)[:_MOST_MARGINS]
     entry = dict(found.options)
-    said = [
+    reasons = [
         f"The pairs are ordered by {'their label' if label else f'the score {objective}'}, which is the objective "
         f"`{objective}`."
     ]
     if not margins:
-        said.append("The data has no other scores, so the other objective is brevity, minus the number of tokens.")
+        reasons.append("The data has no other scores, so the other objective is brevity, minus the number of tokens.")
         block = {
             "objective": objective,
             "weights": {objective: 0.8, "brevity": 0.2},
             "beta": 0.1,
             "margins": {"brevity": {"source": "length", "unit": "tokens", "normalize": "std"}},
         }
-        return Decisions(block, entry, said, [])
+        return Decisions(block, entry, reasons, [])
     each = round(0.5 / len(margins), 2)
     negative = [name for name in margins if _less_is_better(found, name)]
-    said.append(f"The other objectives are scores of the data: {', '.join(margins)}.")
+    reasons.append(f"The other objectives are scores of the data: {', '.join(margins)}.")
     if negative:
-        said.append(f"Less is better of {', '.join(negative)}, so the weight is negative.")
+        reasons.append(f"Lower is better for {', '.join(negative)}, so the weight is negative.")
     block = {
         "objective": objective,
         "weights": {objective: 0.5} | {name: -each if name in negative else each for name in margins},
         "beta": 0.1,
         "margins": {name: {"source": "column", "normalize": "std"} for name in margins},
     }
-    return Decisions(block, entry, said, [name for name in names if name not in margins])
+    return Decisions(block, entry, reasons, [name for name in names if name not in margins])
 
 
 def _amopo(found: Recognized) -> Decisions:
     scores = score_names(found)
     if not scores:
         raise DataError(
-            f"AMoPO needs scores of the responses, and the data, read as {found.kind}, has none that every pair has; "
-            f"its columns may hold them under names that need --field-chosen-scores and --field-rejected-scores. "
-            "Without scores, `--method modpo` trains on its pairs with a penalty on length"
+            f"AMoPO needs scores of the responses, and the data, read as {found.kind}, has no score in every pair; "
+            "if columns with other names hold scores, name them with --field-chosen-scores and "
+            "--field-rejected-scores. Without scores, `--method modpo` trains on the pairs with a length penalty"
         )
     names = [name for name in scores if not _less_is_better(found, name) and name != "overall"] or scores
     if worse := [name for name in names if name in found.format.higher_is_worse]:
@@ -99,26 +99,26 @@ def _amopo(found: Recognized) -> Decisions:
     dimensions = [name for name in varied if scales[name] == common or name in found.format.scales]
     block: dict[str, Any] = {"dimensions": dimensions, "beta": 0.8, "gamma": 2.0}
     entry = dict(found.options)
-    said = [f"The dimensions are scores of the data: {', '.join(dimensions)}."]
+    reasons = [f"The dimensions are scores of the data: {', '.join(dimensions)}."]
     if not found.format.scales and common != (1, 5):
         entry["score_scale"] = list(common)
-        said.append(f"Their scale, {common[0]:g} to {common[1]:g}, is guessed from the scores that were read.")
+        reasons.append(f"Their scale, {common[0]:g} to {common[1]:g}, is a guess from the first rows.")
     if found.objective and found.format.objective_fault(dimensions):  # else the mean of the dimensions orders the pairs
         entry["objective"] = found.objective[0]
     if found.is_rated:
         by = entry.get("objective") or "the mean of the dimensions"
-        said.append(f"The pairs are ordered by {by}.")
-    return Decisions(block, entry, said, [name for name in scores if name not in dimensions])
+        reasons.append(f"The pairs are ordered by {by}.")
+    return Decisions(block, entry, reasons, [name for name in scores if name not in dimensions])
 
 
 def _differs(pairs: Sequence[PreferencePair], name: str) -> bool:
-    """Whether a score tells the two responses of some pair apart, but not the same way in all of them."""
+    """Whether the difference of a score between the two responses varies over the pairs."""
     both = ((pair.chosen.scores.get(name), pair.rejected.scores.get(name)) for pair in pairs)
     return len({one - other for one, other in both if one is not None and other is not None}) > 1
 
 
 def _most_conflicting(found: Recognized, names: list[str]) -> list[str]:
-    """The scores, the one first that agrees least with the order of the pairs."""
+    """The scores, sorted so that those that agree least with the order of the pairs come first."""
     if not names:
         return []
     agreement = found.stats.agreement(names)[0][1:]
@@ -136,7 +136,7 @@ def _less_is_better(found: Recognized, name: str) -> bool:
 
 
 def _scale(found: Recognized, name: str) -> tuple[float, float]:
-    """The format's scale of a score, or else the usual one that holds all of its values."""
+    """The scale of a score: the format's, or else the first common one that contains all values."""
     if name in found.format.scales:
         return found.format.scales[name]
     sides = (side.scores.get(name) for pair in found.pairs for side in (pair.chosen, pair.rejected))
@@ -147,9 +147,9 @@ def _scale(found: Recognized, name: str) -> tuple[float, float]:
 
 
 def sequence_length(pairs: Sequence[PreferencePair], method: str) -> tuple[int, int]:
-    """A `sequence_len` for all but the longest hundredth of the pairs, and the tokens that it was made of.
+    """A `sequence_len` that fits 99% of the pairs, and the number of tokens that it is derived from.
 
-    Tokens are estimated as four characters each, since the tokenizer may be out of reach.
+    A token is estimated as four characters, since the tokenizer may not be available.
     """
     lengths = sorted(
         sum(len(turn["content"]) for turn in pair.prompt) + max(len(pair.chosen.text), len(pair.rejected.text))
@@ -174,17 +174,17 @@ def text(
     decisions: Decisions,
     name: str,
 ) -> str:
-    """The whole YAML.
+    """Write the whole YAML.
 
     Args:
         method: modpo or amopo.
-        output: the file's name, for the commands in the first lines.
+        output: name of the file, for the commands in the first lines.
         base_model: a folder or a model of the hub.
-        has_template: whether its tokenizer has a chat template; None where that is not known.
-        source: where the data is: path, and split, name, ds_type.
-        found: how it is read.
-        decisions: what is trained for.
-        name: of the run, for its folder.
+        has_template: whether its tokenizer has a chat template; None if unknown.
+        source: keys that locate the data: path, and split, name, ds_type.
+        found: format of the data.
+        decisions: the choices for the method.
+        name: name of the run, for its folder.
     """
     length, tokens = sequence_length(found.pairs, method)
     held_out = len(found.pairs) >= _HELD_OUT_FROM
@@ -193,7 +193,7 @@ def text(
         _model(base_model, has_template),
         _modpo_block(decisions) if method == "modpo" else _amopo_block(decisions),
         _datasets(source, found, decisions, held_out),
-        f"# Where prepared rows are kept, and the trained adapter.\ndataset_prepared_path: last_run_prepared\n"
+        f"# Folders of the prepared rows and of the trained adapter.\ndataset_prepared_path: last_run_prepared\n"
         f"output_dir: {_scalar(f'outputs/{name}')}\n",
         _training(method, length, tokens, held_out),
     ]
@@ -202,7 +202,7 @@ def text(
 
 _PAPERS = {
     "modpo": "MODPO (arXiv 2310.03708): DPO on one objective, with a margin from the others",
-    "amopo": "AMoPO (arXiv 2506.07165): a prompt for every dimension, without reward and reference models",
+    "amopo": "AMoPO (arXiv 2506.07165): one prompt per dimension, no reward model and no reference model",
 }
 
 
@@ -216,16 +216,16 @@ def _heading(method: str, output: str, source: Mapping[str, Any]) -> str:
 
 
 def _model(base_model: str, has_template: bool | None) -> str:
-    lines = ["# The model to start from: a folder, or a model of the hub.", f"base_model: {_scalar(base_model)}"]
+    lines = ["# Base model: a folder or a model of the hub.", f"base_model: {_scalar(base_model)}"]
     if has_template is False:
         lines += [
-            "# Its tokenizer has no chat template, which says how prompts and responses are written; this is ChatML's.",
+            "# Its tokenizer has no chat template to format prompts and responses, so this sets ChatML's.",
             "chat_template: chatml",
         ]
     elif has_template is None:
         lines += [
-            "# Prompts and responses are written by its tokenizer's chat template. For a model without one, as base",
-            "# models often are, say here which to use:",
+            "# The chat template of its tokenizer formats prompts and responses. If it has none, as many base models,",
+            "# choose one here:",
             "# chat_template: chatml",
         ]
     return "\n".join(lines) + "\n"
@@ -242,22 +242,23 @@ def _modpo_block(decisions: Decisions) -> str:
     lines = [
         "rl: modpo",
         "modpo:",
-        *_comment(decisions.said, indent=2),
+        *_comment(decisions.reasons, indent=2),
         f"  objective: {_scalar(block['objective'])}",
         *_comment(
             [
-                "How much each objective counts. One run gives one policy; for a front, train several weightings with "
-                "`axolotl train --sweep`, the objective's from 0.1 to 0.9. A negative weight turns a score around."
+                "Weight of each objective. One run trains one policy; for a Pareto front, train several weightings "
+                "with `axolotl train --sweep`, with the objective's weight from 0.1 to 0.9. A negative weight means "
+                "that lower scores are better."
             ],
             indent=2,
         ),
         f"  weights: {_flow(block['weights'])}",
-        "  # Strength of the KL penalty towards the reference; 0.1 is the authors', 0.5 stays closer to it.",
+        "  # Strength of the KL penalty towards the reference. The paper uses 0.1; 0.5 stays closer to the reference.",
         f"  beta: {block['beta']}",
         *_comment(
             [
-                "What a response is worth by each other objective. `normalize: std` divides by the standard deviation "
-                "over the pairs, so that objectives of different scales compare; without it a point of a score "
+                "Rewards of the other objectives. `normalize: std` divides margins by their standard deviation over "
+                "the pairs, so that objectives on different scales are comparable; without it, one point of a score "
                 "counts as one nat of log-odds."
             ],
             indent=2,
@@ -266,7 +267,7 @@ def _modpo_block(decisions: Decisions) -> str:
         *(f"    {_scalar(name)}: {_flow(margin)}" for name, margin in block["margins"].items()),
     ]
     if decisions.others:
-        lines += _comment([f"Other scores of the data, which could be margins too: {', '.join(decisions.others)}."], 4)
+        lines += _comment([f"Other scores of the data that could be margins: {', '.join(decisions.others)}."], 4)
     return _PLUGIN + "\n".join(lines) + "\n"
 
 
@@ -277,9 +278,9 @@ def _amopo_block(decisions: Decisions) -> str:
         "amopo:",
         *_comment(
             [
-                *decisions.said,
-                "Each adds a prompt to every pair, and one asks for all of them together. A higher score must mean "
-                "better: remove dimensions of which less is better.",
+                *decisions.reasons,
+                "Every pair has one prompt per dimension, and one for all of them together. Higher scores must be "
+                "better: remove dimensions for which lower is better.",
             ],
             indent=2,
         ),
@@ -289,7 +290,7 @@ def _amopo_block(decisions: Decisions) -> str:
             if decisions.others
             else []
         ),
-        "  # Scale of the reward and its target margin; both are the authors'.",
+        "  # Scale of the reward, and target margin. Both values are the paper's.",
         f"  beta: {block['beta']}",
         f"  gamma: {block['gamma']}",
     ]
@@ -300,13 +301,13 @@ def _datasets(source: Mapping[str, Any], found: Recognized, decisions: Decisions
     entry = {**source, "type": f"axolotl_mopo.{found.kind}", **decisions.entry}
     comments = {
         "on_bad_row": f"# {found.stats.bad.total()} of the first {found.stats.rows} rows or their responses are bad "
-        f"({', '.join(found.stats.bad)}); `drop` leaves such out and counts them, `raise` stops at the first.",
-        "score_scale": "# [lowest, highest] possible score; guessed from the first rows, so check it. Directives speak "
-        "of 1 to 5.",
-        "where": "# Read only the rows whose column has this value.",
-        "objective": "# What orders the pairs.",
-        "split": "# The part to train on.",
-        "type": "# How its rows are read.",
+        f"({', '.join(found.stats.bad)}); `drop` leaves them out and counts them, `raise` stops at the first one.",
+        "score_scale": "# Lowest and highest possible score. This is a guess from the first rows, so check it. "
+        "Directives use scores from 1 to 5.",
+        "where": "# Read only rows whose column has this value.",
+        "objective": "# Score that orders the pairs.",
+        "split": "# Split to train on.",
+        "type": "# Format of the rows.",
     }
     lines = ["datasets:"]
     for number, (key, value) in enumerate(entry.items()):
@@ -315,33 +316,33 @@ def _datasets(source: Mapping[str, Any], found: Recognized, decisions: Decisions
         lines.append(f"  {'-' if number == 0 else ' '} {key}: {_flow(value)}")
     if held_out:
         lines += [
-            "# The part of the pairs that is held out; in its place, `test_datasets:` takes entries like the above.",
+            "# Fraction of the pairs that is held out. Alternatively, `test_datasets:` takes entries like the above.",
             "val_set_size: 0.05",
         ]
-    lines += ["# Draws what is held out and the order of the pairs.", "seed: 42"]
+    lines += ["# Random seed of the held-out part and of the order of the pairs.", "seed: 42"]
     return "\n".join(lines) + "\n"
 
 
 def _training(method: str, length: int, tokens: int, held_out: bool) -> str:
-    directive = " beside a directive of about 100" if method == "amopo" else ""
-    known = "1024 is the authors'" if method == "amopo" else "512 is the authors'"
+    directive = ", plus about 100 of a directive" if method == "amopo" else ""
+    known = f"the authors use {1024 if method == 'amopo' else 512}"
     rate = {
         "modpo": "The authors use 0.0005 with lora_alpha 1, which scales the adapter by 1/64; for alpha = r this is a "
         "moderate rate.",
-        "amopo": "The authors train all weights, at 0.0000003; an adapter needs a higher rate, this is about 30 times "
-        "theirs. For full fine-tuning remove `adapter` and the `lora_` keys, and take theirs.",
+        "amopo": "The authors train all weights at 0.0000003; an adapter needs a higher rate, and this is about 30 "
+        "times theirs. For full fine-tuning, remove `adapter` and the `lora_` keys and use their rate.",
     }
     batch = {
-        "modpo": "16 pairs a step on one GPU; the authors have 96 on eight.",
-        "amopo": "8 pairs a step on one GPU, each under all prompts; the authors have 2 on two.",
+        "modpo": "16 pairs per step on one GPU; the authors use 96 on eight GPUs.",
+        "amopo": "8 pairs per step on one GPU, each with all prompts; the authors use 2 on two GPUs.",
     }
     schedule = {
-        "modpo": "Epochs, schedule, warm-up (a tenth of the steps) and weight decay are the authors'.",
-        "amopo": "Epochs, schedule, warm-up (a tenth of the steps) and clipping are the authors'.",
+        "modpo": "Epochs, schedule, warm-up (a tenth of the steps) and weight decay as in the authors' code.",
+        "amopo": "Epochs, schedule, warm-up (a tenth of the steps) and clipping as in the authors' code.",
     }
     last = "weight_decay: 0.05" if method == "modpo" else "max_grad_norm: 3.0"
     lines = [
-        "# A LoRA adapter on all linear layers. Its rank is that of MODPO's authors; with alpha = r it is not scaled.",
+        "# LoRA adapter on all linear layers. MODPO's authors use the same rank; with alpha = r the scale is 1.",
         "adapter: lora",
         "lora_r: 64",
         "lora_alpha: 64",
@@ -350,13 +351,13 @@ def _training(method: str, length: int, tokens: int, held_out: bool) -> str:
         "",
         *_comment(
             [
-                f"Tokens that a prompt and a response may have together. 99% of the pairs have at most {tokens:,}"
-                f"{directive}, estimated as {_CHARACTERS_OF_A_TOKEN} characters a token; {known}. Longer prompts lose "
-                "their beginning; pairs that are too long even so are dropped."
+                f"Maximum number of tokens of a prompt with a response. 99% of the pairs have at most {tokens:,}"
+                f"{directive}, estimated at {_CHARACTERS_OF_A_TOKEN} characters per token; {known}. Longer prompts "
+                "lose their beginning; pairs that are still too long are dropped."
             ]
         ),
         f"sequence_len: {length}",
-        *_comment([f"Pairs of a forward pass, and passes of a step: {batch[method]}"]),
+        *_comment([f"Pairs per forward pass, and forward passes per step: {batch[method]}"]),
         f"micro_batch_size: {4 if method == 'modpo' else 2}",
         "gradient_accumulation_steps: 4",
         *_comment([rate[method]]),
@@ -367,15 +368,15 @@ def _training(method: str, length: int, tokens: int, held_out: bool) -> str:
         "warmup_ratio: 0.1",
         last,
         "optimizer: adamw_torch_fused",
-        "# bf16 and tf32 where the GPU has them, float32 elsewhere.",
+        "# bf16 and tf32 if the GPU supports them, otherwise float32.",
         "bf16: auto",
         "fp16: false",
         "tf32: auto",
         "attn_implementation: sdpa",
-        "# Computes activations a second time in the backward pass, which saves memory for about a third more time.",
+        "# Recomputes activations in the backward pass: less memory, about a third more time.",
         "gradient_checkpointing: true",
         "",
-        "# How often the log is written, the held-out part is evaluated, and a checkpoint is saved.",
+        "# How often to log, to evaluate the held-out part, and to save a checkpoint.",
         "logging_steps: 10",
         *(["evals_per_epoch: 2"] if held_out else []),
         "saves_per_epoch: 1",
@@ -384,7 +385,7 @@ def _training(method: str, length: int, tokens: int, held_out: bool) -> str:
 
 
 def _comment(sentences: Sequence[str], indent: int = 0, width: int = 118) -> list[str]:
-    """The sentences as lines of comment."""
+    """Wrap sentences into comment lines."""
     lead = " " * indent + "# "
     return textwrap.wrap(
         " ".join(sentences),
@@ -397,7 +398,7 @@ def _comment(sentences: Sequence[str], indent: int = 0, width: int = 118) -> lis
 
 
 def _flow(value: Any) -> str:
-    """A value in one line of YAML."""
+    """A value as one line of YAML."""
     if not isinstance(value, list | dict):
         return _scalar(value)
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True).strip()

@@ -1,4 +1,4 @@
-"""Rows made up in the shape that a data-set entry reads, for a configuration whose data is not at hand."""
+"""Make up rows in the format of a data-set entry, for a configuration whose data is not available."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ class Example:
 
     @property
     def first_is_good(self) -> bool:
-        """Whether the good answer is the first of the two, for data whose label says it."""
+        """Whether the good answer is the first one, for formats with a label."""
         return self.number % 2 == 0
 
     @property
     def sides(self) -> list[tuple[str, Mapping[str, float]]]:
-        """The two answers in the order of the row, each with its scores."""
+        """The two answers with their scores, in the order of the row."""
         both = [(self.good, self.good_scores), (self.bad, self.bad_scores)]
         return both if self.first_is_good else both[::-1]
 
@@ -35,16 +35,16 @@ class Example:
 def made_up_rows(
     kind: str, entry: Mapping[str, Any], scales: Mapping[str, tuple[float, float]], count: int
 ) -> list[Row] | None:
-    """Rows of one of our formats.
+    """Make up rows of one of this package's formats.
 
     Args:
-        kind: the format's name.
-        entry: the keys of the data-set entry.
-        scales: every score that a row needs, with its lowest and highest value.
-        count: how many pairs can be made of them.
+        kind: name of the format.
+        entry: keys of the data-set entry.
+        scales: the scores that a row needs, with their lowest and highest values.
+        count: number of pairs that the rows give.
 
     Returns:
-        The rows; None where the format is another package's.
+        The rows; None if the format belongs to another package.
     """
     if kind not in _MAKERS:
         return None
@@ -54,7 +54,7 @@ def made_up_rows(
 
 
 def examples(scales: Mapping[str, tuple[float, float]], count: int) -> list[Example]:
-    """Questions and answers that differ in length, with scores that are not the same in all of them."""
+    """Questions with answers of different lengths and with different scores."""
     names = list(enumerate(scales.items()))
     return [
         Example(
@@ -111,7 +111,7 @@ def _helpsteer(example: Example, entry: Mapping[str, Any]) -> list[Row]:
 
 
 def _attributes(example: Example, answer: str, scores: Mapping[str, float]) -> Row:
-    """All attributes of HelpSteer: those that are not asked for differ as well, so that each can order."""
+    """All attributes of HelpSteer. Those that are not needed differ too, so that any of them can order the pairs."""
     own = 3 if answer == example.good else 1
     return {name: int(scores.get(name, own + (name == "verbosity"))) for name in HELPSTEER_ATTRIBUTES}
 
@@ -216,9 +216,9 @@ _MAKERS: dict[str, Callable[[Example, Mapping[str, Any]], list[Row]]] = {
 
 
 def rows_of_axolotl(entry: Mapping[str, Any], count: int) -> list[Row]:
-    """Rows with the columns that Axolotl's own types read, for other methods than ours.
+    """Make up rows with the columns that Axolotl's own types read, for Axolotl's methods.
 
-    Responses are texts, or whole conversations where the type reads those (`..._chat`, `ultra`, `prompt_pairs`).
+    Responses are texts, or whole conversations if the type reads those (`..._chat`, `ultra`, `.argilla`).
     """
     kind = str(entry.get("type") or "")
     as_messages = kind.endswith(("_chat", "ultra", ".argilla")) and not kind.startswith("chat_template.default")
@@ -246,7 +246,7 @@ def rows_of_axolotl(entry: Mapping[str, Any], count: int) -> list[Row]:
 
 
 def _named_columns(entry: Mapping[str, Any], example: Example, talk: Sequence[Row]) -> Row:
-    """The columns that the entry names itself."""
+    """The columns that the entry names."""
     kind = entry.get("type")
     fields = {**entry, **(kind if isinstance(kind, Mapping) else {})}
     is_preference = isinstance(kind, str) and kind.startswith("chat_template.")

@@ -1,4 +1,4 @@
-"""Tiny models with random weights in the place of those that a configuration names."""
+"""Build tiny models with random weights that replace those of a configuration."""
 
 import copy
 import json
@@ -52,14 +52,14 @@ _SIZES = {
     "n_layer": 2,
     "num_layers": 2,
 }
-"""The sizes that a shrunk model has, by the names that configurations give them; none becomes larger than it was."""
+"""Sizes of a shrunk model, by the names that model configurations use. No size is increased."""
 
 
 def byte_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerBase:
-    """A tokenizer whose tokens are bytes, with ChatML's template.
+    """A tokenizer with one token per byte and ChatML's template.
 
     Args:
-        extra: tokens that the configuration expects to be there.
+        extra: tokens to add, which the configuration expects.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*_SPECIAL, *alphabet])}
@@ -78,25 +78,25 @@ def byte_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(source: str, *, trust: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a model of the hub.
+    """Load the tokenizer in a folder or of a model of the hub.
 
     Raises:
-        OSError, ValueError: where there is none.
+        OSError, ValueError: if there is none.
     """
     return AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
 
 
 def load_architecture(source: str, *, trust: bool) -> PretrainedConfig:
-    """The configuration of a model in a folder or of the hub.
+    """Load the configuration of a model in a folder or of the hub.
 
     Raises:
-        OSError, ValueError: where there is none, or it needs code of its own.
+        OSError, ValueError: if there is none, or it needs its own code.
     """
     return AutoConfig.from_pretrained(source, trust_remote_code=trust)
 
 
 def shrink(config: PretrainedConfig) -> PretrainedConfig:
-    """The same architecture with two layers (or one of each kind) and narrow ones."""
+    """The same architecture with two narrow layers, or one narrow layer of each kind."""
     small = copy.deepcopy(config)
     for name in ("quantization_config", "auto_map"):
         if hasattr(small, name):
@@ -107,7 +107,7 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
-    """The configuration itself, and those within it, as of the text and vision parts."""
+    """The configuration itself and those nested in it, such as the text and vision parts."""
     inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
     return [config, *(part for each in inner for part in _parts(each))]
 
@@ -130,7 +130,7 @@ def _shrink(config: PretrainedConfig) -> None:
 
 
 def _fit_rope(config: PretrainedConfig) -> None:
-    """Cut the factors of each rotary frequency to as many as the narrow heads have."""
+    """Truncate the lists of rotary scaling factors to the length that the narrow heads need."""
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, Mapping):
         return
@@ -157,10 +157,10 @@ def fallback_architecture() -> PretrainedConfig:
 
 
 def build(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """A model with random weights for a tokenizer.
+    """Build a model with random weights for a tokenizer.
 
     Raises:
-        Exception: of many kinds, where sizes do not fit each other.
+        Exception: any exception, if sizes do not fit together.
     """
     config = copy.deepcopy(config)
     for part in _parts(config):
@@ -171,20 +171,20 @@ def build(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     config.dtype = torch.float32
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model(input_ids=torch.tensor([[1, 2, 3]]))  # what does not fit fails here
-    if model.generation_config is not None:  # the sampling settings of the large model say nothing
+    model(input_ids=torch.tensor([[1, 2, 3]]))  # sizes that do not fit together fail here
+    if model.generation_config is not None:  # the sampling settings of the large model do not apply
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A model and its tokenizer as a folder."""
+    """Save a model and its tokenizer in a folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def save_adapter(base: Path, folder: Path, seed: int, beta: float | None = None) -> None:
-    """A LoRA adapter of a model on disk that changes it a little, with `mopo.json` beside it where a beta is given."""
+    """Save a LoRA adapter that changes the model in `base` a little, with a `mopo.json` if a beta is given."""
     torch.manual_seed(seed)
     settings = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
@@ -198,7 +198,7 @@ def save_adapter(base: Path, folder: Path, seed: int, beta: float | None = None)
 
 
 def save_reward_model(folder: Path, tokenizer: PreTrainedTokenizerBase, labels: Mapping[int, str], seed: int) -> None:
-    """A tiny sequence classifier with a score for each label."""
+    """Save a tiny sequence classifier with one score per label."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,1 +1,1 @@
-"""From trained policies to a decision: their responses, the responses' scores, the Pareto front."""
+"""Compare trained policies: generate responses, score them, find the Pareto front."""

@@ -8,7 +8,7 @@ from click.core import ParameterSource
 from pydantic import ValidationError
 
 FAULTS = (OSError, ValueError, TimeoutError)
-"""What can be wrong with files, data and settings, our own errors among them; anything else shows its traceback."""
+"""Errors of files, data and settings, which are shown as a message; any other error shows its traceback."""
 
 T = TypeVar("T")
 
@@ -17,44 +17,65 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--prompts", "source", required=True, help="A file, a folder or a data set of the hub.")
-@click.option("--out", type=_FOLDER, required=True, help="The folder of the comparison.")
-@click.option("--baseline", "baselines", multiple=True, help="A run to compare with, drawn apart; may be repeated.")
+@click.option("--prompts", "source", required=True, help="Prompts: a file, a folder or a data set of the hub.")
+@click.option("--out", type=_FOLDER, required=True, help="Folder of the comparison.")
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    help="A run to compare with, with a mark of its own in the plots; may be repeated.",
+)
 @click.option("--reference", help="The model that the runs were trained from; `none` for no reference.")
-@click.option("--field", help="The prompts' column; by default prompt, messages, question or instruction.")
-@click.option("--limit", type=click.IntRange(min=1), help="Read no more distinct prompts than this.")
+@click.option("--field", help="Column of the prompts; by default prompt, messages, question or instruction.")
+@click.option("--limit", type=click.IntRange(min=1), help="Maximum number of distinct prompts to read.")
 @click.option("--split", default="train", show_default=True, help="A split, or a part such as train[:200].")
-@click.option("--name", help="The configuration of a data set of the hub.")
-@click.option("--data-files", multiple=True, help="Files in the data set; may be repeated.")
-@click.option("--revision", help="The revision of a data set of the hub.")
-@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Responses to each prompt.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of a response.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0: the likeliest.")
+@click.option("--name", help="Configuration of a data set of the hub.")
+@click.option("--data-files", multiple=True, help="A file of the data set; may be repeated.")
+@click.option("--revision", help="Revision of a data set of the hub.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Number of responses to each prompt."
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Maximum length of a response."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Temperature; 0 is greedy decoding.",
+)
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Draw from the likeliest tokens that have this probability together.",
+    help="Sample from the most likely tokens with this total probability.",
 )
-@click.option("--seed", default=42, show_default=True, help="Draws the responses, with prompt and sample.")
-@click.option("--dimension", help="AMoPO: ask for this dimension, and not for all together.")
-@click.option("--score", type=float, help="AMoPO: which score of the dimension to ask for; by default the best.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at a time.")
-@click.option("--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, float16.")
+@click.option(
+    "--seed", default=42, show_default=True, help="Random seed, combined with the prompt and the sample's number."
+)
+@click.option("--dimension", help="AMoPO: use the prompt of this dimension, not the integrated one.")
+@click.option("--score", type=float, help="AMoPO: score of the dimension to ask for; by default the best.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Number of prompts in a batch."
+)
+@click.option(
+    "--dtype", default="auto", show_default=True, help="Data type of the weights: auto, float32, bfloat16 or float16."
+)
 @click.option(
     "--generation-config",
     type=click.Choice(["neutral", "model"]),
     default="neutral",
     show_default=True,
-    help="model: every model's own generation settings, its temperature and top-p among them.",
+    help="model: use each model's own generation settings, including its temperature and top-p.",
 )
 @click.option(
     "--engine",
     type=click.Choice(["auto", "transformers", "vllm"]),
     default="auto",
     show_default=True,
-    help="auto: vLLM where it is installed, transformers otherwise.",
+    help="auto: vLLM if it is installed, otherwise transformers.",
 )
 def generate(
     runs: tuple[str, ...],
@@ -77,10 +98,10 @@ def generate(
     generation_config: Literal["neutral", "model"],
     **table: Any,
 ) -> None:
-    """Let every policy of RUNS answer the same prompts.
+    """Generate responses of every policy in RUNS to the same prompts.
 
-    RUNS are sweeps' folders, runs' folders, checkpoints or models of the hub; NAME=PATH names one. Adapters of one base
-    model share it. What is there already is not generated again.
+    RUNS are folders of sweeps or runs, checkpoints, or models of the hub; NAME=PATH gives a run a name. Adapters with
+    the same base model share it. Existing responses are not generated again.
     """
     from axolotl_mopo.evaluation.engines import choose_engine
     from axolotl_mopo.evaluation.generating import Generation
@@ -112,13 +133,13 @@ def generate(
             engine=choose_engine(engine, models, sampling),
             models=models,
             batch_size=batch_size,
-            say=click.echo,
+            log=click.echo,
         ).run(policies, compared)
     except FAULTS as error:
         raise click.ClickException(str(error)) from None
-    repeated = f" ({prompts.repeated:,} rows repeat one)" if prompts.repeated else ""
+    repeated = f" ({prompts.repeated:,} duplicates left out)" if prompts.repeated else ""
     click.echo(
-        f"{len(prompts.conversations):,} prompts{repeated}, {samples} responses to each, are in {out}.\n"
+        f"{out} holds {samples} responses to each of {len(prompts.conversations):,} prompts{repeated}.\n"
         f"Next: axolotl mopo score {out} --scorer NAME=SOURCE"
     )
 
@@ -133,11 +154,19 @@ def generate(
     help="NAME=SOURCE[:ARGUMENT], or NAME={source: SOURCE, ...} with the keys of a margin in YAML; may be repeated. "
     "Sources: reward_model:PATH, callable:package.module:function, length:words, adapter:PATH.",
 )
-@click.option("--lower-is-better", "lower", multiple=True, help="An objective of which less is better, as a cost.")
-@click.option("--higher-is-better", "higher", multiple=True, help="An objective of which more is better: the default.")
-@click.option("--replace", is_flag=True, help="Score objectives anew that another scorer scored.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Of implicit rewards.")
-@click.option("--dtype", default="auto", show_default=True, help="Of the weights, for implicit rewards.")
+@click.option(
+    "--lower-is-better", "lower", multiple=True, help="An objective for which lower is better, such as a cost."
+)
+@click.option("--higher-is-better", "higher", multiple=True, help="An objective for which higher is better (default).")
+@click.option("--replace", is_flag=True, help="Replace scores that another scorer computed.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Number of responses in a batch, for implicit rewards.",
+)
+@click.option("--dtype", default="auto", show_default=True, help="Data type of the weights, for implicit rewards.")
 def score(
     folder: Path,
     scorers: tuple[str, ...],
@@ -147,7 +176,7 @@ def score(
     batch_size: int,
     dtype: str,
 ) -> None:
-    """Score the responses in FOLDER: a column for every objective. What is scored already is not scored again."""
+    """Score the responses in FOLDER: one column per objective. Existing scores are not computed again."""
     from axolotl_mopo.evaluation.comparison import Comparison
     from axolotl_mopo.evaluation.models import Models
     from axolotl_mopo.evaluation.scoring import Scoring, parse_scorer
@@ -157,25 +186,30 @@ def score(
         named = [name for name, _ in parsed]
         if len(set(named)) < len(named) or set(lower) & set(higher) or {*lower, *higher} - set(named):
             raise click.UsageError(
-                "every objective has one --scorer and one direction, and a direction belongs to a --scorer"
+                "an objective is named by two --scorer or two directions, or a direction has no --scorer; give every "
+                "objective one --scorer and at most one of --lower-is-better and --higher-is-better"
             )
         directions = {**dict.fromkeys(lower, True), **dict.fromkeys(higher, False)}
         with Comparison.existing(folder) as comparison:
             Scoring(comparison, Models(dtype), batch_size, click.echo).run(dict(parsed), directions, replace)
     except FAULTS as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"{', '.join(named)}: scored. Next: axolotl mopo front {folder}")
+    click.echo(f"Scored {', '.join(named)}. Next: axolotl mopo front {folder}")
 
 
 @click.command()
 @click.argument("folder", type=_FOLDER)
-@click.option("--objectives", help="Compare by these only: a,b,c.")
-@click.option("--reference-point", help="Where hypervolumes begin: a=0,b=-5; by default the worst means.")
+@click.option("--objectives", help="Compare by these objectives only: a,b,c.")
+@click.option("--reference-point", help="Reference point of the hypervolumes: a=0,b=-5; by default the worst means.")
 @click.option(
-    "--shown-prompts", type=click.IntRange(min=1), default=100, show_default=True, help="With responses, in the page."
+    "--shown-prompts",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Number of prompts whose responses the page shows.",
 )
 def front(folder: Path, objectives: str | None, reference_point: str | None, shown_prompts: int) -> None:
-    """Compare the policies in FOLDER: which are on the Pareto front, and by how much.
+    """Compare the policies in FOLDER and find the Pareto front.
 
     Prints a table and writes front.csv, front.json, front.png, front.svg and front.html into FOLDER.
     """
@@ -201,14 +235,14 @@ def front(folder: Path, objectives: str | None, reference_point: str | None, sho
         raise click.ClickException(str(error)) from None
     Console().print(table(found))
     click.echo("\n".join(notes(found)))
-    click.echo(f"{folder}: front.html, front.png, front.svg, front.csv and front.json are written.")
+    click.echo(f"Wrote front.html, front.png, front.svg, front.csv and front.json to {folder}.")
 
 
 def _options(kind: type[T], **options: Any) -> T:
-    """Options as a record.
+    """Validate options as a record.
 
     Raises:
-        click.UsageError: naming the first that is wrong.
+        click.UsageError: if an option is wrong; names the first one.
     """
     from axolotl_mopo.records import explain
 
@@ -223,7 +257,7 @@ def _objectives(text: str | None) -> list[str] | None:
         return None
     names = [name.strip() for name in text.split(",")]
     if "" in names or len(set(names)) < len(names):
-        raise click.BadParameter(f"--objectives {text}: write a,b,c, every name once")
+        raise click.BadParameter(f"--objectives {text}: a name is empty or repeated; write a,b,c, every name once")
     return names
 
 
@@ -233,15 +267,15 @@ def _point(text: str | None) -> dict[str, float] | None:
     try:
         pairs = [(name.strip(), float(value)) for name, value in (part.split("=") for part in text.split(","))]
     except ValueError:
-        raise click.BadParameter(f"--reference-point {text}: write a=0,b=-5") from None
+        raise click.BadParameter(f"--reference-point {text}: not a list of NAME=NUMBER; write a=0,b=-5") from None
     if len(dict(pairs)) < len(pairs):
-        raise click.BadParameter(f"--reference-point {text}: an objective is named twice")
+        raise click.BadParameter(f"--reference-point {text}: an objective is named twice; name every objective once")
     return dict(pairs)
 
 
 def _refuse_with(option_given: bool, option: str, *others: str) -> None:
-    """Refuse options that another one would leave without effect."""
+    """Refuse options that have no effect together with another one."""
     context = click.get_current_context()
     for other in others:
         if option_given and context.get_parameter_source(other) is not ParameterSource.DEFAULT:
-            raise click.UsageError(f"--{other.replace('_', '-')} has no effect with {option}; leave one of both out")
+            raise click.UsageError(f"--{other.replace('_', '-')} has no effect with {option}; remove one of the two")

@@ -1,11 +1,11 @@
-"""The folder of a comparison: its settings, and a JSONL file of responses for every policy.
+"""Read and write the folder of a comparison: its settings, and a JSONL file of responses for every policy.
 
     comparison.json          prompts, sampling, policies, objectives
-    responses/NAME.jsonl     a line for every response: `prompt_id`, `sample`, `prompt`, `response`, `token_ids`,
+    responses/NAME.jsonl     one line per response: `prompt_id`, `sample`, `prompt`, `response`, `token_ids`,
                              `finished`, `logp`, `ref_logp`, and a column for every objective
 
-Every write appears whole or not at all, and what is half done is kept in `responses/.partial` until it is whole. The
-folder may come from anybody, so everything in it is checked when it is read, and no link below it is followed.
+Every write is atomic. Unfinished columns are kept in `responses/.partial` until they are complete. The folder may come
+from anybody, so everything in it is checked when it is read, and symbolic links in it are refused.
 """
 
 import json
@@ -35,13 +35,13 @@ _partial = TypeAdapter(Partial)
 
 
 class Comparison:
-    """Reads and writes the folder of a comparison; nothing else may write into it meanwhile. See `opened`.
+    """Reads and writes the folder of a comparison. Only one process may write to it at a time; see `opened`.
 
     Args:
-        folder: made by `axolotl mopo generate`.
+        folder: written by `axolotl mopo generate`.
 
     Raises:
-        ConfigError: where its settings are not what this package writes.
+        ConfigError: if `comparison.json` is invalid.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,25 +54,25 @@ class Comparison:
     @classmethod
     @contextmanager
     def opened(cls, folder: Path) -> Iterator[Self]:
-        """The comparison in a folder, while other commands are kept out of it. The folder is made where there is none.
+        """Context manager that locks a folder and opens the comparison in it. Creates a missing folder.
 
         Raises:
-            ConfigError: where another command is in it.
+            ConfigError: if another command has locked the folder.
         """
         with ExitStack() as stack:
             try:
                 stack.enter_context(Folder(folder).locked(_LOCK))
             except BlockingIOError:
                 raise ConfigError(f"another axolotl mopo command works in {folder}; wait until it has ended") from None
-            yield cls(folder)  # read when it is locked, so that no change of another command is lost
+            yield cls(folder)  # read after locking, so that no change of another command is lost
 
     @classmethod
     @contextmanager
     def existing(cls, folder: Path) -> Iterator[Self]:
-        """See `opened`.
+        """Like `opened`, but only for a folder that has responses.
 
         Raises:
-            ConfigError: where there are no responses in the folder.
+            ConfigError: if the folder has no responses.
         """
         if not (folder / _SETTINGS).exists():
             raise _no_responses(folder)
@@ -83,26 +83,26 @@ class Comparison:
 
     @property
     def policies(self) -> list[Policy]:
-        """The policies, in the order in which they were given."""
+        """The policies, in the order in which they were added."""
         return [Policy(name, **dict(record)) for name, record in self.settings.policies.items()]
 
     @property
     def objectives(self) -> dict[str, Objective]:
-        """What was scored."""
+        """The scored objectives."""
         return self.settings.objectives
 
     @property
     def has_responses(self) -> bool:
-        """Whether there is at least one."""
+        """Whether there is at least one response."""
         return any(self._files.size(_file(policy)) for policy in self.settings.policies)
 
     def agree(self, **settings: Any) -> None:
         """Set what all responses have in common: `prompts`, `sampling`, `asking`, `reference`.
 
-        Settings of a folder without responses are forgotten.
+        If the folder has no responses, its old settings are discarded.
 
         Raises:
-            ConfigError: where responses were made with another setting.
+            ConfigError: if existing responses were generated with other settings.
         """
         agreed = _checked({**(self._content() if self.has_responses else {}), **settings}, self.folder)
         if self.has_responses:
@@ -115,7 +115,7 @@ class Comparison:
         self.settings = agreed
 
     def name_source(self, source: str) -> None:
-        """Say where the prompts came from, unless it is said already."""
+        """Record the source of the prompts, unless one is recorded already."""
         if self.settings.source is None:
             self.settings = _checked({**self._content(), "source": source}, self.folder)
 
@@ -123,7 +123,7 @@ class Comparison:
         """Add a policy.
 
         Raises:
-            ConfigError: where another one has its name.
+            ConfigError: if another policy has its name.
         """
         content = self._content()
         added = _checked({**content, "policies": {**content["policies"], policy.name: policy.to_json()}}, self.folder)
@@ -132,17 +132,17 @@ class Comparison:
             assert known  # noqa: S101
             raise ConfigError(
                 f"{self.folder} has responses of {known.path} under the name {policy.name}, and {policy.path} is "
-                "another run or was trained anew; give it another name, as NAME=PATH, or choose another --out"
+                "another run or was trained again; give it another name, as NAME=PATH, or choose another --out"
             )
         if known is None and self._files.size(_file(policy.name)):
             raise ConfigError(
-                f"{self.folder / _file(policy.name)} is there, but {_SETTINGS} does not know {policy.name}; remove the "
+                f"{self.folder / _file(policy.name)} exists, but {_SETTINGS} does not list {policy.name}; remove the "
                 "file, or choose another --out"
             )
         self.settings = added
 
     def drop_objective(self, name: str) -> None:
-        """Forget an objective, if it is known; its columns stay."""
+        """Remove an objective from the settings, if it is there; its columns stay."""
         content = self._content()
         content["objectives"].pop(name, None)
         self.settings = _checked(content, self.folder)
@@ -151,7 +151,7 @@ class Comparison:
         """Add an objective, or replace one.
 
         Raises:
-            ConfigError: where its name cannot be a column.
+            ConfigError: if its name cannot be a column name.
         """
         content = self._content()
         objectives = {**content["objectives"], name: objective.model_dump()}
@@ -163,10 +163,10 @@ class Comparison:
         self._files.write(_SETTINGS, text.encode())
 
     def write_outputs(self, contents: Mapping[str, bytes]) -> None:
-        """Write files that are made of the comparison.
+        """Write files derived from the comparison.
 
         Raises:
-            OSError: where something else than a file has one of their names; none is written then.
+            OSError: if something other than a file has one of the names. Nothing is written in this case.
         """
         for name in contents:
             self._files.size(name)
@@ -174,10 +174,10 @@ class Comparison:
             self._files.write(name, content)
 
     def responses(self, policy: str) -> list[Response]:
-        """The responses of a policy, by prompt and sample; what a killed process wrote of a line is left out.
+        """Read the responses of a policy, sorted by prompt and sample. Skips the incomplete last line of a killed run.
 
         Raises:
-            ConfigError: naming file and line of one that is not as this package writes it, or is there twice.
+            ConfigError: if a line is invalid or a response is there twice; names the file and the line.
         """
         where = self.folder / _file(policy)
         lines = self._files.lines(_file(policy), _LINE_LIMIT)
@@ -186,17 +186,17 @@ class Comparison:
         for number, row in enumerate(rows, 1):
             if response_key(row) in seen:
                 raise ConfigError(
-                    f"{where}, line {number}: sample {row['sample']} of prompt {row['prompt_id']} is there twice; take "
-                    "one of the lines out"
+                    f"{where}, line {number}: sample {row['sample']} of prompt {row['prompt_id']} is there twice; "
+                    "remove one of the lines"
                 )
             seen.add(response_key(row))
         return sorted(rows, key=response_key)
 
     def complete(self, policy: str) -> list[Response]:
-        """The responses of a policy: every sample to every prompt.
+        """Read the responses of a policy and check that they are complete: every sample for every prompt.
 
         Raises:
-            ConfigError: where one is missing or none that was asked for.
+            ConfigError: if a response is missing or does not belong to the comparison.
         """
         prompts, sampling = self.settings.prompts, self.settings.sampling
         if prompts is None or sampling is None:
@@ -205,28 +205,28 @@ class Comparison:
         expected = prompts.count * sampling.samples
         if len(rows) < expected:
             raise ConfigError(
-                f"{policy} has {len(rows):,} of {expected:,} responses; run axolotl mopo generate again, and it goes "
-                "on where it was"
+                f"{policy} has {len(rows):,} of {expected:,} responses; run axolotl mopo generate again to generate "
+                "the others"
             )
         wanted = [(prompt, sample) for prompt in range(prompts.count) for sample in range(sampling.samples)]
         if [response_key(row) for row in rows] != wanted:
             raise ConfigError(
                 f"{self.folder / _file(policy)} has other responses than {sampling.samples} to each of {prompts.count} "
-                "prompts, counted from 0; fetch the folder again, or generate them again"
+                "prompts, counted from 0; copy the folder again, or generate the responses again"
             )
         if fingerprint([row["prompt"] for row in rows if row["sample"] == 0]) != prompts.digest:
             raise ConfigError(
-                f"{self.folder / _file(policy)} has other prompts than {_SETTINGS} says; fetch the folder again, or "
+                f"{self.folder / _file(policy)} has other prompts than {_SETTINGS} says; copy the folder again, or "
                 "generate the responses again"
             )
         return rows
 
     def append(self, policy: str, rows: Sequence[Response]) -> None:
-        """Add responses of a policy."""
+        """Append responses of a policy."""
         self._files.append(_file(policy), _text(rows))
 
     def replace(self, policy: str, rows: Iterable[Response]) -> None:
-        """Write all responses of a policy anew."""
+        """Replace all responses of a policy."""
         self._files.write(_file(policy), _text(rows))
 
     def compute(
@@ -238,18 +238,21 @@ class Comparison:
         function: Callable[[list[Response]], list[float]],
         title: str,
     ) -> list[float]:
-        """A number for every response of a policy, in their order; a killed run goes on where it was.
+        """Compute one number for every response of a policy. A killed run continues where it stopped.
 
         Args:
-            policy: its name.
-            column: that the numbers are for.
-            source: a name made of what they are computed with.
-            batch: how many responses to compute at a time, the longest first.
-            function: their numbers.
-            title: of the progress bar.
+            policy: name of the policy.
+            column: column that the numbers are for.
+            source: digest of everything that the numbers depend on besides the responses.
+            batch: number of responses per call of `function`; the longest come first.
+            function: computes the numbers of some responses.
+            title: title of the progress bar.
+
+        Returns:
+            The numbers, in the order of `responses`.
 
         Raises:
-            ConfigError: naming the response whose number cannot be compared.
+            ConfigError: if a number is not finite or too large; names the response.
         """
         rows = self.responses(policy)
         partial = _partial_file(policy, column, source, rows)
@@ -268,16 +271,16 @@ class Comparison:
         return [values[response_key(row)] for row in rows]
 
     def add_column(self, policy: str, column: str, values: Sequence[float], sources: Iterable[str] = ()) -> None:
-        """Give every response of a policy its number, in their order.
+        """Add a column to the responses of a policy.
 
         Args:
-            policy: its name.
-            column: the name of the numbers.
-            values: the numbers.
-            sources: what they were computed with; what was kept of it is removed.
+            policy: name of the policy.
+            column: name of the column.
+            values: one number per response, in the order of `responses`.
+            sources: the `source` of each `compute` that contributed; its partial results are removed.
 
         Raises:
-            ConfigError: naming the response whose number cannot be compared.
+            ConfigError: if a number is not finite or too large; names the response.
         """
         rows = self.responses(policy)
         _check_values(dict(zip(map(response_key, rows), values, strict=True)), f"{policy}, {column}")
@@ -296,16 +299,16 @@ class Comparison:
 
 
 def _checked(content: dict[str, Any], folder: Path) -> Settings:
-    """Settings of any origin.
+    """Validate settings of any origin.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: if a key is wrong; names it.
     """
     return parse_record(_settings, json.dumps(content).encode(), str(folder / _SETTINGS))
 
 
 def _no_responses(folder: Path) -> ConfigError:
-    return ConfigError(f"{folder} holds no responses; make them with axolotl mopo generate")
+    return ConfigError(f"{folder} holds no responses; generate them with axolotl mopo generate")
 
 
 def _check_values(values: dict[tuple[int, int], float], title: str) -> None:
@@ -334,7 +337,7 @@ def _file(policy: str) -> str:
 
 
 def _partial_file(policy: str, column: str, source: str, rows: Iterable[Response]) -> str:
-    """Where numbers of some responses, made by some source, are kept until all are there."""
+    """File that keeps the numbers of a source for some responses until all are computed."""
     numbers = (
         [row["prompt_id"], row["sample"], len(row["token_ids"]), *row["token_ids"]]
         for row in sorted(rows, key=response_key)

@@ -1,4 +1,4 @@
-"""What draws responses: vLLM where it is installed, transformers otherwise."""
+"""Engines that generate responses: vLLM if it is installed, otherwise transformers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -19,36 +19,39 @@ from axolotl_mopo.evaluation.schema import Sampling
 from axolotl_mopo.records import Record, read_record
 
 Draw = Callable[[Sequence[Sequence[int]], Sequence[int]], list[list[tuple[list[int], bool]]]]
-"""Prompts' token ids and a seed for each -> its responses: token ids, and whether they ended by themselves."""
+"""Token ids and a seed for each prompt -> responses to each: token ids, and whether a stop token ended them."""
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks of adapters that vLLM has room for."""
+"""Values that vLLM accepts for `max_lora_rank`."""
 _VLLM_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""Those of a model's generation settings that vLLM knows."""
+"""The generation settings of a model that vLLM supports."""
 
 
 class Engine(Protocol):
-    """What draws responses."""
+    """Generates responses."""
 
     def check(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The tokens that end a policy's responses; refuses one that cannot be drawn from before weights are loaded.
+        """Check, before any weights are loaded, that a policy can generate responses.
+
+        Returns:
+            The stop tokens of its responses, sorted.
 
         Raises:
-            ConfigError: saying why.
+            ConfigError: if the engine cannot run the policy.
         """
 
     def running(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[Draw]:
-        """Have a policy in memory for a while."""
+        """Context manager that has a policy in memory."""
 
     def close(self) -> None:
         """Free the memory."""
 
 
 def choose_engine(name: str, models: Models, sampling: Sampling) -> Engine:
-    """The engine of a name; `auto` takes vLLM where it is installed.
+    """The engine of a name; `auto` selects vLLM if it is installed.
 
     Raises:
-        ConfigError: where vLLM is wanted and not installed.
+        ConfigError: if `vllm` is selected but not installed.
     """
     installed = find_spec("vllm") is not None
     if name == "vllm" and not installed:
@@ -60,7 +63,7 @@ def choose_engine(name: str, models: Models, sampling: Sampling) -> Engine:
 
 @dataclass
 class TransformersEngine:
-    """Draws with transformers' own `generate`."""
+    """Generates with transformers' `generate`."""
 
     models: Models
     sampling: Sampling
@@ -84,15 +87,15 @@ class TransformersEngine:
             yield draw
 
     def close(self) -> None:
-        """The models stay, for the log-probs."""
+        """Keeps the model, since the log-probs need it next."""
 
 
 class VLLMEngine:
-    """Draws with vLLM; adapters of one base model share it.
+    """Generates with vLLM; adapters of one base model share it.
 
     Args:
-        dtype: of the weights, as vLLM takes it.
-        sampling: how to draw.
+        dtype: data type of the weights, as vLLM takes it.
+        sampling: sampling settings.
     """
 
     def __init__(self, dtype: str, sampling: Sampling) -> None:
@@ -153,33 +156,33 @@ class VLLMEngine:
         if path != loaded or rank > room:
             self.close()
             lora = {"enable_lora": True, "max_lora_rank": rank} if rank else {}
-            # Its own defaults of sampling are not wanted.
+            # "vllm" keeps vLLM from applying the model's generation_config.json.
             self._model = LLM(path, dtype=self.dtype, generation_config="vllm", **lora)
             self._loaded = (path, rank)
         return self._model
 
 
 def adapter_rank(policy: Policy) -> int:
-    """The least rank that vLLM has room for and the adapter fits into.
+    """The smallest `max_lora_rank` of vLLM that fits an adapter.
 
     Raises:
-        ConfigError: where there is none.
+        ConfigError: if the adapter's rank is too large.
     """
     rank = read_record(AdapterConfig, Path(policy.path) / ADAPTER).r or 0
     found = next((room for room in _VLLM_RANKS if room >= rank > 0), None)
     if found is None:
         raise ConfigError(
-            f"{policy.name} has rank {rank}, and vLLM takes {_VLLM_RANKS[-1]} at most; use --engine transformers, or "
-            "merge it with `axolotl merge-lora`"
+            f"{policy.name} has rank {rank}, and vLLM supports {_VLLM_RANKS[-1]} at most; use --engine transformers, "
+            "or merge it with `axolotl merge-lora`"
         )
     return found
 
 
 def vllm_settings(own: GenerationConfig, sampling: Sampling) -> dict[str, Any]:
-    """How vLLM is to draw, as the names of its parameters.
+    """The sampling settings as keyword arguments of vLLM's `SamplingParams`.
 
     Raises:
-        ConfigError: where it does not know one of the model's own settings.
+        ConfigError: if vLLM does not support one of the model's own settings.
     """
     config = generation_config(own, sampling)
     if not config.do_sample:
@@ -190,23 +193,23 @@ def vllm_settings(own: GenerationConfig, sampling: Sampling) -> dict[str, Any]:
     other = {*lengths_and_tokens, "max_new_tokens", "transformers_version", "use_cache", "cache_implementation"}
     if unknown := sorted(set(given) - set(_VLLM_SETTINGS) - other):
         raise ConfigError(
-            f"--generation-config model: vLLM does not know {', '.join(unknown)} of the model's own settings; use "
+            f"--generation-config model: vLLM does not support {', '.join(unknown)} of the model's own settings; use "
             "--engine transformers"
         )
     return {name: value for name, value in given.items() if name in _VLLM_SETTINGS[1:]}
 
 
 class _GenerationSettings(Record):
-    """What is relied on of a model's `generation_config.json`."""
+    """The keys of a model's `generation_config.json` that are read here."""
 
     eos_token_id: NonNegativeInt | list[NonNegativeInt] | None = None
 
 
 def _generation_config(policy: Policy) -> GenerationConfig:
-    """The generation settings of a policy's whole model, or those that its configuration implies.
+    """The generation settings of a policy's whole model, or else those derived from its `config.json`.
 
     Raises:
-        ConfigError: where they cannot be read.
+        ConfigError: if they cannot be read.
     """
     folder = Path(policy.whole)
     path = folder / GENERATION_CONFIG_NAME
@@ -214,8 +217,11 @@ def _generation_config(policy: Policy) -> GenerationConfig:
         read_record(_GenerationSettings, path)
     try:
         if not folder.is_dir() or path.exists():
-            with suppress(OSError):  # on the hub, without such a file
+            with suppress(OSError):  # a model of the hub without this file
                 return GenerationConfig.from_pretrained(policy.whole)
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(policy.whole))
     except Exception as error:
-        raise ConfigError(f"the generation settings of {policy.whole} cannot be read: {error!r}") from None
+        raise ConfigError(
+            f"the generation settings of {policy.whole} cannot be read: {error!r}; fix its "
+            f"{GENERATION_CONFIG_NAME} or its config.json"
+        ) from None

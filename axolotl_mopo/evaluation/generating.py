@@ -1,4 +1,4 @@
-"""`axolotl mopo generate`: the responses of every policy, and their log-probs under it and under the reference."""
+"""`axolotl mopo generate`: generate each policy's responses, and their log-probs under it and under the reference."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,17 +23,17 @@ from axolotl_mopo.evaluation.schema import PromptChoice, Response, Sampling
 
 @dataclass
 class Generation:
-    """Fills a comparison with responses.
+    """Generates the responses of a comparison, and computes their log-probs.
 
     Args:
-        folder: of the comparison.
-        prompts: what is asked.
-        sampling: how responses are drawn.
+        folder: folder of the comparison.
+        prompts: the prompts.
+        sampling: sampling settings.
         asking: which of AMoPO's prompts to use.
-        engine: draws.
-        models: compute log-probs.
-        batch_size: prompts, or responses, at a time.
-        say: tells the user what was done.
+        engine: generates the responses.
+        models: loads the models that compute the log-probs.
+        batch_size: number of prompts, or of responses, in a batch.
+        log: prints a line for the user.
     """
 
     folder: Path
@@ -43,21 +43,21 @@ class Generation:
     engine: Engine
     models: Models
     batch_size: int
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def run(self, policies: Sequence[Policy], reference: Policy | None) -> None:
-        """Generate what is missing.
+        """Generate the missing responses and compute the missing log-probs.
 
         Args:
-            policies: to compare.
-            reference: the model that they are compared with, if any.
+            policies: policies to compare.
+            reference: reference model, if any.
 
         Raises:
-            ConfigError: where a policy cannot be run, or the folder's responses were made otherwise.
-            DataError: where a prompt cannot be asked. Nothing is saved then.
+            ConfigError: if a policy cannot be run, or the folder's responses were generated with other settings.
+            DataError: if a policy cannot be given a prompt. Nothing is saved in this case.
         """
         if self.sampling.temperature == 0 and self.sampling.samples > 1:
-            raise ConfigError("--temperature 0 gives the same response every time; ask for --samples 1")
+            raise ConfigError("--temperature 0 gives the same response every time; use --samples 1")
         policies = [*policies, *([reference] if reference else [])]
         check_distinct(policies)
         for policy in policies:
@@ -72,15 +72,15 @@ class Generation:
                 self._draw(comparison, policy, asked[policy.name])
             self.engine.close()
             for policy in sorted(policies, key=lambda policy: policy.whole):
-                self._score(comparison, "logp", policy, policy, asked[policy.name])
+                self._add_logps(comparison, "logp", policy, policy, asked[policy.name])
             if reference:
                 for policy in policies:
                     if self._vocabulary(policy) != self._vocabulary(reference):
-                        self.say(
+                        self.log(
                             f"{policy.name} has another vocabulary than the reference, so its KL is not estimated."
                         )
                     else:
-                        self._score(comparison, "ref_logp", policy, reference, asked[policy.name])
+                        self._add_logps(comparison, "ref_logp", policy, reference, asked[policy.name])
 
     def _agree(self, comparison: Comparison, policies: Sequence[Policy], reference: Policy | None) -> None:
         comparison.agree(
@@ -95,7 +95,7 @@ class Generation:
         comparison.save_settings()
 
     def _asked(self, policy: Policy) -> list[list[int]]:
-        """Every prompt as token ids."""
+        """The token ids of every prompt."""
         tokenizer = _tokenizer(policy.tokenizer)
         try:
             renderer = ChatRenderer(tokenizer)
@@ -105,26 +105,26 @@ class Generation:
         vocabulary = self._vocabulary(policy)
         asked = []
         for number, messages in enumerate(self.prompts.conversations):
-            where = f"{self.prompts.source}, prompt {number}, asked of {policy.name}"
+            where = f"{self.prompts.source}, prompt {number}, for {policy.name}"
             try:
                 (ids,) = tokenize(tokenizer, [renderer.prompt(policy.asked(messages, self.asking))])
             except RowError as error:
                 raise DataError(f"{where}: {error}") from None
             if limit and len(ids) + self.sampling.max_new_tokens > limit:
                 raise DataError(
-                    f"{where}: its {len(ids)} tokens and --max-new-tokens {self.sampling.max_new_tokens} are more than "
-                    f"the {limit} that the model takes; leave the prompt out, or ask for shorter responses"
+                    f"{where}: its {len(ids)} tokens and --max-new-tokens {self.sampling.max_new_tokens} exceed the "
+                    f"model's limit of {limit}; remove the prompt, or lower --max-new-tokens"
                 )
             if max(ids) >= vocabulary:
                 raise DataError(
-                    f"{where}: the tokenizer in {policy.tokenizer} gives the token {max(ids)}, and {policy.whole} has "
-                    f"{vocabulary:,}; compare with a --reference of the same vocabulary, or with none"
+                    f"{where}: the tokenizer in {policy.tokenizer} produces token {max(ids)}, and the vocabulary of "
+                    f"{policy.whole} has {vocabulary:,}; use a --reference with the same vocabulary, or none"
                 )
             asked.append(ids)
         return asked
 
     def _draw(self, comparison: Comparison, policy: Policy, asked: list[list[int]]) -> None:
-        """Generate the responses to prompts that have not all of them; a response is the same whenever it is drawn."""
+        """Generate the responses to prompts that lack some. Seeds make a response independent of when it is drawn."""
         rows = comparison.responses(policy.name)
         self._check(rows, policy)
         samples = Counter(row["prompt_id"] for row in rows)
@@ -133,7 +133,7 @@ class Generation:
             comparison.replace(policy.name, [row for row in rows if row["prompt_id"] in done])
         missing = sorted(set(range(len(asked))) - done, key=lambda number: (-len(asked[number]), number))
         if not missing:
-            self.say(f"{policy.name}: all {len(rows):,} responses are there.")
+            self.log(f"{policy.name}: all {len(rows):,} responses exist already.")
             return
         tokenizer = _tokenizer(policy.tokenizer)
         with self.engine.running(policy, tokenizer) as draw:
@@ -145,20 +145,20 @@ class Generation:
     def _check_stops(self, policy: Policy, stops: Sequence[int]) -> None:
         if stops[-1] >= (vocabulary := self._vocabulary(policy)):
             raise ConfigError(
-                f"{policy.name} has the stop token {stops[-1]}, and {policy.whole} has {vocabulary:,}; fix its "
-                "generation_config.json or its tokenizer"
+                f"{policy.name} has the stop token {stops[-1]}, and the vocabulary of {policy.whole} has "
+                f"{vocabulary:,}; fix its generation_config.json or its tokenizer"
             )
 
     def _check(self, rows: Sequence[Response], policy: Policy) -> None:
-        """Refuse responses that are not what was asked for."""
+        """Refuse existing responses that do not belong to the prompts, the samples or the vocabulary."""
         conversations, vocabulary = self.prompts.conversations, self._vocabulary(policy)
         for row in rows:
             prompt, sample = row["prompt_id"], row["sample"]
             asked = prompt < len(conversations) and sample < self.sampling.samples
             if not asked or row["prompt"] != conversations[prompt]:
-                fault = "is to no prompt and sample that is asked for"
+                fault = "does not belong to the prompts and --samples"
             elif max(row["token_ids"]) >= vocabulary:
-                fault = f"has the token {max(row['token_ids'])}, and {policy.whole} has {vocabulary:,}"
+                fault = f"has token {max(row['token_ids'])}, and the vocabulary of {policy.whole} has {vocabulary:,}"
             else:
                 continue
             raise ConfigError(
@@ -185,18 +185,18 @@ class Generation:
             for sample, (tokens, finished) in enumerate(responses)
         ]
 
-    def _score(
+    def _add_logps(
         self, comparison: Comparison, column: str, policy: Policy, model: Policy, asked: list[list[int]]
     ) -> None:
-        """Fill in the responses' log-probs under a model."""
+        """Add the log-probs of the responses under a model, as a column."""
         rows = comparison.responses(policy.name)
         if all(column in row for row in rows):
             return
         with self.models.running(model.path, model.base) as running:
-            scorer = CompletionLogps(running, (asked[rows[0]["prompt_id"]], rows[0]["token_ids"]))
+            completion_logps = CompletionLogps(running, (asked[rows[0]["prompt_id"]], rows[0]["token_ids"]))
 
             def logps(part: list[Response]) -> list[float]:
-                return scorer([asked[row["prompt_id"]] for row in part], [row["token_ids"] for row in part])
+                return completion_logps([asked[row["prompt_id"]] for row in part], [row["token_ids"] for row in part])
 
             title = f"{policy.name}, {column}"
             values = comparison.compute(policy.name, column, model.digest, self.batch_size, logps, title)

@@ -1,4 +1,4 @@
-"""The whole model that is in memory, one at a time, and what is asked of it: responses, and their log-probs."""
+"""Load one model at a time, draw responses from it, and compute their log-probs."""
 
 import gc
 import math
@@ -44,7 +44,7 @@ class Models:
     """Loads whole models, one at a time.
 
     Args:
-        dtype: of the weights, as `from_pretrained` takes it.
+        dtype: data type of the weights, as `from_pretrained` takes it.
     """
 
     def __init__(self, dtype: str = "auto") -> None:
@@ -54,7 +54,7 @@ class Models:
         self._model: Any = None
 
     def load(self, path: str) -> Any:
-        """The model of a folder or of the hub; another one is freed."""
+        """Load the model in a folder or of the hub, and free the one in memory."""
         if path != self._path:
             self.free()
             with readable_weights(path):
@@ -64,7 +64,7 @@ class Models:
         return self._model
 
     def free(self) -> None:
-        """Forget the model."""
+        """Free the model."""
         self._path = self._model = None
         gc.collect()
         if torch.cuda.is_available():
@@ -72,7 +72,7 @@ class Models:
 
     @contextmanager
     def running(self, path: str, base: str | None) -> Iterator[Any]:
-        """A whole model, or an adapter on its base, for a while."""
+        """Context manager that loads a whole model, or an adapter on its base."""
         model = self.load(base or path)
         if base is None:
             yield model
@@ -82,10 +82,13 @@ class Models:
 
 
 def stop_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: the model's own, and the one that the chat template ends a turn with.
+    """The tokens that end a response: the model's own, and the one that ends a turn in the chat template.
+
+    Returns:
+        Token ids, sorted.
 
     Raises:
-        ConfigError: where there is none.
+        ConfigError: if there are none.
     """
     ends = config.eos_token_id
     stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
@@ -95,8 +98,8 @@ def stop_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) ->
     found = sorted(stop for stop in stops if stop is not None)
     if not found:
         raise ConfigError(
-            f"the tokenizer in {tokenizer.name_or_path} has no end-of-text token, and its chat template ends a turn "
-            "with none, so no response would end; set `eos_token` in its tokenizer_config.json"
+            f"the tokenizer in {tokenizer.name_or_path} has no end-of-text token, and its chat template ends turns "
+            "without one, so no response would end; set `eos_token` in its tokenizer_config.json"
         )
     return found
 
@@ -109,11 +112,10 @@ def generate(
 
     Args:
         model: a causal language model.
-        prompts: token ids.
-        sampling: how to draw.
-        stops: the tokens that end a response; it holds the first of them.
-        seeds: one for each prompt; a response depends on its prompt's and on its own number, on nothing else that is
-            random.
+        prompts: token ids of each prompt.
+        sampling: sampling settings.
+        stops: token ids that end a response; a response includes its stop token.
+        seeds: one per prompt. The randomness of a response depends only on its prompt's seed and its sample number.
 
     Returns:
         For every prompt the token ids of `sampling.samples` responses.
@@ -129,7 +131,7 @@ def generate(
         numbers = [_numbers(seed, sample, sampling) for seed in seeds for sample in range(sampling.samples)]
         processors.append(_Draw(torch.stack(numbers).to(model.device), width))
     config.update(
-        do_sample=False,  # `_Draw` has drawn, and leaves one token
+        do_sample=False,  # `_Draw` samples, and leaves one token
         **dict.fromkeys(_WARPERS),
         max_new_tokens=sampling.max_new_tokens,
         max_length=None,
@@ -138,7 +140,7 @@ def generate(
         eos_token_id=list(stops),
         pad_token_id=stops[0],
     )
-    model.generation_config = GenerationConfig()  # or else it fills in what `config` leaves open
+    model.generation_config = GenerationConfig()  # otherwise `generate` fills in what `config` does not set
     try:
         output = model.generate(
             ids.to(model.device),
@@ -153,14 +155,14 @@ def generate(
 
 
 def generation_config(own: GenerationConfig, sampling: Sampling) -> GenerationConfig:
-    """How to draw, without lengths, numbers and stops.
+    """The settings of the distribution to sample from, without lengths, number of responses and stop tokens.
 
     Args:
-        own: the model's settings, which count where `sampling` says so.
-        sampling: how responses are drawn.
+        own: the model's own settings, used if `sampling.generation_config` is `model`.
+        sampling: sampling settings.
 
     Raises:
-        ConfigError: where they cannot be followed.
+        ConfigError: if the model's own settings are wrong or not supported.
     """
     if sampling.generation_config == "neutral":
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
@@ -168,17 +170,19 @@ def generation_config(own: GenerationConfig, sampling: Sampling) -> GenerationCo
     config = GenerationConfig(**own.to_dict())
     if other := [name for name, neutral in _NOT_FOLLOWED.items() if getattr(config, name, None) not in (None, neutral)]:
         raise ConfigError(
-            f"--generation-config model: the model's own settings have {', '.join(other)}, which cannot be followed; "
-            "leave the option out"
+            f"--generation-config model: the model's own settings have {', '.join(other)}, which is not supported; "
+            "remove the option"
         )
     try:
         list(_warpers(config))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"--generation-config model: the model's own settings are wrong: {error}") from None
+        raise ConfigError(
+            f"--generation-config model: the model's own settings are wrong: {error}; remove the option"
+        ) from None
     if sampling.samples > 1 and not config.do_sample:
         raise ConfigError(
-            "--generation-config model: the model's own settings take the likeliest token, so every response to a "
-            "prompt would be the same; ask for --samples 1, or leave the option out"
+            "--generation-config model: the model's own settings use greedy decoding, so every response to a "
+            "prompt would be the same; use --samples 1, or remove the option"
         )
     return config
 
@@ -189,7 +193,7 @@ _NOT_FOLLOWED = {
     **dict.fromkeys(("max_time", "stop_strings", "watermarking_config", "constraints", "force_words_ids"), None),
     **dict.fromkeys(("forced_eos_token_id", "assistant_model"), None),
 }
-"""Settings that search instead of drawing, depend on time, or need more than token ids, and what leaves them out."""
+"""Settings that search instead of sampling, depend on time, or need more than token ids -> their neutral value."""
 
 _WARPERS: dict[str, tuple[Any, Callable[[float], bool]]] = {
     "temperature": (TemperatureLogitsWarper, lambda value: value != 1),
@@ -201,7 +205,7 @@ _WARPERS: dict[str, tuple[Any, Callable[[float], bool]]] = {
     "epsilon_cutoff": (EpsilonLogitsWarper, lambda value: value > 0),
     "eta_cutoff": (EtaLogitsWarper, lambda value: value > 0),
 }
-"""What changes the distribution that is drawn from, in transformers' own order, and which values change anything."""
+"""Settings that change the sampling distribution, in transformers' order -> the warper, and whether a value acts."""
 
 
 def _warpers(config: GenerationConfig) -> Iterator[LogitsProcessor]:
@@ -212,24 +216,24 @@ def _warpers(config: GenerationConfig) -> Iterator[LogitsProcessor]:
 
 
 def _numbers(seed: int, sample: int, sampling: Sampling) -> Tensor:
-    """One number from 0 to 1 for each token of a response, [max_new_tokens]."""
+    """Uniform random numbers in [0, 1) for the tokens of a response, float64 [max_new_tokens]."""
     generator = torch.Generator().manual_seed(fingerprint([seed, sample]))
     return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
 
 
 class _Draw(LogitsProcessor):
-    """Draws every row's token by the row's own numbers, whatever else is in the batch, and leaves no other token.
+    """Samples the next token of every row with the row's own random numbers, so the batch has no influence.
 
     Args:
-        numbers: from 0 to 1, [rows, tokens].
-        width: tokens before the first that is drawn.
+        numbers: uniform random numbers in [0, 1), [rows, tokens].
+        width: number of tokens before the first sampled one.
     """
 
     def __init__(self, numbers: Tensor, width: int) -> None:
         self.numbers, self.width = numbers, width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [rows, vocabulary] -> minus infinity but for one token a row."""
+        """Logits [rows, vocabulary] -> 0 for the sampled token of each row, minus infinity for the others."""
         totals = scores.double().softmax(-1).cumsum(-1)
         if not totals[:, -1].isfinite().all():
             raise ValueError("a logit is not finite; load the model in another precision, with --dtype")
@@ -243,28 +247,28 @@ def _until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:
 
 
 class CompletionLogps:
-    """Log-probs of completions under a model.
+    """Computes the log-probs of completions under a model.
 
     Args:
-        model: as it is run.
-        example: a prompt and a completion, which try the layout.
+        model: the model, with its adapter if any.
+        example: token ids of a prompt and a completion, used to choose the layout.
     """
 
     def __init__(self, model: Any, example: tuple[Sequence[int], Sequence[int]]) -> None:
         self.model = model
         prompt, completion = example
         self.layout = choose_layout(model, model, [Completion(prompt, completion)])
-        self.scorer = LogProbComputer(model if self.layout.fused_head else None, _LOGITS_BUDGET)
+        self.computer = LogProbComputer(model if self.layout.fused_head else None, _LOGITS_BUDGET)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
-        """The log-probs of N completions, each given its prompt."""
+        """The log-prob of each completion given its prompt; N prompts, N completions -> N numbers."""
         items = [Completion(*pair) for pair in zip(prompts, completions, strict=True)]
         batch = pack(items) if self.layout.packed else pad(items, pad_token_id=0)
         if self.layout.packed:
             use_tree_attention(self.model)
         try:
-            logps = self.scorer(self.model, send_to_device(batch, self.model.device)).logps
+            logps = self.computer(self.model, send_to_device(batch, self.model.device)).logps
         finally:
             use_plain_attention(self.model)
         values: list[float] = logps.tolist()

@@ -1,4 +1,4 @@
-"""Names of policies and objectives, which become files, columns and arguments."""
+"""Check the names of policies and objectives, which become file names, column names and arguments."""
 
 import re
 from collections import Counter
@@ -13,19 +13,19 @@ _LONGEST = 200
 _FIXED_COLUMNS = ("policy", "kind", "weights", "tokens", "finished", "on_front", "dominated_by")
 _DIVERGENCE = "kl"
 _PARTS = ("", "_low", "_high", "_win_rate")
-"""What `front.csv` has of every objective; of the divergence all but the last."""
+"""Suffixes of an objective's columns in `front.csv`; the divergence has all but the last."""
 
 
 def check_name(name: str) -> str:
-    """Refuse a name that could not be a file's, a column's or an argument's.
+    """Refuse a name that cannot be a file name, a column name or an argument.
 
     Raises:
-        ValueError: saying which characters it may have.
+        ValueError: if the name is wrong; lists the allowed characters.
     """
     if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > _LONGEST or not name.isprintable():
         raise ValueError(
-            f"the name {name!a} may have letters, digits, `_`, `-` and `.`, {_LONGEST} bytes at most, and begins with "
-            "a letter, a digit or `_`"
+            f"the name {name!a} is not allowed; use letters, digits, `_`, `-` and `.`, {_LONGEST} bytes at most, and "
+            "begin with a letter, a digit or `_`"
         )
     return name
 
@@ -34,10 +34,10 @@ Name = Annotated[str, AfterValidator(check_name)]
 
 
 def check_policies(names: Iterable[str]) -> None:
-    """Refuse names that are one file on a disk that does not tell upper from lower case.
+    """Refuse names that are the same file on a case-insensitive file system.
 
     Raises:
-        ValueError: naming the first two.
+        ValueError: if two names differ only by case; names the first two.
     """
     seen: dict[str, str] = {}
     for name in names:
@@ -47,10 +47,10 @@ def check_policies(names: Iterable[str]) -> None:
 
 
 def check_objectives(names: Iterable[str]) -> None:
-    """Refuse names of objectives whose columns would be others' in a response's line or in `front.csv`.
+    """Refuse names of objectives whose columns clash with others in a response or in `front.csv`.
 
     Raises:
-        ValueError: naming the objective.
+        ValueError: if a column is taken; names the objective and the column.
     """
     taken = Counter([*_FIXED_COLUMNS, *RESPONSE_COLUMNS, *(_DIVERGENCE + part for part in _PARTS)])
     names = list(names)

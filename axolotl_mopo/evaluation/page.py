@@ -1,4 +1,4 @@
-"""A front as one HTML file that needs no network: hover for values, click a point for the responses behind it."""
+"""Render a front as one HTML file without external resources: hover for values, click a point for its responses."""
 
 import json
 from typing import Any
@@ -9,21 +9,21 @@ from axolotl_mopo.evaluation.comparison import Comparison
 from axolotl_mopo.evaluation.report import notes, to_json
 from axolotl_mopo.evaluation.statistics import Front
 
-# Responses are a model's text: nothing of them may become markup or code.
+# Responses are text of a model: autoescape keeps them from becoming markup or code.
 _PAGES = Environment(loader=PackageLoader("axolotl_mopo.evaluation"), autoescape=True)
 
 
 def render(front: Front, comparison: Comparison, prompts: int) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        front: what to show.
-        comparison: holds the responses.
-        prompts: how many of them to show with their responses.
+        front: the front to show.
+        comparison: has the responses.
+        prompts: number of prompts to show with their responses.
     """
     content = json.loads(to_json(front))
-    for policy, standing in zip(content["policies"], front.standings, strict=True):
-        policy["label"] = standing.policy.label
+    for policy, result in zip(content["policies"], front.results, strict=True):
+        policy["label"] = result.policy.label
         policy["responses"] = _responses(front, comparison, policy["name"], prompts)
     content["conversations"] = _conversations(front, comparison, prompts)
     lines = notes(front)
@@ -33,12 +33,12 @@ def render(front: Front, comparison: Comparison, prompts: int) -> str:
 
 
 def _conversations(front: Front, comparison: Comparison, prompts: int) -> list[Any]:
-    rows = comparison.responses(front.standings[0].policy.name)
+    rows = comparison.responses(front.results[0].policy.name)
     return [row["prompt"] for row in rows if row["sample"] == 0][:prompts]
 
 
 def _responses(front: Front, comparison: Comparison, policy: str, prompts: int) -> list[list[dict[str, Any]]]:
-    """For every prompt a policy's responses and their scores."""
+    """The responses of a policy to every shown prompt, with their scores."""
     shown: list[list[dict[str, Any]]] = [[] for _ in range(min(prompts, front.prompts))]
     for row in comparison.responses(policy):
         if row["prompt_id"] < len(shown):

@@ -1,4 +1,4 @@
-"""What training leaves on disk -> the policies to compare."""
+"""Find the policies to compare in the output folders of training runs."""
 
 import re
 from collections import Counter
@@ -19,24 +19,24 @@ Kind = Literal["policy", "baseline", "reference"]
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _LONGEST = 90
-"""Characters of a name that is made of a folder's."""
+"""Maximum number of characters of a name derived from a folder's."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A model to compare, as a folder or a model of the hub."""
+    """A model to compare: a folder or a model of the hub."""
 
     name: str
     path: str
     kind: Kind = "policy"
     base: str | None = None
-    """The whole model that an adapter is of; None for a whole model."""
+    """The base model of an adapter; None for a whole model."""
     reference: str | None = None
-    """The model that it was trained from, where that is known."""
+    """The model that it was trained from, if known."""
     tokenizer: str = ""
-    """Where its tokenizer is, with the chat template that it was trained with."""
+    """Folder of its tokenizer, with the chat template used in training; or a model of the hub."""
     digest: str = ""
-    """A name made of its weights."""
+    """A digest of its weights."""
     manifest: Manifest | None = None
     """Its `mopo.json`, without versions; None for a model of another method."""
 
@@ -47,22 +47,22 @@ class Policy:
 
     @property
     def weights(self) -> dict[str, float] | None:
-        """Those of MODPO's objectives that it was trained for."""
+        """The weights of MODPO's objectives that it was trained with."""
         return self.manifest.weights if self.manifest else None
 
     @property
     def label(self) -> str:
-        """Its weights, where it is one of several with different ones, or its name."""
+        """MODPO's weights of a trained policy, otherwise its name."""
         if self.kind != "policy" or not self.weights:
             return self.name
         text = ", ".join(f"{name} {weight:g}" for name, weight in self.weights.items())
         return "".join(character if character.isprintable() else "?" for character in text)
 
     def asked(self, messages: Sequence[Message], asking: PromptChoice) -> list[Message]:
-        """What the policy is asked for a prompt: with AMoPO's directive for inference, as it was trained.
+        """The messages that the policy gets for a prompt, with AMoPO's inference directive if it was trained with it.
 
         Raises:
-            ConfigError: where it was not trained with such a prompt.
+            ConfigError: if it was not trained with the dimension or the score.
         """
         try:
             settings = self.manifest.prompt_settings() if self.manifest else None
@@ -77,21 +77,20 @@ class Policy:
         return with_directive(messages, directive)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the name."""
+        """All fields except the name."""
         content = {key: value for key, value in vars(self).items() if key != "name"}
         return content | {"manifest": self.manifest and self.manifest.model_dump(mode="json")}
 
 
 def find_policies(runs: Iterable[str], kind: Kind = "policy") -> list[Policy]:
-    """The policies of some runs.
+    """Find the policies of some runs.
 
     Args:
-        runs: each a sweep's folder, a run's, a checkpoint's, or a model of the hub; `NAME=...` gives a single model a
-            name of its own.
-        kind: of all of them.
+        runs: folders of sweeps, runs or checkpoints, or models of the hub; `NAME=...` names a single model.
+        kind: kind of all these policies.
 
     Raises:
-        ConfigError: where a run has no model, or two have one name.
+        ConfigError: if a run has no model, or two have the same name.
     """
     found = [(policy, named) for run in runs for policy, named in _of_run(run, kind)]
     counts = Counter(policy.name for policy, _ in found)
@@ -106,10 +105,10 @@ def find_policies(runs: Iterable[str], kind: Kind = "policy") -> list[Policy]:
 
 
 def check_distinct(policies: Iterable[Policy]) -> None:
-    """Refuse policies that share a name, or a file.
+    """Refuse policies that share a name or a file.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: if two policies share one; names them.
     """
     names = [policy.name for policy in policies]
     if doubled := [name for name, count in Counter(names).items() if count > 1]:
@@ -120,51 +119,51 @@ def check_distinct(policies: Iterable[Policy]) -> None:
         raise ConfigError(str(error)) from None
 
 
-def reference_policy(policies: Sequence[Policy], path: str | None, say: Callable[[str], None]) -> Policy | None:
-    """The model that the policies were trained from.
+def reference_policy(policies: Sequence[Policy], path: str | None, log: Callable[[str], None]) -> Policy | None:
+    """Find the model that the policies were trained from.
 
     Args:
-        policies: at least one.
-        path: where the user says it; its weights must be there.
-        say: tells the user why there is none.
+        policies: at least one policy.
+        path: the user's choice, which must have weights; by default what the policies name.
+        log: prints a line for the user: the reason if there is no reference.
 
     Returns:
-        The reference, or None where the policies were trained from a model that has no weights (`reinit_weights`).
+        The reference; None if the policies were trained from a model without weights (`reinit_weights`).
 
     Raises:
-        ConfigError: where the policies do not agree on one, or do not say it.
+        ConfigError: if the policies name different models or none.
     """
     if path is None:
         known = {policy.reference for policy in policies if policy.kind == "policy"}
         if len(known) != 1 or None in known:
-            said = ", ".join(sorted(name or "unknown" for name in known))
+            names = ", ".join(sorted(name or "unknown" for name in known))
             raise ConfigError(
-                f"the runs were trained from {said}; name one with --reference, or leave it out with none"
+                f"the runs were trained from {names}; choose one with --reference, or use --reference none"
             )
         (path,) = known
         assert path is not None  # noqa: S101
         if Path(path).is_dir() and not _has_model(Path(path)):
-            say(
+            log(
                 f"The runs were trained from {path}, which has no weights (reinit_weights), so there is no reference: "
-                "no KL and no win rates are shown. Name another model with --reference to compare with that."
+                "no KL and no win rates are shown. To compare with another model, name it with --reference."
             )
             return None
     require_weights(path, "--reference")
-    # The chat template is the runs' own, which the reference's folder need not have.
+    # Use the chat template of the runs, since the reference's folder may have none.
     return Policy("reference", path, "reference", reference=path, tokenizer=policies[0].tokenizer)
 
 
 def require_weights(path: str, where: str) -> None:
-    """Refuse a whole model on this machine without weights.
+    """Refuse a local model without weights, and a path that is neither a folder nor a name on the hub.
 
     Raises:
-        ConfigError: beginning with `where`.
+        ConfigError: if it is one of these; the message begins with `where`.
     """
     folder = Path(path)
     if folder.is_dir() and not _has_model(folder):
         raise ConfigError(f"{where}: {path} has no weights; give the folder of a whole model with *.safetensors")
     if not folder.is_dir() and (folder.exists() or not _is_hub_name(path)):
-        raise ConfigError(f"{where}: {path!a} is neither a folder nor a model of the hub")
+        raise ConfigError(f"{where}: {path!a} is neither a folder nor a model of the hub; check the path")
 
 
 def _is_hub_name(path: str) -> bool:
@@ -172,7 +171,7 @@ def _is_hub_name(path: str) -> bool:
 
 
 def _of_run(run: str, kind: Kind) -> list[tuple[Policy, bool]]:
-    """The policies of a run, and whether the user named each."""
+    """The policies of a run, each with whether the user named it."""
     given, equals, path = run.partition("=")
     if not equals or Path(run).exists():  # a path may have `=` in it
         given, path = "", run
@@ -184,7 +183,7 @@ def _of_run(run: str, kind: Kind) -> list[tuple[Policy, bool]]:
     folder = Path(path)
     if not folder.is_dir():
         if folder.exists() or path.count("/") != 1 or not _is_hub_name(path):
-            raise ConfigError(f"{path} is neither a folder nor a model of the hub")
+            raise ConfigError(f"{path} is neither a folder nor a model of the hub; check the path")
         name = given or _safe(path.replace("/", "-"))
         return [(Policy(name, path, kind, reference=None, tokenizer=path), bool(given))]
     sweep = sorted(child for child in folder.iterdir() if child.name.startswith("sweep") and child.is_dir())
@@ -216,12 +215,12 @@ def _of_folder(folder: Path, name: str, kind: Kind) -> Policy:
 
 
 def _base_model(path: Path) -> str:
-    """The whole model that an adapter is of, which must be there."""
+    """The base model of an adapter; refuses one without weights."""
     config = read_record(AdapterConfig, path)
     if config.peft_type != "LORA":
         raise ConfigError(
-            f"{path}, `peft_type`: it is {config.peft_type!a}, not LORA; merge the adapter into its base model, and "
-            "give the merged one"
+            f"{path}, `peft_type`: it is {config.peft_type!a}, not LORA; merge the adapter into its base model and "
+            "use the merged model"
         )
     if config.base_model_name_or_path is None:
         raise ConfigError(f"{path}, `base_model_name_or_path`: it is missing; name the base model there")
@@ -235,7 +234,7 @@ def _name(folder: Path) -> str:
 
 
 def _safe(name: str) -> str:
-    """A folder's name with other characters in the place of those that a policy's may not have."""
+    """A folder's name with `_` for every character that a policy's name may not have."""
     name = re.sub(r"[^\w.-]", "_", name)[:_LONGEST]
     return name if name[:1].isalnum() or name[:1] == "_" else f"_{name}"
 
@@ -254,6 +253,6 @@ def _last_checkpoint(folder: Path) -> Path:
     numbered = [child for child in checkpoints if child.name.removeprefix("checkpoint-").isdecimal()]
     if not numbered:
         raise ConfigError(
-            f"{folder} has neither a model nor a checkpoint with one; wait until it is trained, or leave the run out"
+            f"{folder} has neither a model nor a checkpoint with one; wait until it is trained, or remove the run"
         )
     return max(numbered, key=lambda child: int(child.name.removeprefix("checkpoint-")))

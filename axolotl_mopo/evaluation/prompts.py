@@ -1,4 +1,4 @@
-"""The prompts that policies are compared on."""
+"""Read the prompts that policies are compared on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ _FIELDS = ("prompt", "messages", "question", "instruction")
 
 @dataclass(frozen=True)
 class Prompts:
-    """Conversations that end with the user's turn, each once."""
+    """Distinct conversations that end with a user turn."""
 
     source: str
     conversations: list[list[Message]]
     repeated: int
-    """Rows that were left out because their prompt was there before."""
+    """Number of rows left out because an earlier row has the same prompt."""
 
     @property
     def digest(self) -> int:
-        """A number made of the content."""
+        """A digest of the conversations."""
         return fingerprint(self.conversations)
 
 
@@ -42,19 +42,19 @@ def read_prompts(
 
     Args:
         source: as `axolotl mopo pairs` takes it.
-        field: the prompts' column; by default the first there is of `prompt`, `messages`, `question`, `instruction`.
-        limit: read no more distinct prompts than this.
-        split, name, data_files, revision: of the data set.
+        field: column of the prompts; by default the first of `prompt`, `messages`, `question`, `instruction`.
+        limit: maximum number of distinct prompts.
+        split, name, data_files, revision: as `datasets.load_dataset` takes them.
 
     Raises:
-        DataError: naming the row that has no prompt.
+        DataError: if the column is missing, or a row has no valid prompt; names the row.
     """
     table = load_table(source, split=split, name=name, data_files=data_files, revision=revision)
     chosen = field or next((known for known in _FIELDS if known in table.column_names), None)
     if chosen is None or chosen not in table.column_names:
         raise DataError(
             f"{source} has no column {chosen or ' or '.join(_FIELDS)}; its columns are "
-            f"{', '.join(table.column_names)}; name the prompts' one with --field"
+            f"{', '.join(table.column_names)}; name the column of the prompts with --field"
         )
     seen, conversations, repeated = set(), [], 0
     for number, value in enumerate(table[chosen]):
@@ -72,10 +72,10 @@ def read_prompts(
         if len(conversations) == limit:
             break
     if not conversations:
-        raise DataError(f"{source} has no prompts")
+        raise DataError(f"{source} has no prompts; use a file or a split with at least one row")
     return Prompts(source, conversations, repeated)
 
 
 def _conversation(value: Any, name: str) -> list[Message]:
-    """The turns of a prompt; HelpSteer's are marked inside a string."""
+    """The turns of a prompt. HelpSteer marks turns inside a string."""
     return marked_turns(valid_text(value, name)) if isinstance(value, str) else messages(value, name)

@@ -1,4 +1,4 @@
-"""What `comparison.json` and the lines of responses must hold, whoever wrote them."""
+"""Schema of `comparison.json` and of the responses' lines. Validates files of any origin."""
 
 import math
 from typing import Annotated, Any, Literal, NotRequired, Self
@@ -22,14 +22,14 @@ from axolotl_mopo.records import Record
 
 _LEAST_TEMPERATURE = 1e-3
 LARGEST = 1e30
-"""The largest magnitude of a number: means, intervals and the volume of several objectives must stay finite."""
+"""The largest magnitude of a number, so that means, intervals and hypervolumes stay finite."""
 
 
 def check_number(value: float) -> float:
     """Refuse a number that cannot be averaged and compared.
 
     Raises:
-        ValueError: saying what it may be.
+        ValueError: if it is not finite or larger than `LARGEST` in magnitude.
     """
     if not math.isfinite(value) or abs(value) > LARGEST:
         raise ValueError(f"it is {value:g}; it must be a finite number, at most {LARGEST:g} in magnitude")
@@ -44,7 +44,7 @@ def _check_printable(text: str) -> str:
 
 def _check_temperature(temperature: float) -> float:
     if 0 < temperature < _LEAST_TEMPERATURE:
-        raise ValueError(f"it must be 0, for the likeliest tokens, or at least {_LEAST_TEMPERATURE:g}")
+        raise ValueError(f"it must be 0, for greedy decoding, or at least {_LEAST_TEMPERATURE:g}")
     return temperature
 
 
@@ -58,41 +58,41 @@ _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", **_STRICT))
 class Sampling:
-    """How responses are drawn."""
+    """Sampling settings of the responses."""
 
     samples: PositiveInt = 1
-    """Responses to each prompt."""
+    """Number of responses to each prompt."""
     max_new_tokens: PositiveInt = 256
     temperature: Annotated[float, Field(ge=0), AfterValidator(_check_temperature)] = 1.0
-    """0 takes the likeliest token."""
+    """0 is greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int = 42
     generation_config: Literal["neutral", "model"] = "neutral"
-    """Whether the rest of the model's own generation settings (`top_k`, penalties, ...) is left out or kept."""
+    """`neutral` ignores the model's own generation settings (`top_k`, penalties, ...); `model` uses them."""
 
     @property
     def exact(self) -> bool:
-        """Whether responses are drawn from the policy itself, so that log-ratios estimate its divergence."""
+        """Whether responses are drawn from the policy's own distribution, so that log-ratios estimate its KL."""
         return self.temperature == 1 and self.top_p == 1 and self.generation_config == "neutral"
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", **_STRICT))
 class PromptChoice:
-    """Which of AMoPO's prompts to use: the integrated one, or one dimension's at a score, by default the best."""
+    """Which of AMoPO's prompts to use: the integrated one, or a dimension's with a score, by default the best."""
 
     dimension: Text | None = None
     score: float | None = None
 
 
 class PromptsRecord(Record):
-    """What was asked."""
+    """The number of prompts and their digest."""
 
     count: PositiveInt
     digest: int
 
 
 class PolicyRecord(Record):
-    """A policy, without its name. See `axolotl_mopo.evaluation.policies.Policy`."""
+    """A policy without its name. See `axolotl_mopo.evaluation.policies.Policy`."""
 
     path: Text
     kind: Literal["policy", "baseline", "reference"]
@@ -104,7 +104,7 @@ class PolicyRecord(Record):
 
 
 class Objective(Record):
-    """What was scored."""
+    """A scored objective."""
 
     scorer: dict[str, Any]
     digest: str
@@ -112,7 +112,7 @@ class Objective(Record):
 
 
 class Settings(Record):
-    """`comparison.json`. What all responses have in common is None where there are no responses yet."""
+    """`comparison.json`. Settings that all responses have in common are None while there are no responses."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -123,14 +123,14 @@ class Settings(Record):
     asking: PromptChoice | None = None
     reference: Text | None = None
     source: Text | None = None
-    """Where the prompts came from, for people."""
+    """Source of the prompts, for readers only."""
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Self:
         check_policies(self.policies)
         check_objectives(self.objectives)
         if [policy.kind for policy in self.policies.values()].count("reference") > 1:
-            raise ValueError("several policies are of the kind reference; one may be")
+            raise ValueError("several policies are of the kind reference; at most one is allowed")
         return self
 
 
@@ -144,7 +144,7 @@ def _turns(value: list[Message]) -> list[Message]:
 
 @with_config(ConfigDict(extra="allow", **_STRICT))
 class Response(TypedDict):
-    """A line of a policy's file; every further key is an objective's score."""
+    """A line of a policy's file; every other key is an objective with its score."""
 
     prompt_id: Index
     sample: Index
@@ -157,13 +157,13 @@ class Response(TypedDict):
 
 
 def response_key(row: Response) -> tuple[int, int]:
-    """What tells a response from the others of its policy: its prompt and its sample."""
+    """The key of a response within its policy: its prompt and its sample number."""
     return row["prompt_id"], row["sample"]
 
 
 @with_config(_STRICT)
 class Partial(TypedDict):
-    """A line of what is computed for a column, before all of it is there."""
+    """A line of an unfinished column."""
 
     prompt_id: Index
     sample: Index

@@ -1,4 +1,4 @@
-"""`axolotl mopo score`: a column of rewards for every objective, by the same sources that MODPO takes margins from."""
+"""`axolotl mopo score`: add a column of rewards for every objective, with the reward sources of MODPO's margins."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -32,10 +32,10 @@ class _Scorers(Settings):
 
 
 def parse_scorer(text: str) -> tuple[str, RewardSource]:
-    """A name and a reward source, from `NAME=SOURCE`, `NAME=SOURCE:ARGUMENT` or `NAME={source: SOURCE, ...}`.
+    """Parse `NAME=SOURCE`, `NAME=SOURCE:ARGUMENT` or `NAME={source: SOURCE, ...}` into a name and a reward source.
 
     Raises:
-        ConfigError: saying what is wrong with it.
+        ConfigError: if the text, the name or the source is wrong.
     """
     name, equals, spec = text.partition("=")
     if not equals:
@@ -49,19 +49,22 @@ def parse_scorer(text: str) -> tuple[str, RewardSource]:
         try:
             raw = yaml.safe_load(spec)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--scorer {name}: {spec} is no YAML mapping: {error}") from None
+            raise ConfigError(
+                f"--scorer {name}: {spec} is not a YAML mapping; write {{source: SOURCE, ...}}: {error}"
+            ) from None
     else:
         source, colon, argument = spec.partition(":")
         key = (SOURCES[source].argument if source in SOURCES else None) or "argument"
         raw = {"source": source, **({key: argument} if colon else {})}
     if isinstance(raw, Mapping) and (given := TRAINING_KEYS & set(raw)):
-        raise ConfigError(f"--scorer {name}: {', '.join(sorted(given))} belong to training; a scorer gives raw rewards")
+        raise ConfigError(
+            f"--scorer {name}: {', '.join(sorted(given))} apply to training only, and scores are raw rewards; remove "
+            "them"
+        )
     try:
         scorer = parse_settings(_Scorers, {"margins": {name: raw}}, "--scorer").margins[name]
         if scorer.needs_scores:
-            raise ConfigError(
-                f"--scorer {name}: responses that were just made have no column of scores; use another source"
-            )
+            raise ConfigError(f"--scorer {name}: generated responses have no column of scores; use another source")
         return name, resolve_source(scorer, f"`--scorer.margins.{name}")
     except ConfigError as error:
         raise ConfigError(str(error).replace("--scorer.margins.", "--scorer ")) from None
@@ -73,27 +76,28 @@ class Scoring:
 
     Args:
         comparison: the responses.
-        models: compute implicit rewards.
-        batch_size: responses at a time, for these.
-        say: tells the user what was done.
+        models: loads the models that compute implicit rewards.
+        batch_size: number of responses in a batch, for implicit rewards.
+        log: prints a line for the user.
     """
 
     comparison: Comparison
     models: Models
     batch_size: int
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def run(self, scorers: Mapping[str, Any], lower_is_better: Mapping[str, bool], replace: bool) -> None:
-        """Add the columns that are missing.
+        """Compute the missing columns.
 
         Args:
-            scorers: objectives, and where their rewards come from.
-            lower_is_better: of objectives whose direction is said; the others' is what it was, or more is better.
-            replace: scores objectives anew that another scorer scored, or whose direction was another.
+            scorers: reward source of each objective.
+            lower_is_better: directions that the user chose. Other objectives keep theirs; higher is better by default.
+            replace: whether to replace scores of another scorer, and directions.
 
         Raises:
-            ConfigError: where responses are missing, or an objective was scored otherwise; nothing is scored then.
-            DataError: naming policy and prompt that cannot be scored; what was computed before is kept.
+            ConfigError: if responses are missing, or an objective has another scorer or direction. Nothing is scored
+                in this case.
+            DataError: if a response cannot be scored; names policy and prompt. Finished scores are kept.
         """
         for policy in self.comparison.policies:
             self.comparison.complete(policy.name)
@@ -108,7 +112,7 @@ class Scoring:
             self._score(name, source, agreed[name])
 
     def _score(self, name: str, source: RewardSource, objective: Objective) -> None:
-        """Compute what is missing of a column; only when all of it is there, an older one is replaced."""
+        """Compute the missing part of a column. An older column is replaced only when the new one is complete."""
         known = self.comparison.objectives.get(name)
         current = known is not None and known.digest == objective.digest
         unscored = [policy for policy in self.comparison.policies if not current or not self._has(policy, name)]
@@ -118,36 +122,37 @@ class Scoring:
                 responses = [_PolicyResponses(self, policy, name, objective.digest, rewards) for policy in unscored]
                 found = [source.rewards(each).tolist() for each in responses]
             if not current:
-                self.comparison.drop_objective(name)  # a process that is killed now leaves columns of no objective
+                # If the process is killed while columns are replaced, no objective refers to a mix of old and new.
+                self.comparison.drop_objective(name)
                 self.comparison.save_settings()
             for each, values in zip(responses, found, strict=True):
                 self.comparison.add_column(each.policy.name, name, values, each.computed)
         else:
-            self.say(f"{name}: all responses are scored.")
+            self.log(f"{name}: all responses are scored already.")
         self.comparison.add_objective(name, objective)
         self.comparison.save_settings()
 
     def _agreed(self, name: str, source: RewardSource, lower: bool | None, replace: bool) -> Objective:
-        """What is to be known of an objective."""
+        """The record of an objective, checked against the one that exists."""
         made_by = digest([source.model_dump(mode="json"), source.content_digest()])
         known = self.comparison.objectives.get(name)
         if known and known.digest != made_by and not replace:
             raise ConfigError(
-                f"--scorer {name}: its scores were made by {known.scorer}, or that has changed since; give another "
-                "name, or score anew with --replace"
+                f"--scorer {name}: its scores were computed by {known.scorer}, or by another version of it; use "
+                "another name, or replace the scores with --replace"
             )
         if known and lower not in (None, known.lower_is_better) and not replace:
-            said, option = ("lower", "--lower-is-better") if known.lower_is_better else ("higher", "--higher-is-better")
+            direction = "lower" if known.lower_is_better else "higher"
             raise ConfigError(
-                f"{name} was scored with {said} is better; leave the direction out or say {option} {name}, or change "
-                "it with --replace"
+                f"{name} was scored with {direction} is better; remove the direction, use --{direction}-is-better "
+                f"{name}, or change it with --replace"
             )
         if lower is None:
             lower = known is not None and known.lower_is_better
         if lower and source.negated:
             raise ConfigError(
-                f"--lower-is-better {name}: its scorer gives minus {source.negated}, so more of it is less of that "
-                f"already; leave the option out, or turn the objective around with --higher-is-better {name}"
+                f"--lower-is-better {name}: its scorer returns minus {source.negated}, so its higher scores already "
+                f"mean less of that; remove the option, or reverse the direction with --higher-is-better {name}"
             )
         scorer = source.model_dump(mode="json", exclude_defaults=True)
         return Objective(scorer=scorer, digest=made_by, lower_is_better=lower)
@@ -161,36 +166,36 @@ class Scoring:
 
 @dataclass
 class _OpenRewards:
-    """What computes the rewards of texts: opened when it is first needed, then shared by all policies."""
+    """Opens the rewards of a text source on first use, and shares them between all policies."""
 
     stack: ExitStack
     name: str
-    """Of the objective."""
+    """Name of the objective."""
     scoring: Scoring
     rewards: Rewards | None = None
 
     def of(self, source: TextSource) -> Rewards:
-        """The rewards of a source."""
+        """The opened rewards of a source."""
         if self.rewards is None:
             if source.code:
-                self.scoring.say(f"{self.name} runs the code of {source.code}.")
+                self.scoring.log(f"{self.name} runs the code of {source.code}.")
             self.rewards = self.stack.enter_context(source.opened(self.scoring.models.device))
         return self.rewards
 
 
 @dataclass
 class _PolicyResponses:
-    """The responses of a policy, for the source of one objective; see `Responses`. All numbers are [N]."""
+    """The responses of a policy, as the source of one objective reads them; see `Responses`. All numbers are [N]."""
 
     scoring: Scoring
     policy: Policy
     name: str
-    """Of the objective."""
+    """Name of the objective."""
     made_by: str
     """A digest of the source."""
     open_rewards: _OpenRewards
     computed: list[str] = field(default_factory=list)
-    """What unfinished numbers are kept under until all are there; see `Comparison.compute`."""
+    """The `source` of each `Comparison.compute` call, to remove its partial results later."""
 
     @cached_property
     def rows(self) -> list[Response]:
@@ -198,14 +203,14 @@ class _PolicyResponses:
         return self.scoring.comparison.responses(self.policy.name)
 
     def row_rewards(self, source: RewardSource) -> Tensor:
-        """Computed at once; nothing is kept."""
+        """Rewards from the rows, computed at once without partial results."""
         rewards = [
             source.row_reward(self.name, RatedResponse(row["response"], {}), len(row["token_ids"])) for row in self.rows
         ]
         return torch.tensor(rewards, dtype=torch.float64)
 
     def text_rewards(self, source: TextSource) -> Tensor:
-        """Computed in batches, the longest responses first."""
+        """Rewards from the texts, computed in batches, the longest responses first."""
         rewards = self.open_rewards.of(source)
 
         def one_batch(rows: list[Response]) -> list[float]:
@@ -213,17 +218,17 @@ class _PolicyResponses:
             try:
                 return rewards(*texts, [row["prompt_id"] for row in rows])
             except DataError as error:
-                raise DataError(f"{self.policy.name}, {self.name}: {error}; what was scored before is kept") from None
+                raise DataError(f"{self.policy.name}, {self.name}: {error}; scores computed before are kept") from None
 
         return self._compute(self.made_by, source.batch_size, one_batch, f"{self.policy.name}, {self.name}")
 
     def logps(self, path: str) -> Tensor:
-        """Under an adapter or a whole model."""
+        """Log-probs under an adapter or a whole model."""
         model = self._model(path)
         return self._logps(f"{self.made_by}-0", model.path, model.base, model)
 
     def reference_logps(self, path: str, reference: str | None) -> Tensor:
-        """Under a whole model, or under the base model of the adapter at `path`."""
+        """Log-probs under `reference`, or else under the base model of the adapter at `path`."""
         model = self._model(path)
         whole = reference or model.whole
         require_weights(whole, f"--scorer {self.name}")
@@ -257,11 +262,11 @@ class _PolicyResponses:
 def _asked(rows: list[Response], policy: Policy, model: Policy) -> list[tuple[list[int], list[int]]]:
     """Prompt and completion of every response as token ids of the model that scores them.
 
-    Where it has the policy's vocabulary, completions are the tokens that were drawn; else their text is tokenised, with
-    the end of a turn where there was one.
+    If the model has the policy's vocabulary, completions are the sampled tokens. Otherwise their text is tokenized,
+    with an end of turn if the response is finished.
 
     Raises:
-        DataError: where a token is none of the vocabulary.
+        DataError: if a token is not in the vocabulary.
     """
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
     renderer = ChatRenderer(tokenizer)
@@ -270,8 +275,8 @@ def _asked(rows: list[Response], policy: Policy, model: Policy) -> list[tuple[li
         largest = max(rows, key=lambda row: max(row["token_ids"]))
         if (token := max(largest["token_ids"])) >= len(tokenizer):
             raise DataError(
-                f"{policy.name}, prompt {largest['prompt_id']}, sample {largest['sample']}: there is no token {token} "
-                f"in {model.tokenizer}"
+                f"{policy.name}, prompt {largest['prompt_id']}, sample {largest['sample']}: {model.tokenizer} has no "
+                f"token {token}; generate the policy's responses again"
             )
         return list(zip(prompts, (row["token_ids"] for row in rows), strict=True))
     texts = [
@@ -281,13 +286,13 @@ def _asked(rows: list[Response], policy: Policy, model: Policy) -> list[tuple[li
 
 
 def _same_vocabulary(policy: str, model: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a policy's tokenizer is known to have the tokens of a model's; one on the hub is not fetched for it."""
+    """Whether a policy's tokenizer has the vocabulary of a model's. False for one on the hub, to avoid a download."""
     if policy == model:
         return True
     if not policy or not Path(policy).is_dir():
         return False
     try:
         other = AutoTokenizer.from_pretrained(policy)
-    except Exception:  # a received folder may name any folder
+    except Exception:  # a comparison from somebody else may name any folder
         return False
     return bool(other.get_vocab() == tokenizer.get_vocab())

@@ -1,4 +1,4 @@
-"""Scored responses -> what decides between policies: means with intervals, win rates, divergence, the front."""
+"""Compute the statistics of scored responses: means with intervals, win rates, divergence, the Pareto front."""
 
 import math
 from collections import Counter, defaultdict
@@ -19,13 +19,13 @@ from axolotl_mopo.evaluation.schema import Response, check_number
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
 _MOST_OBJECTIVES = 31
-"""moocore takes no more."""
+"""Maximum of moocore's hypervolume."""
 
 Values = NDArray[np.float64]
 
 
 class Estimate(NamedTuple):
-    """A mean over prompts, and its 95% bootstrap interval over prompts; NaN where a single prompt gives none."""
+    """A mean over prompts and its 95% bootstrap interval over prompts, which is NaN for a single prompt."""
 
     mean: float
     low: float
@@ -34,21 +34,21 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """What a policy reaches."""
+    """The results of a policy."""
 
     policy: Policy
     rewards: dict[str, Estimate]
-    """Of every objective, as its scorer counts."""
+    """Mean reward of every objective, with the scorer's sign."""
     win_rates: dict[str, float] | None
-    """How often its response to a prompt is better than the reference's, ties counted half; None without one."""
+    """How often its response to a prompt is better than the reference's; ties count half. None without a reference."""
     kl: Estimate | None
-    """KL(policy || reference) in nats a response, from the responses' log-ratios; None where it cannot be estimated."""
+    """KL(policy || reference) in nats per response, from the responses' log-ratios; None if log-probs are missing."""
     tokens: float
-    """Mean length of a response."""
+    """Mean number of tokens of a response."""
     finished: float
-    """Share of responses that ended by themselves."""
+    """Fraction of responses that end with a stop token."""
     dominated_by: list[str]
-    """Policies that are at least as good on every objective, and better on one."""
+    """Names of policies that are at least as good on every objective and better on one."""
 
     @property
     def on_front(self) -> bool:
@@ -58,23 +58,23 @@ class PolicyResult:
 
 @dataclass(frozen=True)
 class Front:
-    """All policies of a comparison, and the volume that they dominate."""
+    """The results of all policies of a comparison, and the volume that they dominate."""
 
     objectives: list[str]
     lower_is_better: set[str]
-    standings: list[PolicyResult]
+    results: list[PolicyResult]
     reference_point: dict[str, float]
-    """Where volumes begin: by default the worst mean of each objective."""
+    """Reference point of the hypervolumes; by default the worst mean of each objective."""
     hypervolume: dict[str, float]
-    """Of the policies (`policies`), and of them with baselines and reference (`all`)."""
+    """Hypervolume of the policies (`policies`), and together with baselines and reference (`all`)."""
     prompts: int
     samples: int
-    """Responses to each prompt."""
+    """Number of responses to each prompt."""
     exact_sampling: bool
-    """Whether responses were drawn from the policies themselves; else log-ratios do not estimate their divergence."""
+    """Whether responses were drawn from the policies' own distributions; if not, log-ratios do not estimate the KL."""
 
     def better(self, name: str) -> int:
-        """1 where more of an objective is better, -1 where less is."""
+        """1 if higher is better for an objective, -1 if lower is."""
         return -1 if name in self.lower_is_better else 1
 
 
@@ -84,27 +84,27 @@ def find_front(
     """Compare the policies of a scored comparison.
 
     Args:
-        comparison: with responses and scores.
-        objectives: which to compare by; all by default.
-        reference_point: where hypervolumes begin.
+        comparison: a comparison with responses and scores.
+        objectives: objectives to compare by; by default all.
+        reference_point: reference point of the hypervolumes; by default the worst means.
 
     Raises:
-        ConfigError: naming what is missing: responses, scores, objectives.
+        ConfigError: if responses, scores or objectives are missing; names them.
     """
     names = list(objectives or comparison.objectives)
     if doubled := [name for name, count in Counter(names).items() if count > 1]:
         raise ConfigError(f"the objective {doubled[0]} is named twice; name every objective once")
     if len(names) > _MOST_OBJECTIVES:
         raise ConfigError(
-            f"there are {len(names)} objectives; compare by {_MOST_OBJECTIVES} of them at most, with --objectives"
+            f"there are {len(names)} objectives; compare {_MOST_OBJECTIVES} of them at most, with --objectives"
         )
     if unknown := [name for name in names if name not in comparison.objectives]:
         raise ConfigError(
-            f"{', '.join(unknown)} was not scored; scored are {', '.join(comparison.objectives) or 'no objectives'}; "
+            f"{', '.join(unknown)} was not scored; scored: {', '.join(comparison.objectives) or 'no objectives'}; "
             "see axolotl mopo score --help"
         )
     if not names:
-        raise ConfigError(f"{comparison.folder} has no scores; see axolotl mopo score --help")
+        raise ConfigError(f"{comparison.folder} has no scores; compute them with axolotl mopo score")
     _check_point(reference_point or {}, names)
     lower = {name for name in names if comparison.objectives[name].lower_is_better}
     responses = {policy.name: _complete(comparison, policy, names) for policy in comparison.policies}
@@ -112,7 +112,7 @@ def find_front(
     rewards = {policy: {name: estimate(_means(rows, name)) for name in names} for policy, rows in responses.items()}
     means = {policy: np.array([each[name].mean for name in names]) for policy, each in rewards.items()}
     signs = np.array([-1 if name in lower else 1 for name in names])
-    standings = [
+    results = [
         PolicyResult(
             policy,
             rewards[policy.name],
@@ -124,10 +124,10 @@ def find_front(
         )
         for policy in comparison.policies
     ]
-    points = np.stack([means[standing.policy.name] for standing in standings])
+    points = np.stack([means[result.policy.name] for result in results])
     worst = (points * signs).min(0) * signs
     begin = {name: float((reference_point or {}).get(name, worst[index])) for index, name in enumerate(names)}
-    own = [index for index, standing in enumerate(standings) if standing.policy.kind == "policy"]
+    own = [index for index, result in enumerate(results) if result.policy.kind == "policy"]
     volumes = {"policies": points[own], "all": points}
     hypervolume = {
         which: float(moocore.hypervolume(part, ref=list(begin.values()), maximise=[*(signs > 0)]))
@@ -135,16 +135,16 @@ def find_front(
     }
     if not all(map(math.isfinite, hypervolume.values())):
         raise ConfigError(
-            f"the hypervolume of {len(names)} objectives is too large for a number; compare by fewer of them, with "
-            "--objectives, or on smaller scales"
+            f"the hypervolume of {len(names)} objectives is too large for a float; compare fewer of them with "
+            "--objectives, or use scorers with smaller scales"
         )
     sampling, prompts = comparison.settings.sampling, comparison.settings.prompts
-    assert sampling and prompts  # noqa: S101 (or else the responses are not complete)
-    return Front(names, lower, standings, begin, hypervolume, prompts.count, sampling.samples, sampling.exact)
+    assert sampling and prompts  # noqa: S101 (`_complete` has checked it)
+    return Front(names, lower, results, begin, hypervolume, prompts.count, sampling.samples, sampling.exact)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one value for each prompt, with its interval."""
+    """The mean of one value per prompt, with its interval."""
     sample = np.asarray(values, np.float64)
     if len(sample) < 2:
         return Estimate(float(sample.mean()), math.nan, math.nan)
@@ -156,7 +156,9 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def _check_point(point: Mapping[str, float], names: Sequence[str]) -> None:
     if unknown := [name for name in point if name not in names]:
-        raise ConfigError(f"--reference-point: {', '.join(unknown)} is not compared by; known are {', '.join(names)}")
+        raise ConfigError(
+            f"--reference-point: {', '.join(unknown)} is not one of the compared objectives: {', '.join(names)}"
+        )
     for name, value in point.items():
         try:
             check_number(value)
@@ -168,14 +170,14 @@ def _complete(comparison: Comparison, policy: Policy, names: Sequence[str]) -> l
     rows = comparison.complete(policy.name)
     if unscored := [name for name in names if any(name not in row for row in rows)]:
         raise ConfigError(
-            f"{policy.name} is not scored on {', '.join(unscored)}, on which others are; run axolotl mopo score again "
-            "with the same scorer"
+            f"{policy.name} has no scores of {', '.join(unscored)}, which other policies have; run axolotl mopo score "
+            "again with the same scorer"
         )
     return rows
 
 
 def _by_prompt(rows: Sequence[Response], column: str) -> dict[int, Values]:
-    """The numbers in a column for the responses to each prompt."""
+    """The numbers of a column, grouped by prompt."""
     values: dict[int, list[float]] = defaultdict(list)
     for row in rows:
         values[row["prompt_id"]].append(row[column])  # type: ignore[literal-required]
@@ -183,14 +185,14 @@ def _by_prompt(rows: Sequence[Response], column: str) -> dict[int, Values]:
 
 
 def _means(rows: Sequence[Response], column: str) -> list[float]:
-    """The mean over the responses to each prompt."""
+    """The mean of a column over the responses to each prompt."""
     return [float(own.mean()) for own in _by_prompt(rows, column).values()]
 
 
 def _win_rates(
     rows: Sequence[Response], others: Sequence[Response], names: Sequence[str], lower: set[str]
 ) -> dict[str, float]:
-    """Every response against every one of the reference to the same prompt; mean over prompts."""
+    """Win rates of all pairs of a response and a reference's response to the same prompt; mean over prompts."""
     rates = {}
     for name in names:
         ours, theirs = _by_prompt(rows, name), _by_prompt(others, name)

@@ -1,18 +1,18 @@
-"""AMoPO, SimPO, DPO and MODPO on the same pairs of three and of five attributes that partly conflict.
+"""Compare AMoPO, SimPO, DPO and MODPO on the same pairs, with three and with five attributes that partly conflict.
 
     python example_configs/gallery/attributes.py        # writes outputs/gallery/attributes, prints tables
 
-A tiny random Llama is fitted to answers that regard no attribute (`attributes_world.py`), and every method trains an
-adapter on it, all by `axolotl train`, with the same steps, learning rate and adapter. The chosen response of a pair is
-drawn by Bradley-Terry on the sum of the attributes; for MODPO on the first attribute, while the others are margins of
-the same weight, which asks for the same policy. AMoPO has the beta, the gamma and the SFT term of Axolotl's SimPO, so
-that only prompts and weights differ; `without-sft` are both methods as their papers have them. Each seed draws the
-pairs and trains all policies anew.
+A tiny random Llama is fitted to answers drawn independently of the attributes (`attributes_world.py`). Every method
+trains an adapter on it with `axolotl train`, with the same steps, learning rate and adapter settings. Bradley-Terry on
+the sum of the attributes draws the chosen response of a pair. For MODPO it is on the first attribute, and the others
+are margins with the same weight, so the optimal policy is the same. AMoPO has the beta, the gamma and the SFT term of
+Axolotl's SimPO, so that only prompts and weights differ; `without-sft` is each of the two as in its paper. Each seed
+draws new pairs and trains new policies.
 
-The tables have, over questions that no policy was trained on: what the responses show, and `whole`, the share of them
-that have whole sentences only; and how often the reward that a policy was trained by (the mean log-prob of a token for
-SimPO and AMoPO) orders two responses as an attribute does. AMoPO is asked by its integrated prompt, or, trained without
-one, by each attribute's in turn.
+The tables are over held-out questions. `shown` is the mean score of generated responses, and `whole` the fraction of
+them that consists of whole sentences. `accuracy` is how often the reward that a policy was trained with (the mean
+log-prob per token for SimPO and AMoPO) orders two responses as an attribute does. AMoPO gets its integrated prompt, or
+the prompt of each attribute in turn if it was trained without one.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def methods(attributes: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def configuration(keys: dict[str, Any], base: str, data: str, seed: int) -> dict[str, Any]:
-    """A method's YAML, but for its output."""
+    """The YAML of a method, without its output folder."""
     entry: dict[str, Any] = {"path": data, "ds_type": "json", "split": "train"}
     if keys["rl"] in ("amopo", "modpo"):
         entry |= {"type": "axolotl_mopo.pairs"} | ({"score_scale": list(RANGE)} if keys["rl"] == "amopo" else {})
@@ -109,7 +109,7 @@ def configuration(keys: dict[str, Any], base: str, data: str, seed: int) -> dict
 
 
 def train(folder: Path, name: str, keys: dict[str, Any]) -> Path:
-    """Train by Axolotl, in this process."""
+    """Train with Axolotl, in this process."""
     output = folder / name
     cfg = {**keys, "dataset_prepared_path": str(folder / "prepared"), "output_dir": str(output)}
     output.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def train(folder: Path, name: str, keys: dict[str, Any]) -> Path:
 
 
 def run(attributes: Sequence[str], world: World, pairs: int, folder: Path, base: Path) -> Results:
-    """Train every method on one drawing of the pairs, and say what each reaches."""
+    """Train every method on the pairs of one seed and evaluate it."""
     rows = list(world.rows(world.known, pairs))
     files = {
         "all": write(folder / "pairs.jsonl", (world.ordered(row, attributes) for row in rows)),
@@ -135,12 +135,12 @@ def run(attributes: Sequence[str], world: World, pairs: int, folder: Path, base:
 
 
 class Judge:
-    """Says what policies reach over held-out questions.
+    """Evaluates policies on held-out questions.
 
     Args:
-        attributes: that they were trained for.
+        attributes: attributes that the policies were trained for.
         reference: the model that they were trained from.
-        questions: to answer.
+        questions: questions to answer.
         rows: questions with two responses each.
     """
 
@@ -155,13 +155,13 @@ class Judge:
 
     def __call__(self, policy: Policy) -> dict[str, float]:
         """Preference accuracies, and the attributes of generated responses."""
-        askings = [PromptChoice()]
-        if policy.manifest.get("integrated") is False:
-            askings = [PromptChoice(name) for name in self.attributes]
-        each = [self._rewards(policy, asking) for asking in askings]
+        choices = [PromptChoice()]
+        if policy.manifest and policy.manifest.settings.get("integrated") is False:
+            choices = [PromptChoice(name) for name in self.attributes]
+        each = [self._rewards(policy, choice) for choice in choices]
         rewards = [statistics.fmean(values) for values in zip(*each, strict=True)]
         accuracies = {name: self._accuracy(name, rewards) for name in self.attributes}
-        responses = [text for asking in askings for text in self._responses(policy, asking)]
+        responses = [text for choice in choices for text in self._responses(policy, choice)]
         shown = [rate(text) for text in responses]
         attributes = {name: statistics.fmean(scores[name] for scores in shown) for name in self.attributes}
         whole = statistics.fmean(" ".join(sentences(text)) == text for text in responses)
@@ -173,9 +173,9 @@ class Judge:
             **{f"shown {name}": value for name, value in attributes.items()},
         }
 
-    def _rewards(self, policy: Policy, asking: PromptChoice) -> list[float]:
-        """The reward by which the policy was trained, of every row's two responses in turn."""
-        prompts = [self._prompt(policy, asking, row["prompt"]) for row in self.rows for _ in row["both"]]
+    def _rewards(self, policy: Policy, choice: PromptChoice) -> list[float]:
+        """The reward that the policy was trained with, of the two responses of every row."""
+        prompts = [self._prompt(policy, choice, row["prompt"]) for row in self.rows for _ in row["both"]]
         texts = [(row["prompt"], text) for row in self.rows for text in row["both"]]
         completions = tokenize(self.tokenizer, [self.renderer.completion(*each) for each in texts])
         logps = self._logps(policy.path, policy.base, prompts, completions)
@@ -188,32 +188,33 @@ class Judge:
         self, path: str, base: str | None, prompts: list[list[int]], completions: list[list[int]]
     ) -> list[float]:
         with self.models.running(path, base) as model:
-            score = CompletionLogps(model, (prompts[0], completions[0]))
+            completion_logps = CompletionLogps(model, (prompts[0], completions[0]))
             parts = range(0, len(prompts), BATCH)
-            return [logp for at in parts for logp in score(prompts[at : at + BATCH], completions[at : at + BATCH])]
+            each = [completion_logps(prompts[at : at + BATCH], completions[at : at + BATCH]) for at in parts]
+            return [logp for logps in each for logp in logps]
 
     def _accuracy(self, attribute: str, rewards: Sequence[float]) -> float:
-        """How often the response that shows more of the attribute has the higher reward, where the two differ."""
+        """How often the response with the higher attribute has the higher reward, over rows in which they differ."""
         margins = [
             (row["scores"][0][attribute] - row["scores"][1][attribute], first - second)
             for row, first, second in zip(self.rows, rewards[::2], rewards[1::2], strict=True)
         ]
         return statistics.fmean(more * margin > 0 for more, margin in margins if more)
 
-    def _responses(self, policy: Policy, asking: PromptChoice) -> list[str]:
-        prompts = [self._prompt(policy, asking, user(question)) for question in self.questions]
+    def _responses(self, policy: Policy, choice: PromptChoice) -> list[str]:
+        prompts = [self._prompt(policy, choice, user(question)) for question in self.questions]
         with self.models.running(policy.path, policy.base) as model:
             stops = stop_tokens(model.generation_config, self.tokenizer)
-            drawn = generate(model, prompts, SAMPLING, stops, seed=0)
+            drawn = generate(model, prompts, SAMPLING, stops, seeds=range(len(prompts)))
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for each in drawn for ids in each]
 
-    def _prompt(self, policy: Policy, asking: PromptChoice, messages: list[Any]) -> list[int]:
-        (ids,) = tokenize(self.tokenizer, [self.renderer.prompt(policy.asked(messages, asking))])
+    def _prompt(self, policy: Policy, choice: PromptChoice, messages: list[Any]) -> list[int]:
+        (ids,) = tokenize(self.tokenizer, [self.renderer.prompt(policy.asked(messages, choice))])
         return ids
 
 
 def table(results: Sequence[Results], attributes: Sequence[str], kind: str) -> str:
-    """Means over the seeds and their standard deviations, of `accuracy` or of what is `shown`, as Markdown."""
+    """A Markdown table of means and standard deviations over the seeds, for `accuracy` or `shown`."""
     columns = {"mean": kind, **{name: f"{kind} {name}" for name in attributes}}
     if kind == "shown":
         columns["whole"] = "whole"
@@ -226,7 +227,7 @@ def table(results: Sequence[Results], attributes: Sequence[str], kind: str) -> s
 
 
 def main() -> None:
-    """Train and compare."""
+    """Train and compare all methods."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, choices=range(2, 10), default=3)
     parser.add_argument("--pairs", type=int, default=1000)

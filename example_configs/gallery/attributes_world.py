@@ -1,7 +1,7 @@
-"""The world of `attributes.py`: responses of one to four sentences, and how much of every attribute each shows.
+"""The synthetic data of `attributes.py`: responses of one to four sentences, and their scores on every attribute.
 
-Most sentences serve an attribute, some serve two, some serve one and hurt another, and each makes its response less
-brief.
+Most sentences raise one attribute, some raise two, some raise one and lower another. Each sentence makes its response
+less brief.
 """
 
 import json
@@ -17,7 +17,7 @@ from axolotl_mopo.data.conversations import user, with_directive
 
 ATTRIBUTES = ["informative", "polite", "brief", "careful", "vivid"]
 RANGE = (-4, 4)
-"""Of all attributes' scores."""
+"""Range of the scores of all attributes."""
 LONGEST = 4
 
 SENTENCES: list[tuple[dict[str, int], str]] = [
@@ -57,24 +57,24 @@ QUESTIONS = [
 
 
 def rate(response: str) -> dict[str, int]:
-    """How much of every attribute a response shows, within `RANGE`; to say nothing is not brief."""
+    """The score of a response on every attribute, within `RANGE`. An empty response has 0 for brief."""
     shown = [EFFECTS[sentence] for sentence in sentences(response)]
     counts = {name: sum(effects.get(name, 0) for effects in shown) for name in ATTRIBUTES}
     return {**counts, "brief": max(RANGE[0], LONGEST - len(shown)) if shown else 0}
 
 
 def sentences(response: str) -> list[str]:
-    """The world's sentences in a response; what else it holds shows nothing."""
+    """The known sentences in a response. Other text has no score."""
     parts = (f"{part.strip()}." for part in response.split("."))
     return [part for part in parts if part in EFFECTS]
 
 
 @dataclass
 class World:
-    """A drawing of the world's data.
+    """Draws the data.
 
     Args:
-        seed: of the drawing; which questions are held out is the same for all.
+        seed: random seed of the data. The held-out questions are the same for all seeds.
     """
 
     seed: int
@@ -85,14 +85,14 @@ class World:
         self.held_out, self.known = questions[:48], questions[48:]
 
     def response(self) -> str:
-        """An answer that regards no attribute."""
+        """An answer drawn independently of all attributes."""
         kinds = [text.split(". ") for _, text in SENTENCES]
         return " ".join(
             f"{self.rng.choice(self.rng.choice(kinds)).removesuffix('.')}." for _ in range(self.rng.randint(1, LONGEST))
         )
 
     def demonstrations(self, settings: Sequence[AMoPOConfig], count: int = 2400) -> Iterator[dict[str, Any]]:
-        """Answers to questions, every other one under a directive, which they do not regard either."""
+        """Answers to questions. Every other question has a directive, which the answer ignores."""
         for number in range(count):
             messages = user(self.rng.choice(self.known))
             if number % 2:
@@ -102,7 +102,7 @@ class World:
             yield {"messages": [*messages, assistant(self.response())]}
 
     def rows(self, questions: Sequence[str], count: int) -> Iterator[dict[str, Any]]:
-        """Questions with two unlike responses each, and what these show."""
+        """Questions with two responses each, whose scores differ."""
         for _ in range(count):
             both = self.response(), self.response()
             while rate(both[0]) == rate(both[1]):
@@ -110,7 +110,7 @@ class World:
             yield {"prompt": user(self.rng.choice(questions)), "both": both, "scores": [rate(text) for text in both]}
 
     def ordered(self, row: dict[str, Any], attributes: Sequence[str]) -> dict[str, Any]:
-        """A pair, its chosen response drawn by Bradley-Terry on the sum of some attributes."""
+        """A pair; Bradley-Terry on the sum of some attributes draws the chosen response."""
         first, second = (sum(scores[name] for name in attributes) for scores in row["scores"])
         chosen = 0 if self.rng.random() < 1 / (1 + math.exp(second - first)) else 1
         return {
@@ -130,5 +130,5 @@ def write(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
 
 
 def assistant(content: str) -> dict[str, str]:
-    """What the assistant says."""
+    """A message of the assistant."""
     return {"role": "assistant", "content": content}

@@ -1,10 +1,10 @@
-"""A safety-like world: people ask how to do things; steps are helpful answers, and cautions are harmless ones.
+"""A synthetic safety task: questions ask how to do things; steps make an answer helpful, cautions make it harmless.
 
     python example_configs/gallery/safety.py        # writes outputs/gallery/safety
 
-A response has three sentences, so that every caution takes the place of a step. Rows have the shape of PKU-SafeRLHF:
-two responses, which of them is `better` and which is `safer`, each judged by Bradley-Terry on the number of steps and
-of cautions. `helpful` and `harmless` are what `axolotl mopo score` judges by.
+A response has three sentences, so every caution replaces a step. Rows have the format of PKU-SafeRLHF: two responses,
+which of them is `better` and which is `safer`. Both labels are drawn by Bradley-Terry, on the number of steps and on
+the number of cautions. `axolotl mopo score` uses the functions `helpful` and `harmless`.
 """
 
 import json

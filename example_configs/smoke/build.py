@@ -1,11 +1,11 @@
-"""Build the smoke set: 360 preference pairs of fourteen kinds of request, and a tiny tokenizer and model config.
+"""Build the smoke data: 360 preference pairs of fourteen kinds of request, and a tiny tokenizer and model config.
 
     python example_configs/smoke/build.py
 
-Each pair is a request from the tables below, answered in two manners, and a manner decides the scores (0 to 4): a wrong
-fact costs correctness, a limit ignored costs instruction_following, a rude, evasive or bare answer costs helpfulness,
-and verbosity is the number of words. The chosen response has the higher mean of the first three. In about a quarter of
-the pairs the rejected one is nevertheless better on one of them, so that the objectives really conflict.
+Each pair is a request from the tables below with two kinds of answer. The kind determines the scores (0 to 4): a wrong
+fact lowers correctness, an ignored limit lowers instruction_following, a rude, evasive or bare answer lowers
+helpfulness, and verbosity grows with the number of words. The chosen response has the higher mean of the first three.
+In about a quarter of the pairs the rejected response is better on one of them, so that the objectives conflict.
 """
 
 import json
@@ -118,45 +118,45 @@ HOW_TO = {
 
 
 class Task(NamedTuple):
-    """A request, with the answers that it can get."""
+    """A request with its possible answers."""
 
     prompt: str
     right: str
-    wrong: str  # shaped like the right one
-    bare: str = ""  # right, and not a word more
-    loose: str = ""  # right, but past the limit that the prompt sets
+    wrong: str  # has the form of the right one
+    bare: str = ""  # right, without any other word
+    loose: str = ""  # right, but exceeds the limit of the prompt
 
 
 class Response(NamedTuple):
-    """A text, and the helpfulness, correctness and instruction following that its making earned."""
+    """A text with its helpfulness, correctness and instruction following."""
 
     text: str
     earned: tuple[int, int, int]
 
     def scores(self) -> dict[str, int]:
-        """All four scores; ten words more are one more point of verbosity."""
+        """All four scores. Ten more words are one more point of verbosity."""
         words = len(self.text.split())
         verbosity = 0 if words < 4 else min(1 + words // 10, 4)
         return dict(zip(ATTRIBUTES, (*self.earned, verbosity), strict=True))
 
 
 def capital(text: str) -> str:
-    """The text with its first letter in upper case and the others as they were."""
+    """The text with its first letter in upper case."""
     return text[0].upper() + text[1:]
 
 
 def entries(text: str) -> list[str]:
-    """The entries of a table, whatever its line breaks."""
+    """The entries of a table; line breaks do not matter."""
     return " ".join(text.split()).split(", ")
 
 
 def others(answers: list[str], rng: random.Random) -> list[str]:
-    """For each answer, one of the others that says something else."""
+    """For each answer, a different one."""
     return [rng.choice([other for other in answers if other != answer]) for answer in answers]
 
 
 def looked_up(text: str, question: str, sentence: str, rng: random.Random, one_word: bool = False) -> Iterator[Task]:
-    """Facts of a table, each a thing and a word about it; with `one_word` the word alone is asked for."""
+    """Facts of a table, each a thing and a word about it; with `one_word`, the prompt asks for the word alone."""
     things, words = zip(*(entry.rsplit(" ", 1) for entry in entries(text)), strict=True)
     for thing, word, other in zip(things, words, others(list(words), rng), strict=True):
         right, wrong = (capital(f"{sentence.format(thing, answer)}.") for answer in (word, other))
@@ -166,7 +166,7 @@ def looked_up(text: str, question: str, sentence: str, rng: random.Random, one_w
 
 
 def sums(rng: random.Random) -> Iterator[Task]:
-    """Additions, subtractions and multiplications of small numbers; the wrong result is a little off."""
+    """Additions, subtractions and multiplications of small numbers; the wrong result is slightly too large."""
     for name, top, count in (("plus", 40, 30), ("minus", 40, 28), ("times", 11, 24)):
         for _ in range(count):
             b, a = sorted(rng.sample(range(2, top), 2))
@@ -178,7 +178,7 @@ def sums(rng: random.Random) -> Iterator[Task]:
 
 
 def conversions(rng: random.Random) -> Iterator[Task]:
-    """From a larger unit to a smaller one; the wrong result has the wrong factor."""
+    """Conversions from a larger unit to a smaller one; the wrong result uses a wrong factor."""
     for small, large, factor, other in UNITS:
         for n in rng.sample(range(2, 13), 5):
             right, wrong = (f"There are {n * each} {small} in {n} {large}." for each in (factor, other))
@@ -201,7 +201,7 @@ def descriptions() -> Iterator[Task]:
 
 
 def namings(rng: random.Random) -> Iterator[Task]:
-    """A number of things of a group; the wrong ones are of another group."""
+    """Requests for a number of things of a group; the wrong answer names another group."""
     for (group, members), other in zip(GROUPS.items(), others(list(GROUPS.values()), rng), strict=True):
         for n in (2, 3, 4):
             right, wrong = (capital(", ".join(rng.sample(names.split(), n))) for names in (members, other))
@@ -245,7 +245,7 @@ def definitions(rng: random.Random) -> Iterator[Task]:
 
 
 def rewritings(rng: random.Random) -> Iterator[Task]:
-    """Demands to put politely; the wrong version asks for something else."""
+    """Demands to rewrite politely; the wrong version asks for something else."""
     demands = entries(DEMANDS)
     for demand, other in zip(demands, others(demands, rng), strict=True):
         right, wrong = (f'You could say: "Could you please {each}?"' for each in (demand, other))
@@ -259,7 +259,7 @@ def how_tos() -> Iterator[Task]:
 
 
 def tasks(rng: random.Random) -> list[Task]:
-    """All requests, none twice, in an order that mixes the kinds."""
+    """All distinct requests, in random order."""
     found = [
         *looked_up(CAPITALS, "What is the capital of {}?", "the capital of {} is {}", rng),
         *looked_up(CONTINENTS, "Which continent is {} in?", "{} is in {}", rng),
@@ -281,11 +281,11 @@ def tasks(rng: random.Random) -> list[Task]:
 
 
 def clear_pair(task: Task, rng: random.Random) -> tuple[Response, Response]:
-    """A good answer, and one that is nowhere better."""
+    """A good answer, and one that is not better on any attribute."""
     good = [Response(task.right, (3, 4, 4))]
     if not task.loose:  # no limit, so there is room for kindness
         good += 2 * [Response(f"Sure! {task.right} I hope that helps.", (4, 4, 4))]
-    kept = 1 if task.loose else 4  # what is left of instruction_following once something is added
+    kept = 1 if task.loose else 4  # instruction_following of an answer with added text
     bad = [
         Response(task.wrong, (2, 0, 4)),
         Response(f"{task.wrong} Do not ask me again.", (1, 0, kept)),
@@ -303,26 +303,26 @@ def clear_pair(task: Task, rng: random.Random) -> tuple[Response, Response]:
 
 
 def conflicting_pair(task: Task, rng: random.Random) -> tuple[Response, Response]:
-    """A good answer, and one that is worse as a whole but better on one attribute."""
+    """A good answer, and one that is worse on average but better on one attribute."""
     if task.loose:
         return rng.choice(
             [
-                # The limit is kept by the wrong answer only.
+                # Only the wrong answer keeps to the limit.
                 (Response(f"Sure! {task.loose}", (4, 4, 1)), Response(task.wrong, (2, 0, 4))),
-                # The kind answer forgets the limit.
+                # The kind answer exceeds the limit.
                 (Response(task.right, (3, 4, 4)), Response(f"Sure! {task.loose} I hope that helps.", (4, 4, 0))),
             ]
         )
     if task.bare and rng.random() < 0.5:  # the kind answer is wrong
         return Response(task.bare, (2, 4, 4)), Response(f"Sure! {task.wrong} I hope that helps.", (3, 0, 4))
-    return (  # the kind answer leaves a doubt that the rude one does not
+    return (  # the kind answer expresses a doubt, the rude one does not
         Response(f"Sure! {task.right} But I may be mistaken, so please check.", (4, 3, 4)),
         Response(f"{task.right} How can you not know that?", (0, 4, 4)),
     )
 
 
 def rows(rng: random.Random) -> list[dict[str, object]]:
-    """All pairs as rows of the files."""
+    """All pairs, as rows of the files."""
     made = []
     for task in tasks(rng):
         chosen, rejected = (conflicting_pair if rng.random() < CONFLICTS else clear_pair)(task, rng)
@@ -375,7 +375,7 @@ def write_model(folder: Path, texts: list[str]) -> None:
 
 
 def main() -> None:
-    """Write `pairs.jsonl`, `pairs-test.jsonl` and `model/` beside this script."""
+    """Write `pairs.jsonl`, `pairs-test.jsonl` and `model/` next to this script."""
     made = rows(random.Random(0))
     for name, part in (("pairs.jsonl", made[:TRAIN]), ("pairs-test.jsonl", made[TRAIN:])):
         (HERE / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
