@@ -99,6 +99,7 @@ class TableCache:
 
     def _write(self, name: str, values: Tensor) -> None:
         content = save({"values": values.contiguous()}, {_DIGEST: table_digest(name, values)})
+        self.path(name).unlink(missing_ok=True)  # a link, or anything else that is not a table, is replaced
         Folder(self.folder).write(self.path(name).name, content)
 
 
