@@ -221,8 +221,8 @@ def metrics() -> str:
         [
             "# Metrics",
             NOTE,
-            "Means over every pair of the logging window and of all ranks, beside Axolotl's own keys (`loss`, "
-            "`learning_rate`, `grad_norm` and others). In evaluation `eval_` stands before the name. `<margin>` is the "
+            "Means over every pair of the logging window and of all ranks, in addition to Axolotl's own keys (`loss`, "
+            "`learning_rate`, `grad_norm` and others). In evaluation the names begin with `eval_`. `<margin>` is the "
             "name of a margin; `<dimension>` is the name of a dimension, or `integrated`.",
             table(("metric", *METHODS, "meaning"), rows),
             "The formulas behind the names are in [MODPO in one page](../explanation/modpo.md) and "
