@@ -164,7 +164,7 @@ def test_responses_are_drawn_from_the_policy_itself(base):
 def test_the_divergence_is_estimated_without_bias(base, sweep, tmp_path):
     """Responses of one token, for which KL(policy || reference) is a sum over the vocabulary."""
     sampling = Sampling(samples=400, max_new_tokens=1)
-    compared = generation(tmp_path, find_policies([str(sweep)]), sampling=sampling)
+    compared = generation(tmp_path, find_policies([str(sweep / "sweep0001")]), sampling=sampling)
     tokenizer, plain = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), sweep / "sweep0001").eval()
     exact, spread = [], []
