@@ -94,7 +94,7 @@ def is_configuration(node):
 def test_every_key_of_the_host_is_read_or_refused_or_explained():
     known = {*READ, *REFUSED, *EXPLAINED}
     keys = {key for key in AxolotlInputConfig.model_fields if not key.startswith(TRACKERS)}
-    assert keys - known == set(), "say in host_keys.yaml who reads it, or refuse it in config.py"
+    assert keys - known == set(), "say in host_keys.yaml who reads it, or refuse it in config/host_keys.py"
     assert known - keys == OUTSIDE_THE_SCHEMA, "Axolotl knows it no more"
     assert len(READ) + len(REFUSED) + len(EXPLAINED) == len(known), "named twice"
 
