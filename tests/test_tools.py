@@ -192,7 +192,7 @@ def test_scores_of_several_scales_are_told(tmp_path):
     Dataset.from_list([{"instruction": "q", "completions": completions}]).to_json(tmp_path / "raw.jsonl")
     arguments = ("--type", "ultrafeedback", "--objective", "overall", "-o", tmp_path / "o # ut.jsonl")
     output = run("pairs", tmp_path / "raw.jsonl", *arguments)
-    assert "# Its scores have several scales" in output
+    assert "# The scores have different scales" in output
     (entry,) = yaml.safe_load(output.split("put this in the YAML:\n\n")[1])["datasets"]
     assert entry == {"path": str(tmp_path / "o # ut.jsonl"), "type": "axolotl_mopo.pairs", "ds_type": "json"}
 
