@@ -127,10 +127,10 @@ def configuration() -> str:
     parts = [
         "# Configuration",
         NOTE,
-        "The settings of a method are in the block that has its name. A key that a block does not know is refused with "
-        "the nearest one that it knows, and so are NaN and infinity. In a sweep a dotted key such as `modpo.weights` "
-        "replaces one setting of a block. All other keys of the YAML are Axolotl's; those that are refused are listed "
-        "in [what is supported](../support.md#refused).",
+        "The settings of a method are in the block of its name. An unknown key is refused, with a suggestion, and so "
+        "are NaN and infinity. In a sweep a dotted key such as `modpo.weights` replaces one setting of a block. All "
+        "other keys of the YAML are Axolotl's; those that are refused are listed in "
+        "[what is supported](../support.md#refused).",
         "## Settings of every method",
         "These keys may be in the block of either method.",
         settings(MethodConfig),

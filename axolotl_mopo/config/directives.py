@@ -114,7 +114,7 @@ class PromptSettings(Settings):
         Directives(),
         description=(
             "Texts that the prompts add to the question: {dimension: TEMPLATE, integrated: TEMPLATE}. Default: the "
-            "texts in the guide."
+            "built-in templates."
         ),
     )
     directive_position: Literal["before", "after"] = Field(
