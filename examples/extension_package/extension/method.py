@@ -21,6 +21,6 @@ METHODS["tchebycheff"] = TchebycheffConfig
 
 
 class ExtensionArgs(BaseModel):
-    """The field that the block is in the host's configuration."""
+    """The field that the block is in Axolotl's configuration."""
 
     tchebycheff: TchebycheffConfig | None = None

@@ -1,4 +1,4 @@
-"""The method's trainer, which the host imports when it needs it."""
+"""The method's trainer, which Axolotl imports when it needs it."""
 
 from typing import ClassVar
 
