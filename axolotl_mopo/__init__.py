@@ -15,7 +15,7 @@ __all__ = ["MOPOPlugin", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the plugin and the strategies on first use, so that importing the package is fast.
+    """Import the plugin and the strategies on first use, so that importing the package loads nothing heavy.
 
     A strategy's name may end in `@` and the key of its data set's settings; `axolotl_mopo.data.entries` adds them.
     """

@@ -810,6 +810,15 @@ def test_an_implicit_reward_of_a_whole_model_is_against_its_reference(scored, ba
         assert row["safer"] == pytest.approx(0.3 * (own - other), abs=1e-3)
 
 
+def test_a_reference_without_weights_is_refused_before_a_model_is_loaded(scored, base, tmp_path, monkeypatch):
+    whole, bare = stirred(base, tmp_path / "whole", 0.1), tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(base / "config.json", bare)
+    monkeypatch.setattr(Models, "running", lambda *args: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match=r"--scorer safer: .*bare has no weights"):
+        scored(f"safer={{source: adapter, path: {whole}, reference: {bare}, beta: 0.3}}")
+
+
 def test_a_model_of_another_vocabulary_is_asked_for_the_text_of_a_response(base, tmp_path):
     other = AutoTokenizer.from_pretrained(base)
     other.add_tokens(["hello"])

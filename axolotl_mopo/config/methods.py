@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from axolotl_mopo.choices import AMoPOLossType, MODPOLossType, WeightingScheme
 from axolotl_mopo.config.directives import Directive, PromptSettings
 from axolotl_mopo.config.settings import Number, Settings, did_you_mean
-from axolotl_mopo.config.sources import SOURCES, TRAINING_KEYS, Margin, RewardSource
+from axolotl_mopo.config.sources import TRAINING_KEYS, Margin, RewardSource, nested_margin
 
 
 class MethodConfig(Settings):
@@ -221,10 +221,7 @@ class MODPOConfig(MethodConfig):
     @classmethod
     def nested(cls, keys: list[Any], raw: Mapping[str, Any]) -> tuple[str, type[BaseModel], list[Any]] | None:
         """See `Settings.nested`."""
-        if keys[:1] != ["margins"] or len(keys) < 3:
-            return None
-        _, name, *rest = keys
-        return f"margins.{name}", SOURCES[raw["margins"][name]["source"]], rest
+        return nested_margin(keys, raw)
 
 
 class DimensionsConfig(MethodConfig, PromptSettings):

@@ -164,3 +164,11 @@ def _source(value: Any) -> RewardSource:
 
 Margin = Annotated[SerializeAsAny[RewardSource], BeforeValidator(_source)]
 """A source of the class that `source:` names."""
+
+
+def nested_margin(keys: list[Any], raw: Mapping[str, Any]) -> tuple[str, type[RewardSource], list[Any]] | None:
+    """See `Settings.nested`, for settings that have sources under the key `margins`."""
+    if keys[:1] != ["margins"] or len(keys) < 3:
+        return None
+    _, name, *rest = keys
+    return f"margins.{name}", SOURCES[raw["margins"][name]["source"]], rest

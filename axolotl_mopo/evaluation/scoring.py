@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import BaseModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from axolotl_mopo.config import SOURCES, Margin, RewardSource, Settings, parse_settings
-from axolotl_mopo.config.sources import TRAINING_KEYS
+from axolotl_mopo.config.sources import TRAINING_KEYS, nested_margin
 from axolotl_mopo.data.rows import RatedResponse
 from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
 from axolotl_mopo.digests import digest
@@ -26,9 +27,17 @@ from axolotl_mopo.evaluation.schema import Objective, Response, response_key
 from axolotl_mopo.rewards import Rewards, TextSource
 from axolotl_mopo.rewards.resolve import resolve_source
 
+Requests = dict[tuple[int, int], tuple[list[int], list[int]]]
+"""By prompt and sample: the token ids of the prompt and of the response."""
+
 
 class _Scorers(Settings):
     margins: dict[str, Margin]
+
+    @classmethod
+    def nested(cls, keys: list[Any], raw: Mapping[str, Any]) -> tuple[str, type[BaseModel], list[Any]] | None:
+        """See `Settings.nested`."""
+        return nested_margin(keys, raw)
 
 
 def parse_scorer(text: str) -> tuple[str, RewardSource]:
@@ -61,10 +70,11 @@ def parse_scorer(text: str) -> tuple[str, RewardSource]:
             f"--scorer {name}: {', '.join(sorted(given))} apply to training only, and scores are raw rewards; remove "
             "them"
         )
+    kind = SOURCES.get(str(raw.get("source"))) if isinstance(raw, Mapping) else None
+    if kind and kind.needs_scores:
+        raise ConfigError(f"--scorer {name}: generated responses have no column of scores; use another source")
     try:
         scorer = parse_settings(_Scorers, {"margins": {name: raw}}, "--scorer").margins[name]
-        if scorer.needs_scores:
-            raise ConfigError(f"--scorer {name}: generated responses have no column of scores; use another source")
         return name, resolve_source(scorer, f"`--scorer.margins.{name}")
     except ConfigError as error:
         raise ConfigError(str(error).replace("--scorer.margins.", "--scorer ")) from None
@@ -117,16 +127,19 @@ class Scoring:
         current = known is not None and known.digest == objective.digest
         unscored = [policy for policy in self.comparison.policies if not current or not self._has(policy, name)]
         if unscored:
+            _check_models(name, source)
+            found: list[tuple[Policy, list[float], list[str]]] = []
             with ExitStack() as stack:
                 rewards = _OpenRewards(stack, name, self)
-                responses = [_PolicyResponses(self, policy, name, objective.digest, rewards) for policy in unscored]
-                found = [source.rewards(each).tolist() for each in responses]
+                for policy in unscored:
+                    responses = _PolicyResponses(self, policy, name, objective.digest, rewards)
+                    found.append((policy, source.rewards(responses).tolist(), responses.computed))
             if not current:
                 # If the process is killed while columns are replaced, no objective refers to a mix of old and new.
                 self.comparison.drop_objective(name)
                 self.comparison.save_settings()
-            for each, values in zip(responses, found, strict=True):
-                self.comparison.add_column(each.policy.name, name, values, each.computed)
+            for policy, values, computed in found:
+                self.comparison.add_column(policy.name, name, values, computed)
         else:
             self.log(f"{name}: all responses are scored already.")
         self.comparison.add_objective(name, objective)
@@ -164,6 +177,21 @@ class Scoring:
         return self.comparison.responses(policy.name)
 
 
+def _check_models(name: str, source: RewardSource) -> None:
+    """Refuse an implicit reward of which a model has no weights, before any model is loaded.
+
+    Raises:
+        ConfigError: names the model.
+    """
+    for key, kind in source.model_paths.items():
+        path = getattr(source, key)
+        if kind == "adapter":
+            (model,) = find_policies([path])
+            require_weights(model.whole, f"--scorer {name}")
+        elif kind == "base":
+            require_weights(path, f"--scorer {name}")
+
+
 @dataclass
 class _OpenRewards:
     """Opens the rewards of a text source on first use, and shares them between all policies."""
@@ -172,15 +200,16 @@ class _OpenRewards:
     name: str
     """Name of the objective."""
     scoring: Scoring
-    rewards: Rewards | None = None
+    opened: dict[str, Rewards] = field(default_factory=dict)
 
     def of(self, source: TextSource) -> Rewards:
         """The opened rewards of a source."""
-        if self.rewards is None:
+        key = source.model_dump_json()
+        if key not in self.opened:
             if source.code:
                 self.scoring.log(f"{self.name} runs the code of {source.code}.")
-            self.rewards = self.stack.enter_context(source.opened(self.scoring.models.device))
-        return self.rewards
+            self.opened[key] = self.stack.enter_context(source.opened(self.scoring.models.device))
+        return self.opened[key]
 
 
 @dataclass
@@ -196,6 +225,7 @@ class _PolicyResponses:
     open_rewards: _OpenRewards
     computed: list[str] = field(default_factory=list)
     """The `source` of each `Comparison.compute` call, to remove its partial results later."""
+    requests: dict[str, tuple[Policy, Requests]] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[Response]:
@@ -220,27 +250,29 @@ class _PolicyResponses:
             except DataError as error:
                 raise DataError(f"{self.policy.name}, {self.name}: {error}; scores computed before are kept") from None
 
-        return self._compute(self.made_by, source.batch_size, one_batch, f"{self.policy.name}, {self.name}")
+        made_by = f"{self.made_by}-{len(self.computed)}" if self.computed else self.made_by
+        return self._compute(made_by, source.batch_size, one_batch, f"{self.policy.name}, {self.name}")
 
     def logps(self, path: str) -> Tensor:
         """Log-probs under an adapter or a whole model."""
-        model = self._model(path)
-        return self._logps(f"{self.made_by}-0", model.path, model.base, model)
+        model, asked = self._requests(path)
+        return self._logps(model.path, model.base, asked)
 
     def reference_logps(self, path: str, reference: str | None) -> Tensor:
         """Log-probs under `reference`, or else under the base model of the adapter at `path`."""
-        model = self._model(path)
-        whole = reference or model.whole
-        require_weights(whole, f"--scorer {self.name}")
-        return self._logps(f"{self.made_by}-1", whole, None, model)
+        model, asked = self._requests(path)
+        return self._logps(reference or model.whole, None, asked)
 
-    def _model(self, path: str) -> Policy:
-        (model,) = find_policies([path])
-        return model
+    def _requests(self, path: str) -> tuple[Policy, Requests]:
+        """The model at `path`, and every response as its token ids."""
+        if path not in self.requests:
+            (model,) = find_policies([path])
+            asked = _asked(self.rows, self.policy, model)
+            self.requests[path] = model, dict(zip(map(response_key, self.rows), asked, strict=True))
+        return self.requests[path]
 
-    def _logps(self, made_by: str, path: str, base: str | None, model: Policy) -> Tensor:
-        keys = map(response_key, self.rows)
-        asked = dict(zip(keys, _asked(self.rows, self.policy, model), strict=True))
+    def _logps(self, path: str, base: str | None, asked: Requests) -> Tensor:
+        made_by = f"{self.made_by}-{len(self.computed)}"
         with self.scoring.models.running(path, base) as running:
             logps = CompletionLogps(running, next(iter(asked.values())))
 

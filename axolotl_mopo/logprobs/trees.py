@@ -173,7 +173,9 @@ def _sequences(items: Sequence[Pair | Completion]) -> list[tuple[int, Tokens]]:
     arrays: dict[int, Tokens] = {}  # a pair's prompts and completions are each used several times
 
     def array(tokens: Sequence[int]) -> Tokens:
-        return arrays.setdefault(id(tokens), np.asarray(tokens, np.int64))
+        if id(tokens) not in arrays:
+            arrays[id(tokens)] = np.asarray(tokens, np.int64)
+        return arrays[id(tokens)]
 
     completions = [completion for item in items for completion in item.completions]
     return [(len(one.prompt), np.concatenate([array(one.prompt), array(one.tokens)])) for one in completions]

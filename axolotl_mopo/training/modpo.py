@@ -206,7 +206,7 @@ class MODPOTrainer(MultiObjectiveTrainer):
         """
         method = self.method
         policy_chosen_logps, policy_rejected_logps = logprobs.logps.view(-1, 2).unbind(-1)
-        assert self._tables  # noqa: S101 (computed before the first step)
+        assert self._tables and part.rows is not None  # noqa: S101 (computed before the first step)
         ref_chosen_logps, ref_rejected_logps = self._tables.reference[part.rows].unbind(-1)
         chosen_margin_rewards, rejected_margin_rewards = self._tables.margins[part.rows].unbind(1)
         losses, chosen_rewards, rejected_rewards = modpo_loss(
