@@ -5,7 +5,6 @@ Exports the plugin and the strategies that the `type:` of a data set names.
 
 from typing import TYPE_CHECKING, Any
 
-import axolotl_mopo.rewards  # noqa: F401 (registers the reward sources)
 from axolotl_mopo.version import __version__
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ __all__ = ["MOPOPlugin", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the plugin and the strategies on first use, so that importing the package loads nothing heavy.
+    """Import the plugin and the strategies on first use, so that importing the package is fast.
 
     A strategy's name may end in `@` and the key of its data set's settings; `axolotl_mopo.data.entries` adds them.
     """

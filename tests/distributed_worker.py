@@ -21,15 +21,15 @@ from axolotl_mopo.training.collator import PairCollator
 
 @dataclass
 class NotingCollator(PairCollator):
-    """Notes how many pairs a batch has, and how many passes each of its units."""
+    """Notes how many pairs a batch has, and how many passes each of its groups."""
 
     pairs: int = 0
-    units: list = field(default_factory=list)
+    groups: list = field(default_factory=list)
 
     def __call__(self, rows):
         batch = super().__call__(rows)
         self.pairs += batch["size"]
-        self.units.append([len(unit) for unit in batch["groups"]])
+        self.groups.append([len(group) for group in batch["groups"]])
         return batch
 
 
@@ -65,7 +65,7 @@ def train(cfg, result, sharded=False, poison=None):
     except LossError as error:
         Path(f"{result}.error{trainer.args.process_index}").write_text(str(error))
         return
-    ran = {"units": noting.units, "before": before.pairs}
+    ran = {"groups": noting.groups, "before": before.pairs}
     Path(f"{result}.ran{trainer.args.process_index}").write_text(json.dumps(ran))
     if trainer.is_world_process_zero():
         if not sharded:

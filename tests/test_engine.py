@@ -281,7 +281,7 @@ def test_an_architecture_that_cannot_take_trees_is_told(config, reason):
     assert reason in why_not_trees(model)
     layout = choose_layout(model, model, ragged_pairs())
     assert not layout.packed
-    assert layout.inside is not isinstance(config, RecurrentGemmaConfig)  # which caps its head's logits its own way
+    assert layout.fused_head is not isinstance(config, RecurrentGemmaConfig)  # which caps its head's logits its own way
     assert reason in layout.why_not_packed
     assert score(model, pad(ragged_pairs(), 0)).logps.isfinite().all()
     with pytest.raises(ValueError, match=reason):

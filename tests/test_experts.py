@@ -224,7 +224,10 @@ def test_a_loss_that_would_have_no_gradient_is_refused(trainers, coefficient, re
     try:
         with mock.patch.multiple(trainer.args, **settings):
             if refused:
-                with pytest.raises(ConfigError, match=r"`gradient_checkpointing_kwargs\.use_reentrant: true` leaves"):
+                with pytest.raises(
+                    ConfigError,
+                    match=r"`gradient_checkpointing_kwargs\.use_reentrant: true` the load-balancing",
+                ):
                     trainer._choose_aux_loss_coef()
             else:
                 assert trainer._choose_aux_loss_coef() == coefficient

@@ -1,6 +1,7 @@
 """Another package adds a data set, a source of margins and a method, and Axolotl trains with each of them."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from conftest import ROOT, host_trainer, smoke_config
 from transformers import set_seed
 
 from axolotl_mopo import MOPOPlugin
+from axolotl_mopo.config import METHODS, SOURCES
+from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.errors import ConfigError
 
 EXAMPLE = ROOT / "examples" / "extension_package"
@@ -18,9 +21,14 @@ TCHEBYCHEFF = {"dimensions": ["helpfulness", "correctness"], "mu": 0.5}
 
 @pytest.fixture(autouse=True)
 def own_plugins(monkeypatch):
-    """Keep the extension's plugin from other tests of this process."""
-    monkeypatch.syspath_prepend(EXAMPLE)
+    """Keep the extension from other tests of this process."""
     monkeypatch.setattr(PluginManager.get_instance(), "plugins", {})
+    monkeypatch.syspath_prepend(EXAMPLE)
+    yield
+    for table, name in ((FORMATS, "stack_exchange"), (SOURCES, "fresh"), (METHODS, "tchebycheff")):
+        table.pop(name, None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "extension"]:
+        del sys.modules[name]
 
 
 def few_steps(method, tmp_path, **overrides):
@@ -103,7 +111,7 @@ def test_a_new_method_is_trained(tmp_path):
         ({"datasets": [{"path": "x", "type": "axolotl_mopo.stack_exchang"}]}, "axolotl_mopo.stack_exchange"),
         (
             {"datasets": [{"path": "x", "type": "axolotl_mopo.helpsteer"}], "tchebycheff": {"dimensions": ["beauty"]}},
-            "`tchebycheff.dimensions` needs a score of beauty from `datasets[0]`, but helpsteer holds helpfulness",
+            "`tchebycheff.dimensions` needs a score of beauty from `datasets[0]`, but helpsteer has helpfulness",
         ),
         (
             {"rl": "modpo", "tchebycheff": None, "modpo": modpo_block("a", {"source": "fresh", "n": 0})},

@@ -192,7 +192,7 @@ def test_a_cap_in_the_config_of_a_text_model_within_is_applied_once():
     model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=None, audio_config=None))
     nn.init.normal_(model.lm_head.weight)
     batch = pad(ragged_pairs(), 0)
-    assert choose_layout(model, model, ragged_pairs()).inside
+    assert choose_layout(model, model, ragged_pairs()).fused_head
     assert why_not_trees(model) == "it is not a plain text decoder"
     with torch.no_grad():
         expected = LogProbComputer()(model, batch).logps
@@ -205,7 +205,7 @@ def test_an_architecture_that_changes_its_heads_logits_is_told():
     model = build_model(CohereConfig(**SHAPE, logit_scale=0.5))
     layout = choose_layout(model, model, ragged_pairs())
     assert layout.packed
-    assert not layout.inside
+    assert not layout.fused_head
     assert layout.why_not_fused_head == "it changes the head's logits (logit_scale)"
 
 
@@ -261,7 +261,7 @@ def test_a_head_whose_answer_is_changed_unknown_to_us_is_found_out():
     model.load_state_dict(plain.state_dict())
     layout = choose_layout(model, model, ragged_pairs())
     assert layout.packed
-    assert not layout.inside
+    assert not layout.fused_head
     assert "token log-probs differ" in layout.why_not_fused_head
 
 

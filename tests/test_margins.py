@@ -207,7 +207,8 @@ def test_three_margins_are_clipped_then_normalised_then_scaled(build, functions)
     spread = (words[:, 0] - words[:, 1]).std(correction=0)
     assert torch.allclose(made[:, :, 0].double(), -2 * words / spread)
     assert (made[:, 0, 0] - made[:, 1, 0]).std(correction=0) == pytest.approx(2, rel=1e-5)
-    scores = torch.tensor([[row["chosen_margin_rewards"][0], row["rejected_margin_rewards"][0]] for row in rows])
+    assert list(trainer.method.row_settings.margins) == ["a", "b"]
+    scores = torch.tensor([[row["chosen_margin_rewards"][1], row["rejected_margin_rewards"][1]] for row in rows])
     assert torch.equal(made[:, :, 1], scores.clamp(1, 3))
     held_out = trainer._constants["evaluation"].margins
     row = trainer.eval_dataset[0]

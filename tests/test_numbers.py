@@ -150,5 +150,5 @@ def test_a_margin_that_float32_cannot_hold_is_named(tmp_path):
     name, margin = next(iter(cfg["modpo"]["margins"].items()))
     cfg["modpo"]["margins"][name] = {**margin, "scale": 1e300}
     trainer = host_trainer(cfg)
-    with pytest.raises(DataError, match=rf"`modpo.margins.{name}`: the reward .*e\+300, of row 0 .* give .* a `clip`"):
+    with pytest.raises(DataError, match=rf"`modpo.margins.{name}`: the reward .*e\+300 of row 0 .* set `clip`"):
         trainer.precompute(trainer.model)

@@ -196,7 +196,7 @@ def test_the_last_error_of_a_log_is_its_reason():
             {"datasets": [{"path": "a/b", "type": "axolotl_mopo.pairs", "scale": 1}]},
             "`datasets[0].scale` is not a known",
         ),
-        ({"datasets": None}, "`datasets` names no data"),
+        ({"datasets": None}, "`datasets` has no entry"),
         ({"base_model": None}, "`base_model` is None"),
         ({"plugins": ["axolotl_mopo.MOPOPlugin", "no_such_package.Plugin"]}, "no_such_package"),
     ],

@@ -155,6 +155,8 @@ SOURCES: dict[str, type[RewardSource]] = {}
 
 
 def _source(value: Any) -> RewardSource:
+    if not SOURCES:
+        raise RuntimeError("no source is known yet: import axolotl_mopo.rewards before settings with sources are read")
     source = value.get("source") if isinstance(value, Mapping) else getattr(value, "source", None)
     if not isinstance(source, str) or source not in SOURCES:
         known = ", ".join(SOURCES)
