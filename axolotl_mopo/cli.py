@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 import yaml
 
+import axolotl_mopo.rewards  # noqa: F401 (enters the sources that commands read settings of)
 from axolotl_mopo.commands.init import init
 from axolotl_mopo.commands.smoke import smoke
 from axolotl_mopo.config import parse_settings

@@ -17,8 +17,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from axolotl_mopo.cli import mopo
-from axolotl_mopo.config import METHODS, SOURCES, Directives, MethodConfig, RewardSource
+from axolotl_mopo.config import METHODS, Directives, MethodConfig
 from axolotl_mopo.data.formats import FORMATS
+from axolotl_mopo.rewards import SOURCES, RewardSource
 from axolotl_mopo.training.metrics import METRICS
 
 FOLDER = Path(__file__).parent / "reference"

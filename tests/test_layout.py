@@ -88,3 +88,18 @@ def test_naming_the_package_its_configuration_or_its_commands_loads_nothing_heav
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+@pytest.mark.parametrize("name", ["axolotl_mopo.cli", "axolotl_mopo.plugin"])
+def test_whoever_reads_settings_with_sources_knows_the_sources(name):
+    code = (
+        f"import {name}; from axolotl_mopo.config import MODPOConfig; "
+        "margins = {'b': {'source': 'length'}}; MODPOConfig(objective='a', weights={'a': 1, 'b': 1}, margins=margins)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_settings_with_sources_that_nobody_has_entered_say_what_to_import():
+    code = "from axolotl_mopo.config.methods import MarginColumns; MarginColumns(margins={'b': {}}, texts=False)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert "import axolotl_mopo.rewards before" in done.stderr
