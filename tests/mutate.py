@@ -53,7 +53,7 @@ def mutate(name: str) -> None:
         settings += ["pytest_add_cli_args_test_selection=", *(f"    {path}" for path in selection.split())]
         arguments = ["-p", "no:cacheprovider", *(["-k", expression.strip("'")] if expression else [])]
         settings += ["pytest_add_cli_args=", *(f"    {argument}" for argument in arguments)]
-        settings += ["also_copy=", *(f"    {part}" for part in ("example_configs", "examples", "docs", "README.md"))]
+        settings += ["also_copy=", *(f"    {part}" for part in ("example_configs", "docs", "README.md"))]
         (copy / "setup.cfg").write_text("\n".join(settings) + "\n")
         done = subprocess.run(
             ["mutmut", "run", "--max-children", "2"], cwd=copy, capture_output=True, text=True, check=False

@@ -15,7 +15,7 @@ from axolotl_mopo.config import METHODS, SOURCES
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.errors import ConfigError
 
-EXAMPLE = ROOT / "examples" / "extension_package"
+EXAMPLE = ROOT / "example_configs" / "extension_package"
 TCHEBYCHEFF = {"dimensions": ["helpfulness", "correctness"], "mu": 0.5}
 
 
