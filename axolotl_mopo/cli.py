@@ -2,28 +2,24 @@
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import yaml
 
 import axolotl_mopo.rewards  # noqa: F401 (enters the sources that commands read settings of)
 from axolotl_mopo.commands.init import init
+from axolotl_mopo.commands.options import field_options
 from axolotl_mopo.commands.smoke import smoke
 from axolotl_mopo.config import parse_settings
 from axolotl_mopo.data.formats import FORMATS
-from axolotl_mopo.data.options import ObjectiveOptions, PairsOptions
+from axolotl_mopo.data.options import ObjectiveOptions
 from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.evaluation.commands import front, generate, score
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 _USER_ERRORS = (OSError, ValueError, yaml.YAMLError)
 """Errors in files, data and settings, this package's own included; any other error shows its traceback."""
-
-_FIELDS = [name for name in PairsOptions.model_fields if name.startswith("field_")]
 
 
 @click.group()
@@ -33,13 +29,6 @@ def mopo() -> None:
 
 for _command in (init, smoke, generate, score, front):
     mopo.add_command(_command)
-
-
-def _field_options(command: F) -> F:
-    for name in reversed(_FIELDS):
-        help = f"{PairsOptions.model_fields[name].description} (--type pairs)"
-        command = click.option(f"--{name.replace('_', '-')}", name, help=help)(command)
-    return command
 
 
 def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
@@ -85,7 +74,7 @@ def _where(context: click.Context, parameter: click.Parameter, values: tuple[str
 @click.option("--ratings", help="Rated responses to join with the preferences (--type helpsteer2).")
 @click.option("--ratings-split", help="Split of --ratings. Default: train (--type helpsteer2).")
 @click.option("--min-score-ratio", type=float, help="Smallest score_ratio of a pair that is kept (--type shp).")
-@_field_options
+@field_options
 def pairs(
     source: str,
     kind: str,

@@ -3,30 +3,19 @@
 import json
 import re
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from axolotl_mopo.commands.options import field_options
 from axolotl_mopo.data.formats import FORMATS
-from axolotl_mopo.data.options import PairsOptions
 from axolotl_mopo.errors import ConfigError
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-_FIELDS = [name for name in PairsOptions.model_fields if name.startswith("field_")]
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst", ".bz2", ".xz")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-def _field_options(command: F) -> F:
-    for name in reversed(_FIELDS):
-        help = f"{PairsOptions.model_fields[name].description} (--type pairs)"
-        command = click.option(f"--{name.replace('_', '-')}", name, help=help)(command)
-    return command
 
 
 @click.command()
@@ -45,7 +34,7 @@ def _field_options(command: F) -> F:
 @click.option("--name", help="Configuration of a data set of the hub.")
 @click.option("--type", "kind", type=click.Choice(list(FORMATS)), help="Format of the rows; detected by default.")
 @click.option("--objective", help="Name of the score that orders rated responses.")
-@_field_options
+@field_options
 def init(
     method: str | None,
     source: str | None,
