@@ -14,8 +14,6 @@ USER = [{"role": "user", "content": "Why is the sky blue?"}]
 
 
 def reader(kind, rows, objective=(), chosen_scores=(), rejected_scores=(), scales=None, seed=42, **options):
-    if kind == "safe_rlhf":
-        options["objective"] = objective
     spec = DataSpec(
         where="data.jsonl",
         strategy=kind,
@@ -749,8 +747,6 @@ def test_a_lone_surrogate_is_a_bad_row_of_its_own_kind(kind, old):
     objective = objectives.get(kind, ("nice",) if kind == "responses" else ())
 
     def source(**options):
-        if kind == "safe_rlhf":
-            options["objective"] = objective
         spec = DataSpec(where="data.jsonl", strategy=kind, options=options, objective=objective)
         return PairReader(Table(bad), spec)
 

@@ -228,8 +228,6 @@ def made(kind, rows, **options):
     objective = (OBJECTIVES[kind],) if kind in OBJECTIVES else ()
     needed = {"amopo": ("h",), "pairs": ("h",), "helpsteer": ("helpfulness",)}.get(kind, ())
     scales = dict.fromkeys(needed, (0.0, 4.0))
-    if kind == "safe_rlhf":
-        options["objective"] = objective
     spec = DataSpec(
         where="data.jsonl", strategy=kind, options=options, objective=objective, chosen_scores=needed, scales=scales
     )

@@ -261,8 +261,6 @@ def _are_scores(values: Sequence[Any]) -> bool:
 
 def _read(rows: Dataset, kind: str, keys: Options, objective: tuple[str, ...]) -> tuple[list[PreferencePair], RowStats]:
     """The pairs of the rows, without a progress bar."""
-    if FORMATS[kind].read_responses is None and objective:
-        keys = {**keys, "objective": list(objective)}  # selects the label that orders the pairs
     options = FORMATS[kind].options.model_validate(keys)
     spec = DataSpec(where="the data", strategy=kind, options=options, objective=objective)
     with contextlib.redirect_stderr(io.StringIO()):

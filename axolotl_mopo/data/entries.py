@@ -90,8 +90,6 @@ def _spec(
     _check_scores(block, settings, options, format, where, strategy)
     content = _check_files(entry, where), tokenizer
     objective = _objective(block, options, format, where)
-    if objective and not format.read_responses:  # it selects the label that orders the pairs
-        options = options.model_copy(update={"objective": list(objective)})
     return DataSpec(
         where=f"{where} ({entry.get('path')})",
         strategy=strategy,

@@ -23,9 +23,9 @@ class DataSpec(BaseModel):
     """The entry in the YAML and its path, for messages."""
     strategy: str
     """The part of `type:` after `axolotl_mopo.`; a key of `FORMATS`."""
-    options: SerializeAsAny[EntryOptions]
     objective: tuple[str, ...] = ()
-    """Scores whose mean orders responses without a label."""
+    """Scores whose mean orders responses without a label, or the label that orders them if there are several."""
+    options: SerializeAsAny[EntryOptions]
     seed: int = 42
     """Decides which pairs of a prompt are kept if `max_pairs_per_prompt` limits them."""
     chosen_scores: tuple[str, ...] = ()
@@ -45,10 +45,13 @@ class DataSpec(BaseModel):
     @field_validator("options", mode="before")
     @classmethod
     def _of_strategy(cls, options: Any, info: ValidationInfo) -> Any:
-        if isinstance(options, EntryOptions):
-            return options
-        # Axolotl turns nested mappings into DictDefault, which returns a value for every attribute.
-        return FORMATS[info.data["strategy"]].options.model_validate(json.loads(json.dumps(options)))
+        format, objective = FORMATS[info.data["strategy"]], info.data["objective"]
+        if not isinstance(options, EntryOptions):
+            # Axolotl turns nested mappings into DictDefault, which returns a value for every attribute.
+            options = format.options.model_validate(json.loads(json.dumps(options)))
+        if objective and not format.read_responses:  # what reads a row finds the label in the options
+            options = options.model_copy(update={"objective": list(objective)})
+        return options
 
     @property
     def key(self) -> str:
