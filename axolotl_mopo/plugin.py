@@ -24,6 +24,7 @@ from axolotl_mopo.config import (
     no_stray_block,
     read_method,
 )
+from axolotl_mopo.config.host_keys import DATA_LOADING, SUPERVISED_ARGUMENTS
 from axolotl_mopo.data.entries import bind_entries
 from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.rewards.resolve import resolve_margins
@@ -32,18 +33,6 @@ LOG = get_logger("axolotl.mopo")
 
 # ORPO is Axolotl's only preference path that loads no reference model and gives the trainer a model with adapters.
 _AXOLOTL_RL = "orpo"
-_SUPERVISED_ARGUMENTS = (
-    "dataloader_drop_last",
-    "ddp_broadcast_buffers",
-    "ddp_bucket_cap_mb",
-    "ddp_find_unused_parameters",
-    "ddp_timeout",
-    "greater_is_better",
-    "metric_for_best_model",
-)
-"""Training arguments that Axolotl sets for supervised training only."""
-_LOADING = {"dataloader_num_workers": 1, "dataloader_pin_memory": True, "dataloader_prefetch_factor": 8}
-"""Data loading if the YAML sets none of these keys; Axolotl would prefetch 256 batches, gigabytes of long pairs."""
 
 
 @dataclass
@@ -85,8 +74,8 @@ class MOPOPlugin(BasePlugin):
             LOG.warning(advice)
         if isinstance(block, MODPOConfig):
             block = resolve_margins(cfg, block)
-        if all(cfg.get(key) is None for key in _LOADING):
-            cfg.update(_LOADING)
+        if all(cfg.get(key) is None for key in DATA_LOADING):
+            cfg.update(DATA_LOADING)
         cfg["rl"], cfg["trainer_cls"] = _AXOLOTL_RL, block.trainer
         bind_entries(cfg, block)
 
@@ -132,7 +121,7 @@ class MOPOPlugin(BasePlugin):
             arguments["train_sampling_strategy"] = "group_by_length"
         if cfg.load_best_model_at_end or cfg.early_stopping_patience:
             arguments["load_best_model_at_end"] = True
-        return arguments | {key: cfg[key] for key in _SUPERVISED_ARGUMENTS if cfg.get(key) is not None}
+        return arguments | {key: cfg[key] for key in SUPERVISED_ARGUMENTS if cfg.get(key) is not None}
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: Any) -> list[Any]:
         """The callbacks that write `mopo.json` and `mopo.png` into every checkpoint folder."""

@@ -125,6 +125,18 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     ),
 }
 """Keys of Axolotl that would change nothing, grouped by the reason that the error gives."""
+SUPERVISED_ARGUMENTS = (
+    "dataloader_drop_last",
+    "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "ddp_timeout",
+    "greater_is_better",
+    "metric_for_best_model",
+)
+"""Training arguments that Axolotl sets for supervised training only."""
+DATA_LOADING = {"dataloader_num_workers": 1, "dataloader_pin_memory": True, "dataloader_prefetch_factor": 8}
+"""Data loading if the YAML sets none of these keys; Axolotl would prefetch 256 batches, gigabytes of long pairs."""
 
 
 def check_keys(cfg: Mapping[str, Any], method: str) -> None:

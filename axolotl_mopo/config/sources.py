@@ -146,8 +146,8 @@ class RewardSource(Settings):
         raise NotImplementedError
 
     def rewards(self, responses: Responses) -> "Tensor":
-        """The reward of every response."""
-        raise NotImplementedError
+        """The reward of every response; by default the one that `row_reward` gives."""
+        return responses.row_rewards(self)
 
 
 SOURCES: dict[str, type[RewardSource]] = {}

@@ -1,13 +1,10 @@
 """`source: column`: a score in the data set."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from axolotl_mopo.config.sources import RatedText, Responses, RewardSource
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from axolotl_mopo.config.sources import RatedText, RewardSource
 
 
 class ColumnSource(RewardSource):
@@ -26,7 +23,3 @@ class ColumnSource(RewardSource):
     def row_reward(self, margin: str, response: RatedText, tokens: int) -> float:
         """See `RewardSource`."""
         return response.score(self.score_name(margin))
-
-    def rewards(self, responses: Responses) -> "Tensor":
-        """See `RewardSource`."""
-        return responses.row_rewards(self)

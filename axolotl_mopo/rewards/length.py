@@ -1,13 +1,10 @@
 """`source: length`: the shorter the response, the higher the reward."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from axolotl_mopo.config.sources import RatedText, Responses, RewardSource
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from axolotl_mopo.config.sources import RatedText, RewardSource
 
 
 class LengthSource(RewardSource):
@@ -30,7 +27,3 @@ class LengthSource(RewardSource):
         """See `RewardSource`."""
         lengths = {"tokens": tokens, "words": len(response.text.split()), "characters": len(response.text)}
         return -float(lengths[self.unit])
-
-    def rewards(self, responses: Responses) -> "Tensor":
-        """See `RewardSource`."""
-        return responses.row_rewards(self)
