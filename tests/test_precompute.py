@@ -98,6 +98,19 @@ def test_margins_get_their_own_column_whatever_their_order_in_the_yaml(precomput
     assert torch.equal(one[:, 0], torch.tensor(ROWS["chosen_margin_rewards"][:]) * torch.tensor([1.0, 2.0]))
 
 
+def test_the_content_of_a_source_is_hashed_once_for_all_sets(precomputation, monkeypatch):
+    made, content_digest = [], FunctionSource.content_digest
+    monkeypatch.setattr(FunctionSource, "content_digest", lambda self: made.append(self) or content_digest(self))
+    margins = {
+        "w": {"source": "callable", "function": "test_precompute:words"},
+        "twice": {"source": "callable", "function": "test_precompute:words", "scale": 2.0},
+    }
+    computed = precomputation(margins).constants({"train": ROWS, "evaluation": make_rows(4, first=3)})
+    assert len(made) == 2
+    for constants in computed.values():
+        assert torch.equal(constants.margins[..., 1], 2 * constants.margins[..., 0])
+
+
 def test_what_cannot_be_normalised_is_told(precomputation):
     margins = {"b": {"source": "column", "normalize": "std", "clip": [20, 30]}}
     with pytest.raises(DataError, match=r"`modpo.margins.b`: chosen minus rejected is the same for every pair"):

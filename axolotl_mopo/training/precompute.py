@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ class Precomputation:
     cache: TableCache
     recorded: dict[str, str] | None = None
     _tables: dict[str, Tensor] = field(default_factory=dict)
+    _digests: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.accelerator = self.policy.accelerator
@@ -137,7 +139,7 @@ class Precomputation:
             with unchanged(self.model, path), with_adapter(self.model, path) as adapted:
                 return self.policy.of(adapted).logps(rows, title)
 
-        weights = digest([self.start["base"], model_digest(path)])
+        weights = digest([self.start["base"], self.digest_once(path, partial(model_digest, path))])
         return self._logps(title, {"weights": weights}, rows, rows_key, compute)
 
     def separate_logps(self, title: str, path: str, rows: Dataset, rows_key: str) -> Tensor:
@@ -148,7 +150,7 @@ class Precomputation:
             with separate_model(path, self._base, dtype, self.policy, rows) as model:
                 return model.logps(rows, title)
 
-        content = {"weights": model_digest(path), "dtype": self.start["dtype"]}
+        content = {"weights": self.digest_once(path, partial(model_digest, path)), "dtype": self.start["dtype"]}
         return self._logps(title, content, rows, rows_key, compute)
 
     @property
@@ -161,6 +163,12 @@ class Precomputation:
         """Return the log-probs [N, 2] under a model, which `model` identifies."""
         how = {"precision": self.accelerator.mixed_precision, "attention": plain_implementation(self._base)}
         return self.table(title, {"rows": rows_key, **model, **how}, rows, compute)
+
+    def digest_once(self, name: str, compute: Callable[[], str]) -> str:
+        """A digest that all sets of rows share: that of a large model reads all of its files."""
+        if name not in self._digests:
+            self._digests[name] = compute()
+        return self._digests[name]
 
     def table(self, title: str, content: Mapping[str, Any], rows: Dataset, compute: ComputeRows) -> Tensor:
         """Return a table [N, 2], from the cache if it has one whose name is the digest of `content`."""
@@ -254,8 +262,9 @@ class _PairResponses:
             with source.opened(device) as rewards:
                 return both_sides(rewards, rows, numbers, source.batch_size, self.title, quiet)
 
+        made_by = self.precomputation.digest_once(source.model_dump_json(), source.content_digest)
         settings = source.model_dump(mode="json", exclude={*TRAINING_KEYS, "batch_size", "path"})
-        content = {"texts": rows_digest(self.rows, _TEXTS), "settings": settings, "source": source.content_digest()}
+        content = {"texts": rows_digest(self.rows, _TEXTS), "settings": settings, "source": made_by}
         return self.precomputation.table(self.title, content, self.rows, compute)
 
     def logps(self, path: str) -> Tensor:
