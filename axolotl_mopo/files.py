@@ -3,11 +3,17 @@
 import fcntl
 import glob
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path has the form of a name on the model hub: `owner/name`, or `name` alone."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
 
 
 def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:

@@ -4,8 +4,8 @@ python -m tests.mutate                 # every target below
 python -m tests.mutate losses passes   # some of them
 
 It needs mutmut (`pip install 'mutmut>=3.8,<4'`) and works in a copy of the repository. It prints how many mutants there
-were, how many of them were killed, and a diff of every survivor. Whether a survivor is equivalent is for the reader to
-decide.
+were, how many of them were killed, how many lie in functions that these tests do not call, and a diff of every
+survivor. Whether a survivor is equivalent is for the reader to decide.
 """
 
 import re
@@ -33,7 +33,7 @@ TARGETS = {
     "methods": ("config/methods.py", "tests/test_config.py"),
 }
 """A name -> the file below `axolotl_mopo`, and the tests that must notice its mutants, in seconds."""
-_SUMMARY = re.compile(r"(\d+)/(\d+)\s+🎉 (\d+)[^\n\r]*🙁 (\d+)")
+_SUMMARY = re.compile(r"\d+/(\d+)\s+🎉 (\d+)\s+🫥 (\d+)[^\n\r]*🙁 (\d+)")
 
 
 def mutate(name: str) -> None:
@@ -62,8 +62,8 @@ def mutate(name: str) -> None:
         if not found:
             print(f"{name}: mutmut failed\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
             return
-        _, total, killed, survived = found[-1]
-        print(f"{name}: {total} mutants, {killed} killed, {survived} survived", flush=True)
+        total, killed, unreached, survived = found[-1]
+        print(f"{name}: {total} mutants, {killed} killed, {survived} survived, {unreached} not reached", flush=True)
         results = subprocess.run(["mutmut", "results"], cwd=copy, capture_output=True, text=True, check=False).stdout
         for mutant in re.findall(r"(\S+): survived", results):
             shown = subprocess.run(["mutmut", "show", mutant], cwd=copy, capture_output=True, text=True, check=False)

@@ -216,6 +216,19 @@ def test_draws_are_the_generators_own():
     assert not torch.equal(drawn(1), drawn(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_are_normal_in_the_precision_of_the_statistics_the_chosen_completions_first(dtype):
+    means, stds = torch.rand(2, 3, 4, dtype=dtype), torch.rand(2, 3, 4, dtype=dtype)
+    generator = torch.Generator().manual_seed(7)
+    drawn = [
+        mean + std * torch.randn(3, 4, generator=generator, dtype=dtype) for mean, std in zip(means, stds, strict=True)
+    ]
+    generator.manual_seed(7)
+    weights = adaptive_weights(means[0], stds[0], means[1], stds[1], generator=generator)
+    assert weights.dtype == dtype
+    assert torch.allclose(weights, torch.softmax(drawn[0] + drawn[1], dim=-1), rtol=4 * torch.finfo(dtype).eps)
+
+
 def test_unknown_names_are_refused():
     column, table = torch.zeros(1), torch.zeros(1, 1)
     with pytest.raises(ValueError, match="unknown loss_type 'ipo': use 'sigmoid' or 'hinge'"):

@@ -57,6 +57,7 @@ def test_sizes_are_those_of_the_batches(packed):
             if len(share.pairs) == 1:
                 one = lay_out(pairs, share, packed, 0)
                 assert pass_tokens(pairs[share.pairs[0]], share, packed) == tokens_of(one)
+                assert (one["pairs"].tolist(), one["prompts"]) == (share.pairs, share.prompts)
 
 
 def test_without_a_limit_there_is_one_pass():

@@ -58,8 +58,13 @@ def test_a_pair_that_fits_to_the_token_is_not_too_long(fitting):
     whole = fitting.whole(user(DIGITS))
     needed = whole.prompt_length + whole.completion_length
     assert fitting.fit(user(DIGITS), needed, "raise") == whole
-    with pytest.raises(RowError, match=f"it needs {needed} tokens including its directive, more than sequence_len"):
+    with pytest.raises(RowError) as refused:
         fitting.fit(user(DIGITS), needed - 1, "raise")
+    assert str(refused.value) == (
+        f"it needs {needed} tokens including its directive, more than sequence_len: {needed - 1}; increase "
+        "sequence_len, or set excess_length_strategy to drop or truncate"
+    )
+    assert refused.value.kind == "too long"
 
 
 def test_a_question_keeps_its_last_tokens_where_completions_must_be_cut(fitting):
@@ -78,6 +83,20 @@ def test_completions_are_cut_to_one_token_and_never_to_none(fitting):
     cut = fitting.fit(user(DIGITS), least.prompt_length + 1, "truncate")
     assert (cut.chosen_ids, cut.rejected_ids) == (whole.chosen_ids[:1], whole.rejected_ids[:1])
     assert fitting.fit(user(DIGITS), least.prompt_length, "truncate") == whole
+
+
+def test_the_text_of_a_completion_that_fits_stays_where_the_other_is_cut(tokenizer):
+    fitting = Fitting(tokenizer, (REJECTED, CHOSEN))
+    whole, least = fitting.whole(user(DIGITS)), fitting.whole(user(DIGITS[-LEAST:]))
+    cut = fitting.fit(user(DIGITS), least.prompt_length + least.completion_length - 1, "truncate")
+    assert (cut.chosen, cut.rejected) == (whole.chosen, CHOSEN)
+
+
+def test_a_short_question_stays_whole_where_only_the_turns_before_it_go(fitting):
+    before = [{"role": "user", "content": DIGITS}, {"role": "assistant", "content": DIGITS}]
+    short = fitting.whole(user("Why?"))
+    made = fitting.fit([*before, *user("Why?")], short.prompt_length + short.completion_length, "drop")
+    assert made.prompts == short.prompts
 
 
 def test_no_more_turns_go_than_must_and_the_first_that_stays_is_the_users(fitting):

@@ -13,9 +13,9 @@ import click
 from axolotl_mopo.commands.options import field_options
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.files import is_hub_name
 
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst", ".bz2", ".xz")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @click.command()
@@ -199,7 +199,7 @@ def _refuse_missing(option: str, path: str) -> None:
     """Refuse a path that can only be local and does not exist."""
     if Path(path).exists():
         return
-    local = path.endswith(_SUFFIXES) or not _HUB_ID.fullmatch(path) or path.startswith((".", "~"))
+    local = path.endswith(_SUFFIXES) or not is_hub_name(path) or path.startswith((".", "~"))
     if local or ("/" in path and Path(path).parent.is_dir()):
         raise click.ClickException(
             f"{option}: there is no file or folder {path} (the working folder is {Path.cwd()}); check the path"

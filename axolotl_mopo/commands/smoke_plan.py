@@ -3,12 +3,12 @@
 import copy
 import logging
 import re
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from axolotl.integrations.base import load_plugin
@@ -36,6 +36,8 @@ from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.plugin import MOPOPlugin
 from axolotl_mopo.records import read_record
 from axolotl_mopo.rewards.resolve import resolve_source
+
+T = TypeVar("T")
 
 _BYTES_OF_A_TOKEN = 4
 _LONGEST = 4096
@@ -190,27 +192,24 @@ class _Planner:
     def _architecture(self, source: str) -> PretrainedConfig | None:
         if not _is_available(source, "config.json"):
             return None
+        return self._load("architecture", tiny_models.load_architecture, source)
+
+    def _load(self, what: str, load: Callable[..., T], source: str) -> T | None:
+        """Load a part of a model; note it and return None if it cannot be read."""
         try:
-            return tiny_models.load_architecture(source, trust=self.trust)
-        except (OSError, ValueError, KeyError) as error:
+            return load(source, trust=self.trust)
+        except (OSError, ValueError, KeyError, ImportError) as error:
             if "trust_remote_code" in str(error):
                 raise ConfigError(
-                    f"`base_model`: {source} has its own code; allow it with --trust-remote-code"
+                    f"the {what} of {source} has its own code; allow it with --trust-remote-code"
                 ) from None
-            self.notes.append(f"the architecture of {source} cannot be read ({_first_line(error)})")
+            self.notes.append(f"the {what} of {source} cannot be read ({_first_line(error)})")
             return None
 
     def _tokenizer(self, source: str) -> PreTrainedTokenizerBase:
         if _is_available(source, "tokenizer_config.json"):
-            try:
-                tokenizer = tiny_models.load_tokenizer(source, trust=self.trust)
-            except (OSError, ValueError, KeyError, ImportError) as error:
-                if "trust_remote_code" in str(error):
-                    raise ConfigError(
-                        f"the tokenizer of {source} has its own code; allow it with --trust-remote-code"
-                    ) from None
-                self.notes.append(f"the tokenizer of {source} cannot be read ({_first_line(error)})")
-            else:
+            tokenizer = self._load("tokenizer", tiny_models.load_tokenizer, source)
+            if tokenizer is not None:
                 self.notes.append(f"the tokenizer of {source}")
                 return tokenizer
         self.notes.append(f"a tokenizer of bytes with ChatML's template, since that of {source} is not available")

@@ -6,7 +6,6 @@ a digest of their content, and the digest is appended to the entry's `type`. Row
 another name and are never reused.
 """
 
-import re
 from collections.abc import Iterable, MutableMapping
 from copy import copy
 from glob import has_magic
@@ -20,13 +19,14 @@ from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, ScoredOpti
 from axolotl_mopo.data.spec import DataSpec
 from axolotl_mopo.digests import tokenizer_digest
 from axolotl_mopo.errors import ConfigError
+from axolotl_mopo.files import is_hub_name
 
 PREFIX = "axolotl_mopo."
 
 _AXOLOTL_KEYS = ("path", "name", "split", "data_files", "revision", "ds_type", "trust_remote_code", "type")
 _LARGEST_SCORE = 1e100
 _IGNORED_AXOLOTL_KEYS = ("shards", "shards_idx", "preprocess_shards")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.parquet)(?<!\.csv)")
+_FILES = (".json", ".jsonl", ".parquet", ".csv")
 
 
 def bind_entries(cfg: MutableMapping[str, Any], block: MethodConfig) -> None:
@@ -155,7 +155,7 @@ def _check_axolotl_keys(entry: MutableMapping[str, Any], where: str, method: str
         raise ConfigError(f"`{where}.path` is {path!r}; it must name a file, a folder or a data set of the hub")
     try:
         folder = Path(path).is_dir() and not (Path(path) / "state.json").exists()
-        hub = not Path(path).exists() and _HUB_ID.fullmatch(path)
+        hub = not Path(path).exists() and "/" in path and is_hub_name(path) and not path.endswith(_FILES)
     except OSError as error:
         raise ConfigError(f"`{where}.path` cannot be read: {error}") from None
     several = (folder or hub) and not entry.get("data_files")

@@ -13,6 +13,7 @@ from axolotl_mopo.data.rows import Message
 from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.evaluation.names import check_name, check_policies
 from axolotl_mopo.evaluation.schema import PromptChoice
+from axolotl_mopo.files import is_hub_name
 from axolotl_mopo.records import read_record
 
 Kind = Literal["policy", "baseline", "reference"]
@@ -162,12 +163,8 @@ def require_weights(path: str, where: str) -> None:
     folder = Path(path)
     if folder.is_dir() and not _has_model(folder):
         raise ConfigError(f"{where}: {path} has no weights; give the folder of a whole model with *.safetensors")
-    if not folder.is_dir() and (folder.exists() or not _is_hub_name(path)):
+    if not folder.is_dir() and (folder.exists() or not is_hub_name(path)):
         raise ConfigError(f"{where}: {path!a} is neither a folder nor a model of the hub; check the path")
-
-
-def _is_hub_name(path: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
 
 
 def _of_run(run: str, kind: Kind) -> list[tuple[Policy, bool]]:
@@ -182,7 +179,7 @@ def _of_run(run: str, kind: Kind) -> list[tuple[Policy, bool]]:
             raise ConfigError(f"{run}: {error}") from None
     folder = Path(path)
     if not folder.is_dir():
-        if folder.exists() or path.count("/") != 1 or not _is_hub_name(path):
+        if folder.exists() or path.count("/") != 1 or not is_hub_name(path):
             raise ConfigError(f"{path} is neither a folder nor a model of the hub; check the path")
         name = given or _safe(path.replace("/", "-"))
         return [(Policy(name, path, kind, reference=None, tokenizer=path), bool(given))]
