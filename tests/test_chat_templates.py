@@ -4,7 +4,8 @@ import copy
 
 import pytest
 
-from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
+from axolotl_mopo.data.rendering import ChatRenderer
+from axolotl_mopo.data.tokenizing import tokenize
 
 LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"

@@ -304,8 +304,11 @@ def test_a_template_without_an_end_of_turn_gets_the_eos_token(tokenizer):
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     (row,) = prepare([ROW], bare, method="modpo")
-    assert row["chosen"] == "The sun is bigger.<|im_end|>"
-    assert row["prompt"] == "[user] Which is bigger? [assistant] "
+    # The space at the end of the prompt and the first word are one token, which belongs to the response.
+    assert row["chosen"] == " The sun is bigger.<|im_end|>"
+    assert row["prompt"] == "[user] Which is bigger? [assistant]"
+    whole = bare("[user] Which is bigger? [assistant] The sun is bigger.<|im_end|>")["input_ids"]
+    assert row["prompt_input_ids"][0] + row["chosen_input_ids"] == whole
 
 
 def test_a_tokenizer_that_adds_special_tokens_adds_none_to_what_the_template_writes(tokenizer):
@@ -322,7 +325,9 @@ def test_a_tokenizer_that_adds_special_tokens_adds_none_to_what_the_template_wri
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
     rewriting = copy.deepcopy(tokenizer)
     rewriting.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(DataError, match="row 0: the chat template renders the prompt differently"):
+    with pytest.raises(
+        DataError, match=r"row 0: the chat template of .* renders the turns before a response differently"
+    ):
         prepare([ROW], rewriting)
 
 

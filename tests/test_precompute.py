@@ -26,6 +26,10 @@ from axolotl_mopo.training.table_cache import TableCache
 WORDS = [*"abcdefghijklmno"]
 
 
+EARLIER = [{"role": "assistant", "content": "Let me see."}, {"role": "user", "content": "Well?"}]
+"""Turns of a response before its last one."""
+
+
 def make_rows(count=7, first=0):
     """Rows in no order of their lengths, with texts and two columns of scores."""
     pairs = (ragged_pairs(1) * 3)[:count]
@@ -38,6 +42,8 @@ def make_rows(count=7, first=0):
                 "messages": json.dumps(
                     [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Question {row}?"}]
                 ),
+                "chosen_turns": json.dumps(EARLIER if row == 5 else []),
+                "rejected_turns": "[]",
                 "chosen_text": " ".join(WORDS[: 1 + 5 * row % 11]),
                 "rejected_text": " ".join(WORDS[row:]),
                 "chosen_margin_rewards": [float(row), 10.0 - row * row],
@@ -216,8 +222,9 @@ def reward_model(tmp_path, tokenizer):
 
 
 def conversations(tokenizer, row):
-    for name in ("chosen_text", "rejected_text"):
-        messages = [*json.loads(row["messages"]), {"role": "assistant", "content": row[name]}]
+    for side in ("chosen", "rejected"):
+        before = [*json.loads(row["messages"]), *json.loads(row[f"{side}_turns"])]
+        messages = [*before, {"role": "assistant", "content": row[f"{side}_text"]}]
         yield tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
 
 

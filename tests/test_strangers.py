@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_mopo.config.model_files import AdapterConfig
 from axolotl_mopo.data import chat_templates
-from axolotl_mopo.data.tokenizing import ChatRenderer
+from axolotl_mopo.data.rendering import ChatRenderer
+from axolotl_mopo.data.rows import NO_INPUTS, RatedResponse
 from axolotl_mopo.errors import ConfigError, DataError, RowError
 from axolotl_mopo.records import read_record
 from axolotl_mopo.rewards import AdapterSource, FunctionSource, RewardModelSource
@@ -90,9 +91,10 @@ def test_a_chat_template_is_tried_as_it_is_asked_for_a_prompt_too(tokenizer):
 def test_a_chat_template_that_leaves_a_turn_out_is_refused(tokenizer):
     own = "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }}{% endfor %}"
     renderer = ChatRenderer(with_template(tokenizer, own))
-    renderer.check_roles(QUESTION)
-    with pytest.raises(RowError, match="the chat template leaves out the content of a turn of role system"):
-        renderer.check_roles([{"role": "system", "content": "Be brief."}, *QUESTION])
+    answers = [RatedResponse("Yes.", {})]
+    renderer.check(QUESTION, answers, NO_INPUTS)
+    with pytest.raises(RowError, match="leaves out the content of a turn of role system"):
+        renderer.check([{"role": "system", "content": "Be brief."}, *QUESTION], answers, NO_INPUTS)
 
 
 def test_a_chat_template_is_tried_once_and_leaves_no_process(tokenizer, monkeypatch):

@@ -3,8 +3,10 @@
 import pytest
 
 from axolotl_mopo.data.conversations import user
-from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
-from axolotl_mopo.data.truncation import TokenizedPair, fit
+from axolotl_mopo.data.pair_tokens import TokenizedPair
+from axolotl_mopo.data.rendering import ChatRenderer
+from axolotl_mopo.data.tokenizing import tokenize
+from axolotl_mopo.data.truncation import fit
 from axolotl_mopo.errors import RowError
 
 DIGITS = "0123456789" * 9
@@ -27,7 +29,8 @@ class Fitting:
     def whole(self, messages):
         sides = [self.renderer.completion(messages, text) for text in self.sides]
         *prompts, chosen, rejected = tokenize(self.tokenizer, [*self.prompts(messages), *sides])
-        return TokenizedPair(self.prompts(messages), *sides, prompts, chosen, rejected)
+        spans = ([(0, len(ids))] for ids in (chosen, rejected))
+        return TokenizedPair(self.prompts(messages), *sides, prompts, chosen, rejected, *spans)
 
     def fit(self, messages, sequence_len, strategy):
         return fit(self.whole(messages), messages, self.prompts, self.tokenizer, sequence_len, strategy)

@@ -58,7 +58,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "batch_flattening",
         "bench_dataset",
         "bench_split",
-        "chat_template_kwargs",
         "curriculum_sampling",
         "dataset_keep_in_memory",
         "dataset_shard_idx",

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from axolotl_mopo.config.directives import Directive
-from axolotl_mopo.data.rows import Message, valid_text
+from axolotl_mopo.data.rows import NO_INPUTS, Message, RatedResponse, Row, TemplateInputs, valid_text
+from axolotl_mopo.data.tool_calls import decoded, tool_calls, without_nulls
 from axolotl_mopo.errors import RowError
 
 _MARK = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
@@ -15,8 +16,10 @@ _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user"} | dict.f
 )
 _SHAREGPT_NAMES = ("human", "gpt", "chatgpt", "bing", "bard")
 """ShareGPT's role names that chat templates do not use."""
-_UNTRAINED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""Keys of a turn that are not trained on."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which data sets and chat templates have the reasoning of an assistant turn."""
+_OF_ASSISTANTS = (*REASONING_KEYS, "tool_calls")
+_MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url")
 
 
 def user(content: str) -> list[Message]:
@@ -25,34 +28,64 @@ def user(content: str) -> list[Message]:
 
 
 def messages(value: Any, name: str) -> list[Message]:
-    """Return the turns in a column that holds a string or messages.
+    """Return the turns in a column that holds a string, messages, or the JSON text of messages.
 
-    A turn has `role` and `content`, or ShareGPT's `from` and `value`. The content is a string or a list of text parts.
+    A turn has `role` and `content`, or ShareGPT's `from` and `value`. The content is a string or a list of text parts;
+    it may be null in a turn with `tool_calls`. Reasoning may be in `reasoning_content`, `reasoning` or `thinking`.
 
     Raises:
         RowError: if the column holds neither, or a text is not valid Unicode.
     """
     if isinstance(value, str):
-        return user(valid_text(value, name))
+        decoded = _decoded_turns(value)
+        if decoded is None:
+            return user(valid_text(value, name))
+        value = decoded
     if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
         raise RowError(f"its `{name}` must be a string or messages, not {type(value).__name__}")
     return [_turn(turn, name) for turn in value]
 
 
-def answer(turn: Message, name: str) -> str:
-    """Return the content of the last turn in a column.
+def _decoded_turns(text: str) -> list[Any] | None:
+    """Decode a string that is the JSON text of messages; None for any other string."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        turns = json.loads(text)
+    except ValueError:
+        return None
+    is_turns = isinstance(turns, list) and all(
+        isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns
+    )
+    return turns if turns and is_turns else None
+
+
+def response(turns: Sequence[Message], name: str, scores: Mapping[str, float | None]) -> RatedResponse:
+    """Return the response that some turns of a column are.
 
     Raises:
-        RowError: if the turn holds something else, such as tool calls, which would not be trained on.
+        RowError: if they do not end with an assistant turn.
     """
-    if kept := [key for key in _UNTRAINED if turn.get(key)]:
-        raise RowError(
-            f"the response in its `{name}` has `{kept[0]}`, which would be left out because only `content` is trained "
-            "on; move what matters into `content`, or leave such rows out",
-            "response that is more than a text",
-        )
-    content: str = turn["content"]
-    return content
+    last = turns[-1] if turns else {}
+    if last.get("role") != "assistant":
+        raise RowError(f"its `{name}` must end with a turn of role 'assistant', not {last.get('role')!r}")
+    is_text = len(turns) == 1 and not (last.keys() & {"reasoning_content", "tool_calls"})
+    return RatedResponse(last["content"] or "", scores, () if is_text else turns)
+
+
+def template_inputs(row: Row) -> TemplateInputs:
+    """Return what the columns `tools` and `chat_template_kwargs` of a row hold, as lists and mappings or as JSON text.
+
+    Raises:
+        RowError: if they hold something else.
+    """
+    tools = without_nulls(decoded(row.get("tools"), "tools")) or []
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowError(f"its `tools` must be a list of function definitions or its JSON text, not {tools!r:.60}")
+    kwargs = without_nulls(decoded(row.get("chat_template_kwargs"), "chat_template_kwargs")) or {}
+    if not isinstance(kwargs, Mapping):
+        raise RowError(f"its `chat_template_kwargs` must be a mapping or its JSON text, not {kwargs!r:.60}")
+    return TemplateInputs([dict(tool) for tool in tools], dict(kwargs)) if tools or kwargs else NO_INPUTS
 
 
 def _turn(raw: Mapping[str, Any], name: str) -> Message:
@@ -62,13 +95,40 @@ def _turn(raw: Mapping[str, Any], name: str) -> Message:
         turn = _from_sharegpt(turn, name)
     elif turn.get("role") in _SHAREGPT_NAMES:
         turn["role"] = _SHAREGPT_ROLES[turn["role"]]
+    if "function_call" in turn:
+        raise RowError(
+            f"a turn of its `{name}` has `function_call`, the old form of a tool call; write it as "
+            "tool_calls: [{type: function, function: {name: ..., arguments: ...}}]",
+            "old form of a tool call",
+        )
     if isinstance(turn.get("content"), list):
         turn["content"] = _joined_parts(turn["content"], name)
-    if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+    own = _of_assistants(turn, name)
+    turn = {key: value for key, value in turn.items() if key not in _OF_ASSISTANTS} | own
+    if own and turn.get("role") != "assistant":
+        raise RowError(
+            f"a turn of role {turn.get('role')!r} in its `{name}` has {' and '.join(own)}; only assistants do"
+        )
+    if "tool_calls" in own and not turn.get("content"):
+        turn["content"] = None
+    elif not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
         raise RowError(f"a turn of its `{name}` has no `role` or no `content` that is a string: {dict(raw)!r:.99}")
     # `datasets` may have parsed a text in the file as a date.
     written = json.dumps(turn, default=str, ensure_ascii=False)
     return json.loads(valid_text(written, name))
+
+
+def _of_assistants(turn: Message, name: str) -> Message:
+    """Return the reasoning and the tool calls of a turn, if any, each under the one key that this package uses."""
+    own: Message = {}
+    reasoning = [turn[key] for key in REASONING_KEYS if turn.get(key)]
+    if reasoning:
+        if any(text != reasoning[0] or not isinstance(text, str) for text in reasoning):
+            raise RowError(f"the reasoning in a turn of its `{name}` must be one text, not {reasoning!r:.99}")
+        own["reasoning_content"] = reasoning[0]
+    if calls := tool_calls(turn.get("tool_calls"), name):
+        own["tool_calls"] = calls
+    return own
 
 
 def _from_sharegpt(turn: Message, name: str) -> Message:
@@ -87,6 +147,12 @@ def _joined_parts(parts: Sequence[Any], name: str) -> str:
     texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind in _MEDIA:
+            raise RowError(
+                f"a turn of its `{name}` has a part of type {kind!r}; images, audio and video are not supported, only "
+                "texts are trained on; leave such rows out",
+                "image, audio or video",
+            )
         if kind != "text" or not isinstance(part.get("text"), str):
             raise RowError(
                 f"a turn of its `{name}` has a part of type {kind!r:.40} that is not a text; only texts are trained on",

@@ -6,7 +6,7 @@ a digest of their content, and the digest is appended to the entry's `type`. Row
 another name and are never reused.
 """
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from copy import copy
 from glob import has_magic
 from pathlib import Path
@@ -41,6 +41,11 @@ def bind_entries(cfg: MutableMapping[str, Any], block: MethodConfig) -> None:
         tokenizer = tokenizer_digest(cfg)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the tokenizer of `base_model` cannot be read: {error}") from None
+    if not isinstance(cfg.get("chat_template_kwargs") or {}, Mapping):
+        raise ConfigError(
+            f"`chat_template_kwargs` is {cfg['chat_template_kwargs']!r:.60}; it must map variables of the chat "
+            "template to values, such as {enable_thinking: false}"
+        )
     specs: dict[str, Any] = {}
     for section in ("datasets", "test_datasets"):
         entries = cfg.get(section) or []
@@ -101,6 +106,7 @@ def _spec(
         settings=settings,
         excess_length_strategy=str(cfg.get("excess_length_strategy") or "drop").lower(),
         content=content,
+        chat_template_kwargs=dict(cfg.get("chat_template_kwargs") or {}),
         seed=_seed(cfg) if options.max_pairs_per_prompt else 0,  # an unused seed must not change the key
     )
 

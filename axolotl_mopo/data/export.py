@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from axolotl_mopo.data.pairing import PairReader
-from axolotl_mopo.data.rows import PreferencePair, RatedResponse
+from axolotl_mopo.data.rows import PreferencePair
 from axolotl_mopo.data.stats import RowStats
 from axolotl_mopo.errors import DataError
 
@@ -67,11 +68,11 @@ def summary(stats: RowStats, names: Sequence[str]) -> str:
 def _keep(pair: PreferencePair, attributes: Sequence[str] | None) -> PreferencePair:
     if attributes is None:
         return pair
-    sides = (
-        RatedResponse(side.text, {name: side.scores.get(name) for name in attributes})
+    chosen, rejected = (
+        replace(side, scores={name: side.scores.get(name) for name in attributes})
         for side in (pair.chosen, pair.rejected)
     )
-    return PreferencePair(pair.prompt, *sides)
+    return replace(pair, chosen=chosen, rejected=rejected)
 
 
 def _check(reader: PairReader, attributes: Sequence[str] | None) -> None:
@@ -86,24 +87,40 @@ def _check(reader: PairReader, attributes: Sequence[str] | None) -> None:
 
 
 def _to_parquet(rows: Path, output: Path, names: Sequence[str]) -> None:
+    """Write canonical rows as Parquet; conversations that are more than texts are written as JSON text."""
+    with rows.open(encoding="utf-8") as file:
+        plain = all(_is_plain(json.loads(line)) for line in file)
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     columns: list[tuple[str, Any]] = [
-        ("prompt", pa.list_(message)),
+        ("prompt", pa.list_(message) if plain else pa.string()),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
     ]
+    if not plain:
+        columns += [("tools", pa.string()), ("chat_template_kwargs", pa.string())]
     if names:
         scores = pa.struct([(name, pa.float64()) for name in names])
         columns += [("chosen_scores", scores), ("rejected_scores", scores)]
     schema = pa.schema(columns)
     with rows.open(encoding="utf-8") as file, pq.ParquetWriter(output, schema) as writer:
-        pairs = (_plain(json.loads(line)) for line in file)
+        pairs = (json.loads(line) for line in file)
         while batch := list(islice(pairs, _BATCH)):
-            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            table = batch if plain else [_with_json_text(row) for row in batch]
+            writer.write_table(pa.Table.from_pylist(table, schema=schema))
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    for message in row["prompt"]:
-        if extra := set(message) - {"role", "content"}:
-            raise DataError(f"a turn has {', '.join(sorted(extra))}, which Parquet cannot store; write a .jsonl file")
-    return row
+def _is_plain(row: dict[str, Any]) -> bool:
+    texts = isinstance(row["chosen"], str) and isinstance(row["rejected"], str)
+    return (
+        texts and not row.keys() & {"tools", "chat_template_kwargs"} and all(_is_text(turn) for turn in row["prompt"])
+    )
+
+
+def _is_text(turn: dict[str, Any]) -> bool:
+    return turn.keys() == {"role", "content"} and isinstance(turn["content"], str)
+
+
+def _with_json_text(row: dict[str, Any]) -> dict[str, Any]:
+    names = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+    texts = {name: row[name] for name in names if name in row and not isinstance(row[name], str)}
+    return row | {name: json.dumps(value, ensure_ascii=False) for name, value in texts.items()}

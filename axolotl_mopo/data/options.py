@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from axolotl_mopo.choices import Completion, Turns
 from axolotl_mopo.config import Number, Settings
 
 
@@ -45,6 +46,20 @@ class EntryOptions(Settings):
         description=(
             "Which rows are read: {column: value}. Rows with another value in the column are left out before they are "
             "parsed; the log gives their number."
+        ),
+    )
+    completion: Completion = Field(
+        "all",
+        description=(
+            "What is trained on of an assistant turn: all or answer. With `answer`, the reasoning before the answer is "
+            "read by the model but has no loss, and does not count in lengths and token probabilities."
+        ),
+    )
+    turns: Turns = Field(
+        "all",
+        description=(
+            "Which assistant turns of a response with several are trained on: all or last. User and tool turns between "
+            "them never are."
         ),
     )
 

@@ -4,24 +4,27 @@ import copy
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import combinations, product
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from axolotl_mopo.data.conversations import template_inputs
 from axolotl_mopo.data.formats import PairFunction, ResponsesFunction
 from axolotl_mopo.data.formats.joined import Join
 from axolotl_mopo.data.formats.rated import mean
 from axolotl_mopo.data.rows import (
+    NO_INPUTS,
     Message,
     PreferencePair,
     RatedResponse,
     Row,
+    TemplateInputs,
     check_pair,
     check_prompt,
     check_response,
@@ -36,7 +39,18 @@ T = TypeVar("T")
 Numbered = Iterator[tuple[int, PreferencePair]]
 """Pairs with the number of the row that completed them, in ascending order."""
 
+Check = Callable[[list[Message], Sequence[RatedResponse], TemplateInputs], None]
+"""Raises a RowError for a prompt with responses that the chat template cannot render."""
+
 _BATCH = 1000
+
+
+class _Asked(NamedTuple):
+    """A prompt, what the chat template reads besides its messages, and rated responses."""
+
+    prompt: list[Message]
+    responses: list[RatedResponse]
+    inputs: TemplateInputs = NO_INPUTS
 
 
 class PairReader:
@@ -47,7 +61,7 @@ class PairReader:
     Args:
         table: the raw data set.
         spec: how its rows are read, and which scores they must have.
-        check: raises a RowError for a prompt that the run cannot use.
+        check: raises a RowError for a row that the run cannot use.
 
     Raises:
         DataError: if rated responses have no objective to order them, or pairs with a label have one; if `where`
@@ -59,7 +73,7 @@ class PairReader:
         self,
         table: Dataset,
         spec: DataSpec,
-        check: Callable[[list[Message]], None] | None = None,
+        check: Check | None = None,
     ) -> None:
         self.table, self.spec, self.check = table, spec, check
         self.stats = RowStats()
@@ -157,37 +171,44 @@ class PairReader:
             return None
         self.spec.check_scores(pair)
         if self.check:
-            self.check(pair.prompt)
+            self.check(pair.prompt, (pair.chosen, pair.rejected), pair.inputs)
         return pair
 
     def _rated(self) -> Numbered:
         group_column = self.spec.format.group_column
         sizes = self._group_sizes(group_column) if group_column else None
-        waiting: dict[int, list[tuple[list[Message], list[RatedResponse]]]] = defaultdict(list)
-        for number, row, prompt, responses in self._responses():
+        waiting: dict[int, list[_Asked]] = defaultdict(list)
+        for number, row, asked in self._responses():
             key = fingerprint(row.get(group_column)) if group_column else number
-            waiting[key].append((prompt, responses))
+            waiting[key].append(asked)
             if sizes is None or len(waiting[key]) == sizes[key]:
-                group = [(prompt, responses) for prompt, responses in waiting.pop(key) if responses]
+                group = [asked for asked in waiting.pop(key) if asked.responses]
+                if any(asked.inputs != group[0].inputs for asked in group):
+                    raise DataError(
+                        f"{self.spec.where}, row {number}: its prompt is that of other rows whose `tools` or "
+                        "`chat_template_kwargs` differ; the responses to one prompt must have the same"
+                    )
                 if group:
-                    yield from self._compare(number, group[0][0], [r for _, responses in group for r in responses])
+                    yield from self._compare(number, group[0], [each for asked in group for each in asked.responses])
 
-    def _responses(self) -> Iterator[tuple[int, Row, list[Message], list[RatedResponse]]]:
+    def _responses(self) -> Iterator[tuple[int, Row, _Asked]]:
         """Yield every row with its prompt and its responses, without those that are bad or left out."""
         assert self.spec.format.read_responses  # noqa: S101 (a format has one of both)
         for number, row in self._rows("Reading responses"):
-            prompt, responses = self._guard(number, self._read_rated, self.spec.format.read_responses, row) or ([], [])
-            yield number, row, prompt, [each for each in responses if self._guard(number, self._accept, each)]
+            asked = self._guard(number, self._read_rated, self.spec.format.read_responses, row) or _Asked([], [])
+            accepted = [each for each in asked.responses if self._guard(number, self._accept, each)]
+            yield number, row, asked._replace(responses=accepted)
 
-    def _read_rated(self, read: ResponsesFunction, row: Row) -> tuple[list[Message], list[RatedResponse]] | None:
+    def _read_rated(self, read: ResponsesFunction, row: Row) -> _Asked | None:
         if self._is_left_out(row):
             return None
         prompt, responses = read(row)
+        asked = _Asked(prompt, responses, template_inputs(row))
         check_prompt(prompt)
         if self.check:
-            self.check(prompt)
+            self.check(*asked)
         self.stats.empty += not responses
-        return prompt, responses
+        return asked
 
     def _accept(self, response: RatedResponse) -> bool:
         check_response(response, "response")
@@ -223,8 +244,8 @@ class PairReader:
 
     def _standard_units(self) -> dict[str, tuple[float, float]]:
         values: dict[str, list[float]] = {name: [] for name in self.spec.objective}
-        for _, _, _, responses in self._first_pass()._responses():
-            for name, response in product(values, responses):
+        for _, _, asked in self._first_pass()._responses():
+            for name, response in product(values, asked.responses):
                 if (value := response.scores.get(name)) is not None:
                     values[name].append(value)
         return {name: self._standard_unit(name, np.array(found)) for name, found in values.items() if found}
@@ -253,7 +274,7 @@ class PairReader:
         # Two sums that differ only by rounding errors must remain a tie.
         return None if value is None else round(value, 9)
 
-    def _compare(self, number: int, prompt: list[Message], responses: list[RatedResponse]) -> Numbered:
+    def _compare(self, number: int, asked: _Asked, responses: list[RatedResponse]) -> Numbered:
         """Pair every two responses to a prompt; the one with the higher score is chosen."""
         self.stats.alone += len(responses) == 1
         rated = [(self._order(response), response) for response in responses]
@@ -264,10 +285,10 @@ class PairReader:
                 self.stats.ties += 1
                 continue
             (_, chosen), (_, rejected) = (first, second) if first[0] > second[0] else (second, first)
-            if chosen.text.strip() == rejected.text.strip():
+            if not chosen.differs_from(rejected):
                 self.stats.identical += 1
                 continue
-            pair = PreferencePair(prompt, chosen, rejected)
+            pair = PreferencePair(asked.prompt, chosen, rejected, asked.inputs)
             if self.spec.missing(pair):
                 self.stats.incomplete += 1
             else:

@@ -11,10 +11,10 @@ from axolotl_mopo.config import INTEGRATED, AMoPOConfig
 from axolotl_mopo.config.directives import Directive, user_template, with_directive_in_template
 from axolotl_mopo.data.conversations import user, with_directive
 from axolotl_mopo.data.pairing import PairReader
+from axolotl_mopo.data.rendering import ChatRenderer
 from axolotl_mopo.data.rows import Message
 from axolotl_mopo.data.spec import DataSpec
 from axolotl_mopo.data.strategies import directive_scores, raw_table
-from axolotl_mopo.data.tokenizing import ChatRenderer
 from axolotl_mopo.errors import ConfigError, DataError
 
 

@@ -1,15 +1,19 @@
 """The canonical row, a preference pair with its scores, and checks of raw rows."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from axolotl_mopo.digests import fingerprint
 from axolotl_mopo.errors import RowError
 
 Message = dict[str, Any]
-"""A turn of a conversation: `role` and `content`, both strings."""
+"""A turn of a conversation, with all that a chat template may read.
+
+`role` is a string; `content` a string, or None for a turn that only calls tools. An assistant turn may have
+`reasoning_content` and `tool_calls`, a tool's turn `tool_call_id` and `name`.
+"""
 
 Row = Mapping[str, Any]
 """A row of a raw data set: column name to value."""
@@ -20,7 +24,26 @@ class RatedResponse:
     """A response and its scores on the data set's own scale. None marks a score that is not a finite number."""
 
     text: str
+    """The content of its last turn, without reasoning."""
     scores: Mapping[str, float | None]
+    turns: Sequence[Message] = ()
+    """All its turns if it is more than a text (reasoning, tool calls, several turns); empty for a text alone."""
+
+    @property
+    def messages(self) -> list[Message]:
+        """Its turns; the last one is the assistant's."""
+        return list(self.turns) or [{"role": "assistant", "content": self.text}]
+
+    @property
+    def content(self) -> str | list[Message]:
+        """What two responses to one prompt are compared by, and what a canonical row holds."""
+        return list(self.turns) or self.text
+
+    def differs_from(self, other: Self) -> bool:
+        """Whether the two responses are more than the same text with other whitespace around it."""
+        if self.turns or other.turns:
+            return self.messages != other.messages
+        return self.text.strip() != other.text.strip()
 
     def score(self, name: str) -> float:
         """Return the score called `name`.
@@ -35,71 +58,113 @@ class RatedResponse:
 
 
 @dataclass(frozen=True)
+class TemplateInputs:
+    """What a chat template reads of a row besides the messages."""
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Definitions of the functions that the model may call."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the template, such as `enable_thinking`."""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the columns of a canonical row; none if there is nothing to read."""
+        row = {"tools": list(self.tools), "chat_template_kwargs": dict(self.kwargs)}
+        return {name: value for name, value in row.items() if value}
+
+
+NO_INPUTS = TemplateInputs()
+
+
+@dataclass(frozen=True)
 class PreferencePair:
-    """A prompt that ends with a user turn, and two responses to it."""
+    """A prompt that ends with a user's or a tool's turn, and two responses to it."""
 
     prompt: list[Message]
     chosen: RatedResponse
     rejected: RatedResponse
+    inputs: TemplateInputs = NO_INPUTS
 
     def to_row(self) -> dict[str, Any]:
         """Return the canonical row: the form in JSONL and Parquet files, which the strategy `pairs` reads."""
         return {
             "prompt": self.prompt,
-            "chosen": self.chosen.text,
-            "rejected": self.rejected.text,
+            "chosen": self.chosen.content,
+            "rejected": self.rejected.content,
             "chosen_scores": dict(self.chosen.scores),
             "rejected_scores": dict(self.rejected.scores),
+            **self.inputs.to_row(),
         }
 
     @classmethod
     def from_row(cls, row: Row) -> Self:
         """Return the pair in a canonical row."""
-        chosen = RatedResponse(row["chosen"], row["chosen_scores"])
-        return cls(row["prompt"], chosen, RatedResponse(row["rejected"], row["rejected_scores"]))
+        chosen, rejected = (_response(row[side], row[f"{side}_scores"]) for side in ("chosen", "rejected"))
+        inputs = TemplateInputs(row.get("tools", ()), row.get("chat_template_kwargs", {}))
+        return cls(row["prompt"], chosen, rejected, inputs)
 
     @property
     def prompt_key(self) -> int:
         """A 63-bit number that pairs of the same prompt share."""
-        return fingerprint(self.prompt)
+        asked = self.inputs.to_row()
+        return fingerprint([self.prompt, asked] if asked else self.prompt)
+
+
+def _response(content: str | list[Message], scores: Mapping[str, float | None]) -> RatedResponse:
+    if isinstance(content, str):
+        return RatedResponse(content, scores)
+    return RatedResponse(content[-1]["content"] or "", scores, content)
 
 
 def check_pair(pair: PreferencePair) -> None:
     """Check what every pair must have, whatever its source.
 
     Raises:
-        RowError: if the prompt does not end with a user turn, a text is empty, or both responses are the same text.
+        RowError: if the prompt does not end with a user's or a tool's turn, a response is empty, or both responses
+            are the same.
     """
     check_prompt(pair.prompt)
     for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         check_response(response, side)
-    if pair.chosen.text.strip() == pair.rejected.text.strip():
+    if not pair.chosen.differs_from(pair.rejected):
         raise RowError("its chosen and rejected responses are the same text", "identical responses")
 
 
 def check_prompt(prompt: list[Message]) -> None:
-    """Check that a prompt ends with a question of the user.
+    """Check that a prompt ends with a question of the user, or with the result of a tool.
 
     Raises:
-        RowError: if it is empty, does not end with a user turn, or has a turn that is not valid Unicode text.
+        RowError: if it is empty, has no user turn, ends with another turn, or has a turn that is not valid Unicode
+            text.
     """
-    if not prompt or not prompt[-1]["content"].strip():
+    if not prompt:
         raise RowError("its prompt is empty", "empty prompt")
-    if prompt[-1]["role"] != "user":
-        raise RowError(f"its prompt ends with a turn of role {prompt[-1]['role']!r}; it must end with a user turn")
-    for turn in prompt:
-        valid_text(turn["content"], "prompt")
+    last = prompt[-1]
+    if last["role"] == "tool" and any(turn["role"] == "user" for turn in prompt):
+        pass  # a tool may have nothing to report
+    elif last["role"] != "user":
+        raise RowError(f"its prompt ends with a turn of role {last['role']!r}; it must end with a user turn")
+    elif not last["content"].strip():
+        raise RowError("its prompt is empty", "empty prompt")
+    for each in texts_of(prompt):
+        valid_text(each, "prompt")
+
+
+def texts_of(turns: Iterable[Message]) -> Iterable[str]:
+    """Yield the texts in some turns: contents and reasoning."""
+    return (turn[key] for turn in turns for key in ("content", "reasoning_content") if turn.get(key))
 
 
 def check_response(response: RatedResponse, name: str) -> None:
-    """Check that a response has a text and that it is valid Unicode.
+    """Check that a response ends with a text or a tool call, and that it is valid Unicode.
 
     Raises:
-        RowError: if it has none or is not; the error names the column `name`.
+        RowError: if it does not; the error names the column `name`.
     """
-    if not response.text.strip():
+    last = response.messages[-1]
+    if not response.text.strip() and not last.get("tool_calls"):
         raise RowError(f"its `{name}` is an empty response", "empty response")
-    valid_text(response.text, name)
+    for each in texts_of(response.messages):
+        valid_text(each, name)
 
 
 def valid_text(content: str, name: str) -> str:

@@ -40,7 +40,7 @@ class RowStats:
 
     def add(self, pair: PreferencePair) -> None:
         """Count a pair that is kept."""
-        self._keys.append(fingerprint([pair.prompt, pair.chosen.text, pair.rejected.text]))
+        self._keys.append(fingerprint([pair.prompt_key, pair.chosen.content, pair.rejected.content]))
         for name in dict.fromkeys((*pair.chosen.scores, *pair.rejected.scores)):
             chosen, rejected = pair.chosen.scores.get(name), pair.rejected.scores.get(name)
             orders = self._orders.setdefault(name, bytearray())

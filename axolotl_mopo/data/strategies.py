@@ -1,7 +1,7 @@
 """The strategies that a data set's `type:` names: turn Axolotl's rows into token ids."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from axolotl_mopo.data.conversations import with_directive
 from axolotl_mopo.data.entries import PREFIX
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.pair_store import PairStore
+from axolotl_mopo.data.pair_tokens import PairTexts, TokenizedPair, tokenize_pairs
 from axolotl_mopo.data.pairing import PairReader
+from axolotl_mopo.data.rendering import ChatRenderer
 from axolotl_mopo.data.rows import Message, PreferencePair, rescale
 from axolotl_mopo.data.spec import DataSpec
-from axolotl_mopo.data.tokenizing import ChatRenderer, ControlTokenCount, tokenize
-from axolotl_mopo.data.truncation import Render, TokenizedPair, fit
+from axolotl_mopo.data.tokenizing import ControlTokenCount, control_tokens
+from axolotl_mopo.data.truncation import Render, fit
 from axolotl_mopo.errors import DataError, RowError
 
 LOG = get_logger("axolotl.mopo")
@@ -39,12 +41,16 @@ _COLUMNS = {
     "prompt_input_ids": List(List(Value("int32"))),
     "chosen_input_ids": List(Value("int32")),
     "rejected_input_ids": List(Value("int32")),
+    "chosen_spans": List(Value("int32")),
+    "rejected_spans": List(Value("int32")),
     "prompt_key": Value("int64"),
     "cut_prompt_tokens": Value("int32"),
     "cut_completion_tokens": Value("int32"),
 }
 _MARGINS = {f"{side}_margin_rewards": List(Value("float64")) for side in ("chosen", "rejected")}
-_TEXTS = {"messages": Value("string"), "chosen_text": Value("string"), "rejected_text": Value("string")}
+_TEXTS = {
+    name: Value("string") for name in ("messages", "chosen_turns", "rejected_turns", "chosen_text", "rejected_text")
+}
 
 
 def find_strategy(name: str) -> Callable[..., Strategy]:
@@ -73,6 +79,7 @@ def _strategy(cfg: Mapping[str, Any], dataset_idx: int | None = None, *, key: st
     Returns:
         The transform of a batch of rows, and the arguments of the `datasets.map` that applies it. The new rows have:
         the token ids `prompt_input_ids` (a list for each of the D prompts), `chosen_input_ids`, `rejected_input_ids`;
+        the ranges of the responses' tokens that are trained on, each with its end (`chosen_spans`, `rejected_spans`);
         MODPO's margin rewards that need no model (`chosen_margin_rewards`, `rejected_margin_rewards`); the texts, if a
         margin reads them (`messages`, `chosen_text`, `rejected_text`); the strings for Axolotl's length filter
         (`prompt`, the longest one, `chosen`, `rejected`); and for logging `prompt_key`, `cut_prompt_tokens`,
@@ -95,10 +102,10 @@ def _columns(settings: RowSettings) -> dict[str, Any]:
 def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
     tokenizer = load_tokenizer(cfg)
     try:
-        check = ChatRenderer(tokenizer).check_roles
+        renderer = ChatRenderer(tokenizer, spec.chat_template_kwargs)
     except DataError as error:
         raise DataError(f"{spec.where}: {error}") from None
-    reader = PairReader(raw_table(cfg, spec), spec, check)
+    reader = PairReader(raw_table(cfg, spec), spec, renderer.check)
     folder = Path(cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH)
     control_tokens = ControlTokenCount(tokenizer)
     store = PairStore.write(control_tokens.watch(reader.pairs()), folder)
@@ -157,26 +164,77 @@ def _transform(
     spec: DataSpec,
     sequence_len: int,
 ) -> Columns:
-    renderer = ChatRenderer(tokenizer)
     names = _columns(spec.settings)
     pairs = store.between(indices[0], indices[-1])
     if not pairs:
         return {name: [] for name in names}
-    renders = [
-        partial(_prompts, renderer=renderer, directives=_located(spec, number, _directives, pair, spec))
-        for number, pair in pairs
-    ]
+    tokenization = Tokenization(tokenizer, spec)
+    renders = [_located(spec, number, tokenization.render, pair) for number, pair in pairs]
     texts = [
-        _located(spec, number, _texts, pair, render, renderer)
+        _located(spec, number, tokenization.texts, pair, render)
         for (number, pair), render in zip(pairs, renders, strict=True)
     ]
-    ids = iter(tokenize(tokenizer, [text for prompts, *sides in texts for text in (*prompts, *sides)]))
+    ids = tokenize_pairs(tokenizer, texts)
     rows = []
-    for (number, pair), render, (prompts, chosen, rejected) in zip(pairs, renders, texts, strict=True):
-        whole = TokenizedPair(prompts, chosen, rejected, [next(ids) for _ in prompts], next(ids), next(ids))
-        limits = (tokenizer, sequence_len, spec.excess_length_strategy)
-        rows.append(_row(pair, _located(spec, number, fit, whole, pair.prompt, render, *limits), spec.settings))
+    for (number, pair), render, each in zip(pairs, renders, texts, strict=True):
+        tokens = _located(spec, number, tokenization.tokens, pair, render, each, ids, sequence_len)
+        rows.append(_row(pair, tokens, spec.settings))
     return {name: [row[name] for row in rows] for name in names}
+
+
+class Tokenization:
+    """Turns the pairs of a data set into token ids.
+
+    Args:
+        tokenizer: the tokenizer of the run.
+        spec: the settings of the data set.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> None:
+        self.tokenizer, self.spec = tokenizer, spec
+        self.renderer = ChatRenderer(tokenizer, spec.chat_template_kwargs)
+        self._control_tokens = control_tokens(tokenizer)
+
+    def render(self, pair: PreferencePair) -> Render:
+        """Return the function that renders the D prompts of a pair, or of a part of its prompt.
+
+        Raises:
+            RowError: if a directive cannot be rendered with the pair's scores.
+        """
+        return partial(self._prompts, pair=pair, directives=_directives(pair, self.spec))
+
+    def texts(self, pair: PreferencePair, render: Render) -> PairTexts:
+        """Render a pair.
+
+        Raises:
+            RowError: if the chat template cannot be rendered with it.
+        """
+        options = self.spec.options
+        if self.spec.settings.texts and not (pair.chosen.text.strip() and pair.rejected.text.strip()):
+            raise RowError(
+                "a response ends with a tool call and has no text, which a margin that reads texts cannot score; leave "
+                "such rows out, or use a margin of another source"
+            )
+        chosen, rejected = (
+            self.renderer.response(pair.prompt, side, pair.inputs, options.completion, options.turns)
+            for side in (pair.chosen, pair.rejected)
+        )
+        plain = self.renderer.prompt(pair.prompt, pair.inputs)
+        return PairTexts(render(pair.prompt), plain, chosen, rejected, self._control_tokens)
+
+    def tokens(
+        self, pair: PreferencePair, render: Render, texts: PairTexts, ids: Iterator[list[int]], sequence_len: int
+    ) -> TokenizedPair:
+        """Return the token ids of a pair, shortened to `sequence_len`.
+
+        Raises:
+            RowError: if its responses cannot be separated, or it is too long and must not be shortened.
+        """
+        whole = texts.assemble(self.tokenizer, ids)
+        return fit(whole, pair.prompt, render, self.tokenizer, sequence_len, self.spec.excess_length_strategy)
+
+    def _prompts(self, messages: list[Message], *, pair: PreferencePair, directives: Sequence[Directive]) -> list[str]:
+        return [self.renderer.prompt(with_directive(messages, each), pair.inputs) for each in directives]
 
 
 def _located(spec: DataSpec, number: int, function: Callable[..., Any], *args: Any) -> Any:
@@ -200,15 +258,6 @@ def _directives(pair: PreferencePair, spec: DataSpec) -> Sequence[Directive]:
         raise RowError(str(error)) from None
 
 
-def _prompts(messages: list[Message], *, renderer: ChatRenderer, directives: Sequence[Directive]) -> list[str]:
-    return [renderer.prompt(with_directive(messages, each)) for each in directives]
-
-
-def _texts(pair: PreferencePair, render: Render, renderer: ChatRenderer) -> tuple[list[str], str, str]:
-    chosen, rejected = (renderer.completion(pair.prompt, side.text) for side in (pair.chosen, pair.rejected))
-    return render(pair.prompt), chosen, rejected
-
-
 def _row(pair: PreferencePair, tokens: TokenizedPair, settings: RowSettings) -> dict[str, Any]:
     row: dict[str, Any] = {
         "prompt": tokens.prompts[tokens.longest],
@@ -217,19 +266,23 @@ def _row(pair: PreferencePair, tokens: TokenizedPair, settings: RowSettings) -> 
         "prompt_input_ids": tokens.prompt_ids,
         "chosen_input_ids": tokens.chosen_ids,
         "rejected_input_ids": tokens.rejected_ids,
+        "chosen_spans": [border for span in tokens.chosen_spans for border in span],
+        "rejected_spans": [border for span in tokens.rejected_spans for border in span],
         "prompt_key": pair.prompt_key,
         "cut_prompt_tokens": tokens.cut_prompt_tokens,
         "cut_completion_tokens": tokens.cut_completion_tokens,
     }
     if settings.margins is not None:
-        for side, response, ids in (
-            ("chosen", pair.chosen, tokens.chosen_ids),
-            ("rejected", pair.rejected, tokens.rejected_ids),
+        for side, response, spans in (
+            ("chosen", pair.chosen, tokens.chosen_spans),
+            ("rejected", pair.rejected, tokens.rejected_spans),
         ):
+            length = sum(end - start for start, end in spans)
             row[f"{side}_margin_rewards"] = [
-                source.row_reward(name, response, len(ids)) for name, source in settings.margins.items()
+                source.row_reward(name, response, length) for name, source in settings.margins.items()
             ]
     if settings.texts:
-        row |= {"messages": json.dumps(pair.prompt), "chosen_text": pair.chosen.text}
-        row["rejected_text"] = pair.rejected.text
+        row["messages"] = json.dumps(pair.prompt)
+        for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            row |= {f"{name}_turns": json.dumps(response.messages[:-1]), f"{name}_text": response.text}
     return row

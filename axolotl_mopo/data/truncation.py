@@ -1,46 +1,19 @@
 """Shorten pairs that are longer than `sequence_len`."""
 
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
+from axolotl_mopo.data.pair_tokens import TokenizedPair
+from axolotl_mopo.data.rendering import Span
 from axolotl_mopo.data.rows import Message
 from axolotl_mopo.data.tokenizing import shorten, tokenize
 from axolotl_mopo.errors import RowError
 
 _MIN_QUESTION_TOKENS = 32
 """Tokens that remain of a truncated question; if even these do not fit, the completions are too long."""
-
-
-@dataclass
-class TokenizedPair:
-    """One pair as token ids: D prompts that share both completions, and the texts for Axolotl's length filter."""
-
-    prompts: list[str]
-    chosen: str
-    rejected: str
-    prompt_ids: list[list[int]]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    cut_prompt_tokens: int = 0
-    cut_completion_tokens: int = 0
-
-    @property
-    def longest(self) -> int:
-        """Index of the longest prompt."""
-        return max(range(len(self.prompt_ids)), key=lambda index: len(self.prompt_ids[index]))
-
-    @property
-    def prompt_length(self) -> int:
-        """Number of tokens of the longest prompt."""
-        return max(map(len, self.prompt_ids))
-
-    @property
-    def completion_length(self) -> int:
-        """Number of tokens of the longer completion."""
-        return max(len(self.chosen_ids), len(self.rejected_ids))
 
 
 Render = Callable[[list[Message]], list[str]]
@@ -58,7 +31,8 @@ def fit(
     """Shorten a pair to `sequence_len` tokens.
 
     The question is truncated first: its oldest turns, then the beginning of its last turn. A system message, the
-    directives and the chat header are kept. If the completions are still too long, they are truncated (`truncate`), or
+    directives, the chat header and what follows the last user turn (tool calls and their results) are kept.
+    If the completions are still too long, they are truncated (`truncate`), or
     the pair is returned unchanged so that Axolotl drops and counts it (`drop`).
 
     Args:
@@ -83,7 +57,7 @@ def fit(
         )
 
     def length(messages: list[Message]) -> int:
-        return max(map(len, tokenize(tokenizer, render(messages))))
+        return max(map(len, tokenize(tokenizer, render(messages)))) - pair.header_tokens
 
     shortest = _shortest(messages, tokenizer)
     kept = length(shortest)
@@ -93,17 +67,24 @@ def fit(
         prompts = render(shortest)
     else:
         return pair
-    prompt_ids = tokenize(tokenizer, prompts)
+    prompt_ids = [ids[: len(ids) - pair.header_tokens] for ids in tokenize(tokenizer, prompts)]
     prompt_length = max(map(len, prompt_ids))
-    chosen_ids, chosen = _cut(tokenizer, pair.chosen_ids, pair.chosen, sequence_len - prompt_length)
-    rejected_ids, rejected = _cut(tokenizer, pair.rejected_ids, pair.rejected, sequence_len - prompt_length)
-    return TokenizedPair(
-        prompts,
-        chosen,
-        rejected,
-        prompt_ids,
-        chosen_ids,
-        rejected_ids,
+    room = sequence_len - prompt_length
+    chosen_ids, chosen = _cut(tokenizer, pair.chosen_ids, pair.chosen, room)
+    rejected_ids, rejected = _cut(tokenizer, pair.rejected_ids, pair.rejected, room)
+    chosen_spans, rejected_spans = _within(pair.chosen_spans, room), _within(pair.rejected_spans, room)
+    if not (chosen_spans and rejected_spans):  # nothing that is trained on would be left
+        return pair
+    return replace(
+        pair,
+        prompts=[prompt[: len(prompt) - pair.header_characters] for prompt in prompts],
+        chosen=chosen,
+        rejected=rejected,
+        prompt_ids=prompt_ids,
+        chosen_ids=chosen_ids,
+        rejected_ids=rejected_ids,
+        chosen_spans=chosen_spans,
+        rejected_spans=rejected_spans,
         cut_prompt_tokens=pair.prompt_length - prompt_length,
         cut_completion_tokens=pair.completion_length - max(len(chosen_ids), len(rejected_ids)),
     )
@@ -111,7 +92,7 @@ def fit(
 
 def _shortest(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[Message]:
     """Return the conversation with the question truncated as much as possible."""
-    content = messages[-1]["content"]
+    content = messages[_question(messages)]["content"]
     ids = tokenize(tokenizer, [content])[0][-_MIN_QUESTION_TOKENS:]
     return _from_character(messages, max(0, len(content) - len(str(tokenizer.decode(ids)))))
 
@@ -120,12 +101,12 @@ def _longest(
     messages: list[Message], shortest: list[Message], length: Callable[[list[Message]], int], limit: int
 ) -> list[Message]:
     """Return the longest part of the conversation with at most `limit` tokens; `shortest` must have no more."""
-    first = _system_turns(messages)
-    for index in range(first + 1, len(messages)):
+    first, last = _system_turns(messages), _question(messages)
+    for index in range(first + 1, last + 1):
         rest = messages[:first] + messages[index:]
         if messages[index]["role"] == "user" and length(rest) <= limit:
             return rest
-    content, kept = messages[-1]["content"], shortest[-1]["content"]
+    content, kept = messages[last]["content"], shortest[first]["content"]
     starts = range(len(content) - len(kept) + 1)
     return _from_character(
         messages, bisect_left(starts, True, key=lambda c: length(_from_character(messages, c)) <= limit)
@@ -133,9 +114,15 @@ def _longest(
 
 
 def _from_character(messages: list[Message], start: int) -> list[Message]:
-    """Return the system turns and the last turn from the character `start` on."""
-    last = {**messages[-1], "content": messages[-1]["content"][start:]}
-    return [*messages[: _system_turns(messages)], last]
+    """Return the system turns, the last user turn from the character `start` on, and the turns after it."""
+    last = _question(messages)
+    question = {**messages[last], "content": messages[last]["content"][start:]}
+    return [*messages[: _system_turns(messages)], question, *messages[last + 1 :]]
+
+
+def _question(messages: list[Message]) -> int:
+    """Index of the last user turn."""
+    return max(index for index, message in enumerate(messages) if message["role"] == "user")
 
 
 def _system_turns(messages: list[Message]) -> int:
@@ -144,3 +131,8 @@ def _system_turns(messages: list[Message]) -> int:
 
 def _cut(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, limit: int) -> tuple[list[int], str]:
     return (ids, text) if len(ids) <= limit else shorten(tokenizer, ids, limit)
+
+
+def _within(spans: Sequence[Span], limit: int) -> list[Span]:
+    """Return the parts of spans before `limit`."""
+    return [(start, min(end, limit)) for start, end in spans if start < limit]

@@ -10,7 +10,8 @@ from typing import Any
 from accelerate.utils import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
+from axolotl_mopo.data.rendering import ChatRenderer
+from axolotl_mopo.data.tokenizing import tokenize
 from axolotl_mopo.digests import fingerprint, model_digest
 from axolotl_mopo.errors import ConfigError, DataError, RowError
 from axolotl_mopo.evaluation.comparison import Comparison

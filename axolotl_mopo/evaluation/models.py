@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from axolotl_mopo.data.conversations import user
-from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
+from axolotl_mopo.data.rendering import ChatRenderer
+from axolotl_mopo.data.tokenizing import tokenize
 from axolotl_mopo.digests import fingerprint
 from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.evaluation.schema import Sampling

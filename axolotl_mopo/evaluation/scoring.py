@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from axolotl_mopo.config import SOURCES, Margin, RewardSource, Settings, parse_settings
 from axolotl_mopo.config.sources import TRAINING_KEYS, nested_margin
+from axolotl_mopo.data.rendering import ChatRenderer
 from axolotl_mopo.data.rows import RatedResponse
-from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
+from axolotl_mopo.data.tokenizing import tokenize
 from axolotl_mopo.digests import digest
 from axolotl_mopo.errors import ConfigError, DataError
 from axolotl_mopo.evaluation.comparison import Comparison

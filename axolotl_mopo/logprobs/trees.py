@@ -23,11 +23,20 @@ class Completion(NamedTuple):
 
     prompt: Sequence[int]
     tokens: Sequence[int]
+    spans: Sequence[int] | None = None
+    """Start and end of each range of the completion that is scored; the model only reads the rest. None: all of it."""
 
     @property
     def completions(self) -> "list[Completion]":
         """A list of itself."""
         return [self]
+
+    @property
+    def scored(self) -> Tokens:
+        """Positions of the scored tokens in prompt and completion."""
+        spans = (0, len(self.tokens)) if self.spans is None else self.spans
+        ranges = [np.arange(start, end) for start, end in zip(spans[::2], spans[1::2], strict=True)]
+        return np.concatenate(ranges) + len(self.prompt)
 
 
 class Pair(NamedTuple):
@@ -36,11 +45,23 @@ class Pair(NamedTuple):
     prompts: Sequence[Sequence[int]]
     chosen: Sequence[int]
     rejected: Sequence[int]
+    chosen_spans: Sequence[int] | None = None
+    """See `Completion.spans`."""
+    rejected_spans: Sequence[int] | None = None
 
     @property
     def completions(self) -> list[Completion]:
         """All completions, prompt by prompt, the chosen one before the rejected one."""
-        return [Completion(prompt, side) for prompt in self.prompts for side in (self.chosen, self.rejected)]
+        sides = (self.chosen, self.chosen_spans), (self.rejected, self.rejected_spans)
+        return [Completion(prompt, *side) for prompt in self.prompts for side in sides]
+
+
+class _Sequence(NamedTuple):
+    """A prompt with a completion."""
+
+    tokens: Tokens
+    scored: Tokens
+    """Positions of the tokens that are scored, at least one."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +103,17 @@ def pack(items: Sequence[Pair | Completion]) -> dict[str, Any]:
 
     Returns:
         The model's inputs: `input_ids`, `position_ids`, `attention_mask`, `segments`, and `logits_to_keep`, the P
-        positions that predict a completion token. Also `targets` [P, K], the tokens that each position predicts (more
-        than one if completions branch there); and for the N completion tokens `predictors` [N], their indices in the
+        positions that predict a scored token. Also `targets` [P, K], the tokens that each position predicts (more
+        than one if completions branch there); and for the N scored tokens `predictors` [N], their indices in the
         flattened [P * K] log-probs, `completion_ids` [N], the index of their completion, and `lengths` [C], the
-        number of tokens of each of C completions.
+        number of scored tokens of each of C completions.
     """
     sequences = _sequences(items)
     input_ids, positions, keys = [], [], []
     paths: list[Tokens] = [np.empty(0, np.int64)] * len(sequences)  # position in the row of each token of a sequence
     size = 0
-    for number, shared, previous in _in_order([tokens for _, tokens in sequences]):
-        tokens = sequences[number][1]
+    for number, shared, previous in _in_order([sequence.tokens for sequence in sequences]):
+        tokens = sequences[number].tokens
         inherited = paths[previous][:shared] if shared else paths[number][:0]
         paths[number] = np.concatenate([inherited, np.arange(size, size + len(tokens) - shared)])
         if shared < len(tokens):
@@ -103,8 +124,8 @@ def pack(items: Sequence[Pair | Completion]) -> dict[str, Any]:
     query_lengths = [len(part) for part in input_ids]
     key_lengths = [len(part) for part in keys]
     row = np.concatenate(input_ids)
-    parents = np.concatenate([path[start - 1 : -1] for (start, _), path in zip(sequences, paths, strict=True)])
-    children = np.concatenate([path[start:] for (start, _), path in zip(sequences, paths, strict=True)])
+    parents = np.concatenate([path[one.scored - 1] for one, path in zip(sequences, paths, strict=True)])
+    children = np.concatenate([path[one.scored] for one, path in zip(sequences, paths, strict=True)])
     kept, targets, predictors = _branches(parents, children, row)
     return {
         "input_ids": torch.from_numpy(row)[None],
@@ -134,23 +155,20 @@ def pad(items: Sequence[Pair | Completion], pad_token_id: int) -> dict[str, Any]
 
     Returns:
         The model's inputs: `input_ids`, `attention_mask`, and `logits_to_keep`, the range of L positions that predict
-        a completion token in any row. Also `rows` [P], the indices in the flattened [C * L] positions of those that
-        predict a completion token; `targets` [P, 1]; and `predictors`, `completion_ids`, `lengths` as in `pack`.
+        a scored token in any row. Also `rows` [P], the indices in the flattened [C * L] positions of those that
+        predict a scored token; `targets` [P, 1]; and `predictors`, `completion_ids`, `lengths` as in `pack`.
     """
     sequences = _sequences(items)
-    width = max(len(tokens) for _, tokens in sequences)
-    first = min(start for start, _ in sequences) - 1
+    width = max(len(sequence.tokens) for sequence in sequences)
+    first = min(sequence.scored[0] for sequence in sequences) - 1
     input_ids = np.full((len(sequences), width), pad_token_id)
     attention_mask = np.zeros_like(input_ids)
-    for tokens, line, mask in zip((tokens for _, tokens in sequences), input_ids, attention_mask, strict=True):
-        line[: len(tokens)] = tokens
-        mask[: len(tokens)] = 1
+    for sequence, line, mask in zip(sequences, input_ids, attention_mask, strict=True):
+        line[: len(sequence.tokens)] = sequence.tokens
+        mask[: len(sequence.tokens)] = 1
     kept = width - 1 - first
-    rows = [
-        np.arange(start - 1, len(tokens) - 1) - first + number * kept
-        for number, (start, tokens) in enumerate(sequences)
-    ]
-    targets = np.concatenate([tokens[start:] for start, tokens in sequences])
+    rows = [sequence.scored - 1 - first + number * kept for number, sequence in enumerate(sequences)]
+    targets = np.concatenate([sequence.tokens[sequence.scored] for sequence in sequences])
     return {
         "input_ids": torch.from_numpy(input_ids),
         "attention_mask": torch.from_numpy(attention_mask),
@@ -164,12 +182,12 @@ def pad(items: Sequence[Pair | Completion], pad_token_id: int) -> dict[str, Any]
 
 def trie_size(pair: Pair) -> int:
     """Count the tokens of a packed row of this pair alone."""
-    sequences = [tokens for _, tokens in _sequences([pair])]
+    sequences = [sequence.tokens for sequence in _sequences([pair])]
     return sum(len(sequences[number]) - shared for number, shared, _ in _in_order(sequences))
 
 
-def _sequences(items: Sequence[Pair | Completion]) -> list[tuple[int, Tokens]]:
-    """Return (start of the completion, tokens of prompt and completion) for every completion, in order."""
+def _sequences(items: Sequence[Pair | Completion]) -> list[_Sequence]:
+    """Return the sequence of every completion, in order."""
     arrays: dict[int, Tokens] = {}  # a pair's prompts and completions are each used several times
 
     def array(tokens: Sequence[int]) -> Tokens:
@@ -178,7 +196,7 @@ def _sequences(items: Sequence[Pair | Completion]) -> list[tuple[int, Tokens]]:
         return arrays[id(tokens)]
 
     completions = [completion for item in items for completion in item.completions]
-    return [(len(one.prompt), np.concatenate([array(one.prompt), array(one.tokens)])) for one in completions]
+    return [_Sequence(np.concatenate([array(one.prompt), array(one.tokens)]), one.scored) for one in completions]
 
 
 def _in_order(sequences: Sequence[Tokens]) -> Iterator[tuple[int, int, int]]:
@@ -209,8 +227,8 @@ def _branches(parents: Tokens, children: Tokens, row: Tokens) -> tuple[Tokens, T
     return kept, targets, (kept_of * targets.shape[1] + slots)[branch_of]
 
 
-def _completions(sequences: Sequence[tuple[int, Tokens]]) -> dict[str, Tensor]:
-    lengths = torch.tensor([len(tokens) - start for start, tokens in sequences])
+def _completions(sequences: Sequence[_Sequence]) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(sequence.scored) for sequence in sequences])
     return {"completion_ids": torch.arange(len(sequences)).repeat_interleave(lengths), "lengths": lengths}
 
 

@@ -102,7 +102,7 @@ class RewardModelSource(TextSource):
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from axolotl_mopo.data.tokenizing import render_chat
+        from axolotl_mopo.data.rendering import render_chat
         from axolotl_mopo.rewards.loading import load_whole
 
         tokenizer: Any = AutoTokenizer.from_pretrained(self.path)

@@ -43,5 +43,6 @@ class PairCollator:
 
 
 def read_tokens(row: Mapping[str, Any]) -> Pair:
-    """Return the token ids of a prepared row."""
-    return Pair(row["prompt_input_ids"], row["chosen_input_ids"], row["rejected_input_ids"])
+    """Return the token ids of a prepared row; without spans, all tokens of its completions are scored."""
+    spans = row.get("chosen_spans"), row.get("rejected_spans")
+    return Pair(row["prompt_input_ids"], row["chosen_input_ids"], row["rejected_input_ids"], *spans)

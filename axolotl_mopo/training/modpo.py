@@ -18,6 +18,7 @@ from axolotl_mopo.logprobs.computer import CompletionLogProbs
 from axolotl_mopo.losses import modpo_loss
 from axolotl_mopo.training.base import MultiObjectiveTrainer, numbered, reward_metrics
 from axolotl_mopo.training.callbacks import START, StartCallback, read_start
+from axolotl_mopo.training.collator import read_tokens
 from axolotl_mopo.training.microbatching import Part
 from axolotl_mopo.training.pair_logprobs import PairLogProbs
 from axolotl_mopo.training.precompute import Constants, Precomputation
@@ -169,7 +170,7 @@ class MODPOTrainer(MultiObjectiveTrainer):
         rows = self.checked_rows
         wrapped.train()
         logps = self._pair_logprobs(wrapped).logps(rows, title=None)
-        lengths = torch.tensor([[len(row["chosen_input_ids"]), len(row["rejected_input_ids"])] for row in rows])
+        lengths = torch.tensor([[len(one.scored) for one in read_tokens(row).completions[:2]] for row in rows])
         assert self._tables  # noqa: S101 (computed just before)
         expected = self._tables.reference[: len(rows)]
         difference = ((logps - expected).abs().cpu() / lengths).max().item()

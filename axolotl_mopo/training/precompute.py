@@ -35,8 +35,8 @@ LOG = get_logger("axolotl.mopo")
 
 _VERSION = 3
 """Version of the tables; increase it if tables of older releases must not be used."""
-_TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
-_TEXTS = ("messages", "chosen_text", "rejected_text")
+_TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids", "chosen_spans", "rejected_spans")
+_TEXTS = ("messages", "chosen_turns", "rejected_turns", "chosen_text", "rejected_text")
 
 ComputeRows = Callable[[Dataset, Sequence[int], bool], Tensor]
 """Rows, their numbers and whether to hide the progress bar -> [N, 2]."""
@@ -88,7 +88,11 @@ class Precomputation:
 
     def constants(self, sets: Mapping[str, Dataset]) -> dict[str, Constants]:
         """Compute the constants of sets of rows; margins are normalised by the set `train`."""
-        digests = {name: rows_digest(rows, _TOKENS) for name, rows in sets.items()}
+        # Rows without spans are trained on as a whole.
+        digests = {
+            name: rows_digest(rows, [column for column in _TOKENS if column in rows.column_names])
+            for name, rows in sets.items()
+        }
         reference = {
             name: self.policy_logps(name, rows, digests[name], self.method.reference) for name, rows in sets.items()
         }
@@ -285,13 +289,16 @@ def both_sides(
 ) -> Tensor:
     """Compute the rewards of both responses of N prepared rows, [N, 2]."""
     table = torch.zeros(len(rows), 2)
-    batches: Iterator[Any] = rows.select_columns(["messages", "chosen_text", "rejected_text"]).iter(batch_size)
+    batches: Iterator[Any] = rows.select_columns(list(_TEXTS)).iter(batch_size)
     total = math.ceil(len(rows) / batch_size)
-    for index, batch in enumerate(tqdm(batches, desc=title, total=total, disable=quiet)):
+    for number, batch in enumerate(tqdm(batches, desc=title, total=total, disable=quiet)):
         prompts = [json.loads(text) for text in batch["messages"]]
-        part = slice(index * batch_size, index * batch_size + len(prompts))
-        for side, name in enumerate(("chosen_text", "rejected_text")):
-            table[part, side] = torch.tensor(rewards(prompts, batch[name], numbers[part]))
+        part = slice(number * batch_size, number * batch_size + len(prompts))
+        for index, side in enumerate(("chosen", "rejected")):
+            before = [
+                [*prompt, *json.loads(turns)] for prompt, turns in zip(prompts, batch[f"{side}_turns"], strict=True)
+            ]
+            table[part, index] = torch.tensor(rewards(before, batch[f"{side}_text"], numbers[part]))
     return table
 
 

@@ -29,7 +29,8 @@ from transformers import AutoTokenizer
 
 from axolotl_mopo.config import AMoPOConfig
 from axolotl_mopo.data.conversations import user
-from axolotl_mopo.data.tokenizing import ChatRenderer, tokenize
+from axolotl_mopo.data.rendering import ChatRenderer
+from axolotl_mopo.data.tokenizing import tokenize
 from axolotl_mopo.evaluation.models import CompletionLogps, Models, generate, stop_tokens
 from axolotl_mopo.evaluation.policies import Policy, find_policies
 from axolotl_mopo.evaluation.schema import PromptChoice, Sampling

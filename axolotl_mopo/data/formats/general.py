@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-from axolotl_mopo.data.conversations import answer, messages
+from axolotl_mopo.data.conversations import messages, response, template_inputs, user
 from axolotl_mopo.data.options import EntryOptions, PairsOptions
-from axolotl_mopo.data.rows import Message, PreferencePair, RatedResponse, Row, column, score, text, valid_text
+from axolotl_mopo.data.rows import Message, PreferencePair, Row, column, score, text, valid_text
 from axolotl_mopo.errors import RowError
 
 _PROMPTS = ("prompt", "messages")
 """Columns that may hold the prompt, in this order."""
 _QUESTIONS = ("question", "instruction")
 """Columns that may hold the prompt if neither of `_PROMPTS` does."""
-_PARTS = ("input", "history", "tools")
+_PARTS = ("input", "history")
 """Columns that may hold a part of the prompt."""
 _SYSTEMS = ("system", "system_prompt", "system_message")
 """Columns that may hold the system message; the first is read by default."""
@@ -22,36 +22,38 @@ _NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")
 def read_pair(row: Row, options: EntryOptions) -> PreferencePair:
     """Read a prompt or messages, a chosen and a rejected response, and scores, flat or nested.
 
-    A response is a string, a message, or messages that end with it and may begin with the prompt. A system message may
-    have a separate column.
+    A response is a string, a message, or messages that end with an assistant turn and may begin with the prompt. What
+    both responses have in common before an assistant turn is the prompt. A system message, the `tools` and the
+    `chat_template_kwargs` may have separate columns.
 
     Raises:
         RowError: if a field is missing or has no usable value.
     """
     options = cast(PairsOptions, options)
-    before_chosen, chosen = _response(row, options.field_chosen, "field_chosen")
-    before_rejected, rejected = _response(row, options.field_rejected, "field_rejected")
-    name = options.field_prompt or _prompt_column(row, with_questions=not (before_chosen or before_rejected))
+    chosen, rejected = (
+        _turns(row, options.field_chosen, "field_chosen"),
+        _turns(row, options.field_rejected, "field_rejected"),
+    )
+    name = options.field_prompt or _prompt_column(row, with_questions=not (_asks(chosen) or _asks(rejected)))
     prompt = None if name is None else column(row, name, "; name the right one with field_prompt")
     turns = None if name is None else messages(prompt, name)
-    for side, before in ((options.field_chosen, before_chosen), (options.field_rejected, before_rejected)):
-        if before and (turns is None or (isinstance(prompt, str) and _is_asked_in(prompt, before))):
-            turns, prompt = before, None
-        if before and before != turns:
-            raise RowError(
-                f"the turns of `{side}` before its last one differ from the prompt; both must be the same",
-                "two different prompts",
-            )
+    if prompt is None or isinstance(prompt, str):
+        shared = _prompt_of(chosen, rejected, options)
+        if shared and (prompt is None or _is_asked_in(prompt, shared)):
+            turns = shared
     if turns is None:
         raise RowError(
             f"it has no prompt: no column {' or '.join(f'`{known}`' for known in _PROMPTS + _QUESTIONS)}, and no turns "
             f"before the responses; its columns are {', '.join(row)}; name the prompt column with field_prompt",
             "missing column",
         )
+    chosen_scores = _scores(row, options.field_chosen_scores, options.field_chosen)
+    rejected_scores = _scores(row, options.field_rejected_scores, options.field_rejected)
     return PreferencePair(
         _with_system(turns, _system(row, options)),
-        RatedResponse(chosen, _scores(row, options.field_chosen_scores, options.field_chosen)),
-        RatedResponse(rejected, _scores(row, options.field_rejected_scores, options.field_rejected)),
+        response(_after(turns, chosen, options.field_chosen), options.field_chosen, chosen_scores),
+        response(_after(turns, rejected, options.field_rejected), options.field_rejected, rejected_scores),
+        template_inputs(row),
     )
 
 
@@ -105,15 +107,62 @@ def _with_system(prompt: list[Message], system: str) -> list[Message]:
     return [{"role": "system", "content": system}, *prompt]
 
 
-def _response(row: Row, name: str, option: str) -> tuple[list[Message], str]:
-    """Return the turns before the response, if the column holds them, and the response's text."""
+def _turns(row: Row, name: str, option: str) -> list[Message]:
+    """Return the turns in the column of a response, which may begin with the prompt and end with the assistant's."""
     value = column(row, name, f"; name the right one with {option}")
-    if isinstance(value, str):
-        return [], valid_text(value, name)
-    *before, last = messages([value] if isinstance(value, Mapping) else value, name) or [{}]
-    if last.get("role") != "assistant":
-        raise RowError(f"its `{name}` must end with a turn of role 'assistant', not {last.get('role')!r}")
-    return before, answer(last, name)
+    turns = messages([value] if isinstance(value, Mapping) else value, name)
+    if isinstance(value, str) and turns == user(value):  # a text, not the JSON text of messages
+        return [{"role": "assistant", "content": value}]
+    if not turns or turns[-1]["role"] != "assistant":
+        role = turns[-1]["role"] if turns else None
+        raise RowError(f"its `{name}` must end with a turn of role 'assistant', not {role!r}")
+    return turns
+
+
+def _prompt_of(chosen: list[Message], rejected: list[Message], options: PairsOptions) -> list[Message]:
+    """Return the prompt that the columns of the responses begin with; empty if none of them has one.
+
+    If both have it, it is what they share before an assistant turn.
+
+    Raises:
+        RowError: if they begin with two different prompts.
+    """
+    with_prompt = [turns for turns in (chosen, rejected) if _asks(turns)]
+    if len(with_prompt) < 2:
+        return with_prompt[0][:-1] if with_prompt else []
+    together = 0
+    for index, (one, other) in enumerate(zip(chosen, rejected, strict=False)):
+        if one["role"] == other["role"] == "assistant":
+            together = index
+        if one == other:
+            continue
+        if {one["role"], other["role"]} & {"user", "system"}:
+            raise _two_prompts(options.field_rejected)
+        break
+    return chosen[:together]
+
+
+def _asks(turns: list[Message]) -> bool:
+    return any(turn["role"] in ("user", "system") for turn in turns)
+
+
+def _after(prompt: list[Message], turns: list[Message], name: str) -> list[Message]:
+    """Return the turns of a response without the prompt that they may begin with.
+
+    Raises:
+        RowError: if they begin with another prompt.
+    """
+    rest = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
+    if not rest or rest[0]["role"] != "assistant":
+        raise _two_prompts(name)
+    return rest
+
+
+def _two_prompts(name: str) -> RowError:
+    return RowError(
+        f"the turns of `{name}` before its last one differ from the prompt; both must be the same",
+        "two different prompts",
+    )
 
 
 def _scores(row: Row, field: str | None, side: str) -> dict[str, float | None]:

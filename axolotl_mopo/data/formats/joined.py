@@ -1,10 +1,11 @@
 """Join HelpSteer2's ratings with its preference part, whose rows have none."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from axolotl_mopo.data.formats.rated import HELPSTEER_ATTRIBUTES, helpsteer_scores
 from axolotl_mopo.data.options import HelpSteer2Options
-from axolotl_mopo.data.rows import PreferencePair, RatedResponse, Row
+from axolotl_mopo.data.rows import PreferencePair, Row
 from axolotl_mopo.digests import fingerprint
 from axolotl_mopo.errors import DataError, RowError
 
@@ -32,11 +33,11 @@ def join_ratings(options: HelpSteer2Options) -> Join | None:
     def join(row: Row, pair: PreferencePair) -> PreferencePair:
         if own := [name for name in row if name in RATED_COLUMNS]:
             raise RowError(f"it has ratings already, in `{own[0]}`; remove `ratings` from the entry")
-        sides = (
-            RatedResponse(side.text, ratings.get(_rating_key(row["prompt"], side.text), {}))
+        chosen, rejected = (
+            replace(side, scores=ratings.get(_rating_key(row["prompt"], side.text), {}))
             for side in (pair.chosen, pair.rejected)
         )
-        return PreferencePair(pair.prompt, *sides)
+        return replace(pair, chosen=chosen, rejected=rejected)
 
     return join
 

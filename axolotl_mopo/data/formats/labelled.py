@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from axolotl_mopo.data.conversations import answer, marked_turns, messages, user
+from axolotl_mopo.data.conversations import marked_turns, messages, response, user
 from axolotl_mopo.data.formats.joined import RATED_COLUMNS
 from axolotl_mopo.data.formats.rated import helpsteer_scores
 from axolotl_mopo.data.options import EntryOptions, ObjectiveOptions, SHPOptions
@@ -28,7 +28,7 @@ def read_amopo(row: Row, options: EntryOptions) -> PreferencePair:
             raise RowError(f"its `{name}` must be a mapping of a `response` and scores, not {type(side).__name__}")
         scores = {key: score(value) for key, value in side.items() if key != "response"}
         sides.append(RatedResponse(text(side, "response"), scores))
-    return PreferencePair(turns, *sides)
+    return PreferencePair(turns, sides[0], sides[1])
 
 
 def read_helpsteer2_preference(row: Row, options: EntryOptions) -> PreferencePair | None:
@@ -91,7 +91,7 @@ def read_hh_rlhf(row: Row, options: EntryOptions) -> PreferencePair:
         responses.append(RatedResponse(last["content"], {}))
     if prompts[0] != prompts[1]:
         raise RowError("its two dialogues differ before their last turn", "two different prompts")
-    return PreferencePair(prompts[0], *responses)
+    return PreferencePair(prompts[0], responses[0], responses[1])
 
 
 def read_shp(row: Row, options: EntryOptions) -> PreferencePair:
@@ -124,11 +124,9 @@ def read_arena(row: Row, options: EntryOptions) -> PreferencePair | None:
         return None
     prompts, responses = [], []
     for name in ("conversation_a", "conversation_b"):
-        *turns, last = messages(column(row, name), name) or [{}]
-        if last.get("role") != "assistant":
-            raise RowError(f"its `{name}` must end with an assistant turn")
-        prompts.append(turns)
-        responses.append(RatedResponse(answer(last, name), {}))
+        turns = messages(column(row, name), name)
+        prompts.append(turns[:-1])
+        responses.append(response(turns[-1:], name, {}))
     if prompts[0] != prompts[1]:
         raise RowError("its two conversations differ before their last turn", "two different prompts")
     return _ordered(prompts[0], *responses, first_is_chosen=choice(row, "winner", "model_a", "model_b"))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from axolotl_mopo.data.conversations import marked_turns, messages, user
+from axolotl_mopo.data.conversations import marked_turns, messages, response, user
 from axolotl_mopo.data.options import ResponsesOptions
 from axolotl_mopo.data.rows import Message, RatedResponse, Row, column, score, text
 from axolotl_mopo.errors import RowError
@@ -12,8 +12,20 @@ from axolotl_mopo.errors import RowError
 HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 ULTRAFEEDBACK_ATTRIBUTES = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 OVERALL = "overall"
-RESPONSE_COLUMNS = ("prompt_id", "sample", "prompt", "response", "token_ids", "finished", "logp", "ref_logp")
-"""The columns that `axolotl mopo generate` writes for a response; other columns are scores."""
+RESPONSE_COLUMNS = (
+    "prompt_id",
+    "sample",
+    "prompt",
+    "response",
+    "reasoning",
+    "token_ids",
+    "finished",
+    "logp",
+    "ref_logp",
+    "tools",
+    "chat_template_kwargs",
+)
+"""The columns that `axolotl mopo generate` writes for a response, or reads of a prompt; other columns are scores."""
 
 
 def read_helpsteer(row: Row) -> tuple[list[Message], list[RatedResponse]]:
@@ -30,7 +42,9 @@ def helpsteer_scores(row: Row, suffix: str = "") -> dict[str, float | None]:
 def read_responses(row: Row) -> tuple[list[Message], list[RatedResponse]]:
     """Read the output of `axolotl mopo score`: a row is one response; columns not in `RESPONSE_COLUMNS` are scores."""
     scores = {name: score(value) for name, value in row.items() if name not in RESPONSE_COLUMNS}
-    return messages(column(row, "prompt"), "prompt"), [RatedResponse(text(row, "response"), scores)]
+    reasoning = {"reasoning_content": row["reasoning"]} if row.get("reasoning") else {}
+    turn = {"role": "assistant", "content": text(row, "response"), **reasoning}
+    return messages(column(row, "prompt"), "prompt"), [response(messages([turn], "response"), "response", scores)]
 
 
 def unfinished(row: Row, options: ResponsesOptions) -> str | None:

@@ -1,0 +1,287 @@
+"""Render conversations with the tokenizer's chat template, and find the parts of a response that are trained on."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from axolotl_mopo.choices import Completion, Turns
+from axolotl_mopo.data.chat_templates import check_chat_template
+from axolotl_mopo.data.rows import NO_INPUTS, Message, RatedResponse, TemplateInputs
+from axolotl_mopo.data.template_form import find_form, part_reasoning, probes
+from axolotl_mopo.data.tokenizing import shared_length
+from axolotl_mopo.errors import DataError, RowError
+
+Span = tuple[int, int]
+"""A range, end excluded."""
+
+_PROBE = "Zyzzyva"
+_SHOWN = 40
+
+
+@dataclass(frozen=True)
+class RenderedResponse:
+    """A conversation with a response, as the chat template renders it."""
+
+    whole: str
+    """The text, up to and including the last end-of-turn token."""
+    start: int
+    """Where the response begins: the number of characters that the text shares with the prompt."""
+    spans: list[Span]
+    """Ranges of characters that are trained on, in order."""
+
+
+class ChatRenderer:
+    """Renders prompts, and conversations with a response.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        kwargs: variables of the template (`chat_template_kwargs` of the YAML); those of a row take precedence.
+
+    Raises:
+        DataError: if the tokenizer has no usable chat template, or the template does not read one of the variables.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                "the tokenizer has no chat template; set `chat_template:` in the YAML, for example to chatml"
+            )
+        self._tokenizer, self._kwargs = tokenizer, dict(kwargs or {})
+        self._refusals: dict[str, str | None] = {}
+        try:
+            self._check_kwargs(self._kwargs, ())
+            self.form = find_form(lambda turns: render_chat(tokenizer, turns, kwargs=self._kwargs))
+            ending = self._render([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": _PROBE}])
+        except RowError as error:
+            raise DataError(str(error)) from None
+        if _PROBE not in ending:
+            raise DataError("the chat template leaves out the assistant's response; choose another `chat_template:`")
+        ending = ending[ending.rindex(_PROBE) + len(_PROBE) :]
+        self._after_turn = ending[len(ending.rstrip()) :]
+        """Whitespace after the end-of-turn token, which is not part of the response."""
+        self._missing_end = "" if ending.strip() else tokenizer.eos_token or ""
+
+    def prompt(self, messages: Sequence[Message], inputs: TemplateInputs = NO_INPUTS) -> str:
+        """Render a conversation including the header of the assistant turn that follows."""
+        return self._render(messages, inputs, add_generation_prompt=True)
+
+    def completion(self, messages: Sequence[Message], response: str) -> str:
+        """Render the text after the prompt if the assistant answers `response`, including the end-of-turn token.
+
+        Raises:
+            RowError: see `response`.
+        """
+        rendered = self.response(messages, RatedResponse(response, {}))
+        return rendered.whole[rendered.start :]
+
+    def response(
+        self,
+        messages: Sequence[Message],
+        response: RatedResponse,
+        inputs: TemplateInputs = NO_INPUTS,
+        completion: Completion = "all",
+        turns: Turns = "all",
+    ) -> RenderedResponse:
+        """Render a conversation with a response.
+
+        Each assistant turn begins where the rendering of the turns before it, with the header of an assistant turn,
+        stops to agree with the whole. A template may write the header itself differently if a turn follows (without an
+        opened `<think>`, for example), but not the turns before it.
+
+        Args:
+            messages: the prompt.
+            response: the response.
+            inputs: what else the template reads.
+            completion, turns: what is trained on.
+
+        Raises:
+            RowError: if the template renders the turns before an assistant turn differently when it follows, or
+                changes the response.
+        """
+        own = response.messages
+        whole = self._ended([*messages, *own], inputs)
+        spans, start = [], 0
+        for number, turn in enumerate(own):
+            if turn["role"] != "assistant":
+                continue
+            before = [*messages, *own[:number]]
+            is_last = number == len(own) - 1
+            until = whole if is_last else self._render([*before, turn], inputs).removesuffix(self._after_turn)
+            if not whole.startswith(until):
+                raise self._rewritten(until, whole, "an assistant turn")
+            first = self._start(before, inputs, whole)
+            if number == 0:
+                start = first
+            if (said := self.form.text(turn).strip()) not in until[first:]:
+                raise RowError(
+                    f"{self._named} changes or leaves out a part of the response {said!r:.80}; choose another "
+                    "`chat_template:`",
+                    "changed by the chat template",
+                )
+            if is_last or turns == "all":
+                answer = first if completion == "all" else self._answer_start(before, turn, inputs, until, first)
+                spans.append((answer, len(until)))
+        return RenderedResponse(whole, start, spans)
+
+    def check(self, prompt: Sequence[Message], responses: Iterable[RatedResponse], inputs: TemplateInputs) -> None:
+        """Render conversations of this shape, once for each shape, with other texts.
+
+        Raises:
+            RowError: if the template refuses the shape, or leaves out a part of it.
+        """
+        for response in responses:
+            turns = [*prompt, *response.messages]
+            shape = (
+                [_shape(turn) for turn in turns],
+                sorted(inputs.kwargs.items()),
+                [_name(tool) for tool in inputs.tools],
+            )
+            key = json.dumps([*shape, len(prompt)], default=str)
+            if key not in self._refusals:
+                self._refusals[key] = None
+                try:
+                    self._check_kwargs(inputs.kwargs, inputs.tools)
+                    self._check_parts(turns, len(prompt), inputs)
+                except RowError as error:
+                    self._refusals[key] = str(error)
+            if refusal := self._refusals[key]:
+                raise RowError(refusal, "refused by the chat template")
+
+    def _check_parts(self, turns: Sequence[Message], prompt_turns: int, inputs: TemplateInputs) -> None:
+        invented = list(probes(turns))
+        asked = [turn for turn, _ in invented[:prompt_turns]]
+        answered = RatedResponse("", {}, [turn for turn, _ in invented[prompt_turns:]])
+        prompt, whole = self.prompt(asked, inputs), self.response(asked, answered, inputs).whole
+        if missing := [_name(tool) for tool in inputs.tools if _name(tool) not in prompt]:
+            raise RowError(
+                f"{self._named} does not read `tools`, so {missing[0]} would be left out; choose another one"
+            )
+        for number, (turn, words) in enumerate(invented):
+            of_prompt = number < prompt_turns
+            for word in words:
+                # Templates leave out the reasoning of earlier turns on purpose.
+                is_earlier_thought = of_prompt and word == turn.get("reasoning_content")
+                if word not in (prompt if of_prompt else whole) and not is_earlier_thought:
+                    part = next(
+                        (key for key in ("content", "reasoning_content") if turn.get(key) == word), "tool_calls"
+                    )
+                    raise RowError(
+                        f"{self._named} leaves out the {_PARTS[part]} of a turn of role {turn['role']} in a "
+                        f"conversation of the roles {', '.join(each['role'] for each in turns)}; choose another "
+                        "`chat_template:`"
+                    )
+
+    def _start(self, before: Sequence[Message], inputs: TemplateInputs, whole: str) -> int:
+        """Return where the turn after some turns begins in the rendering of a whole conversation."""
+        prompt = self.prompt(before, inputs)
+        if whole.startswith(prompt):
+            return len(prompt)
+        turns = self._render(before, inputs)
+        if not (whole.startswith(turns) and prompt.startswith(turns)):
+            raise self._rewritten(prompt, whole, "a response")
+        return shared_length(prompt, whole)
+
+    def _answer_start(
+        self, before: Sequence[Message], turn: Message, inputs: TemplateInputs, until: str, first: int
+    ) -> int:
+        """Return where the answer of an assistant turn begins, after its reasoning: where another answer differs."""
+        shaped = dict(turn)
+        thoughts, answer = part_reasoning(turn["content"] or "")
+        in_content = bool(thoughts) and not self.form.reasoning_key
+        if thoughts and not in_content and not turn.get("reasoning_content"):
+            shaped["reasoning_content"] = thoughts
+        shaped["content"] = "Quokka" if answer.lstrip().startswith("Z") else _PROBE
+        if in_content:
+            shaped["content"] = f"{turn['content'].removesuffix(answer)}{shaped['content']}"
+        start = shared_length(until, self._render([*before, shaped], inputs))
+        return max(first, start)
+
+    def _ended(self, messages: Sequence[Message], inputs: TemplateInputs) -> str:
+        return self._render(messages, inputs).removesuffix(self._after_turn) + self._missing_end
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        inputs: TemplateInputs = NO_INPUTS,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        shaped = [self.form.shaped(turn) for turn in messages]
+        kwargs = {**self._kwargs, **inputs.kwargs}
+        return render_chat(self._tokenizer, shaped, add_generation_prompt, inputs.tools, kwargs)
+
+    def _check_kwargs(self, kwargs: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> None:
+        template = self._tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None)
+        own = signature(self._tokenizer.apply_chat_template).parameters
+        for name in kwargs:
+            if name in own or name == "messages":
+                raise RowError(
+                    f"`chat_template_kwargs` must not have `{name}`, which is set by this package; remove it"
+                )
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise RowError(
+                    f"{self._named} does not read `{name}`, so it has no effect in `chat_template_kwargs`; remove it"
+                )
+
+    @property
+    def _named(self) -> str:
+        return f"the chat template of {self._tokenizer.name_or_path or 'the tokenizer'}"
+
+    def _rewritten(self, expected: str, found: str, what: str) -> RowError:
+        at = shared_length(expected, found)
+        return RowError(
+            f"{self._named} renders the turns before {what} differently if it follows: {expected[at:][:_SHOWN]!r} "
+            f"becomes {found[at:][:_SHOWN]!r}; so the tokens of the response cannot be separated. Choose another "
+            "`chat_template:`, or remove what it rewrites, such as the reasoning of earlier turns",
+            "rewritten by the chat template",
+        )
+
+
+_PARTS = {"content": "content", "reasoning_content": "reasoning", "tool_calls": "tool calls"}
+
+
+def _shape(turn: Message) -> list[Any]:
+    content = turn["content"]
+    thinks = "</think>" in (content or "")
+    return [turn["role"], bool(content), thinks, "reasoning_content" in turn, len(turn.get("tool_calls", ()))]
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    function = tool.get("function", tool)
+    return str(function.get("name", "")) if isinstance(function, Mapping) else ""
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """Render a conversation with the tokenizer's chat template.
+
+    Raises:
+        RowError: if the template refuses the conversation, cannot be rendered, or takes too much time or memory.
+    """
+    conversation = list(messages)
+    inputs: dict[str, Any] = {**(kwargs or {}), "tools": list(tools) or None}
+
+    def render() -> str:
+        text = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **inputs
+        )
+        assert isinstance(text, str)  # noqa: S101 (tokenize=False)
+        return text
+
+    try:
+        check_chat_template(f"{add_generation_prompt} {bool(tools)} {tokenizer.chat_template!r}", render)
+        return render()
+    except Exception as error:  # untrusted templates may raise anything
+        roles = ", ".join(str(message.get("role")) for message in conversation)
+        raise RowError(
+            f"the chat template refuses a conversation of the roles {roles}: {str(error) or repr(error)}"
+        ) from None
