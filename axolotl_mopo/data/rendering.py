@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from axolotl_mopo.choices import Completion, Turns
 from axolotl_mopo.data.chat_templates import check_chat_template
 from axolotl_mopo.data.rows import NO_INPUTS, Message, RatedResponse, TemplateInputs
-from axolotl_mopo.data.template_form import find_form, part_reasoning, probes
+from axolotl_mopo.data.template_form import find_form, part_reasoning, probes, renamed
 from axolotl_mopo.data.tokenizing import shared_length
 from axolotl_mopo.errors import DataError, RowError
 
@@ -156,11 +156,15 @@ class ChatRenderer:
         invented = list(probes(turns))
         asked = [turn for turn, _ in invented[:prompt_turns]]
         answered = RatedResponse("", {}, [turn for turn, _ in invented[prompt_turns:]])
+        if inputs.tools:
+            names = [f"okapi_{number}" for number in range(len(inputs.tools))]
+            inputs = replace(inputs, tools=list(map(renamed, inputs.tools, names)))
+            if any(name not in self.prompt(asked, inputs) for name in names):
+                raise RowError(
+                    f"{self._named} does not print `tools`; remove them from the row, or choose another "
+                    "`chat_template:`"
+                )
         prompt, whole = self.prompt(asked, inputs), self.response(asked, answered, inputs).whole
-        if missing := [_name(tool) for tool in inputs.tools if _name(tool) not in prompt]:
-            raise RowError(
-                f"{self._named} does not read `tools`, so {missing[0]} would be left out; choose another one"
-            )
         for number, (turn, words) in enumerate(invented):
             of_prompt = number < prompt_turns
             for word in words:

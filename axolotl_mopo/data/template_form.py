@@ -6,7 +6,7 @@ the first form that it prints.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names of an assistant's reasoning, in data sets and in chat templates."""
 
 _THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
-_QUESTION, _ANSWER, _REASONING, _RESULT = "Zyzzyva", "Quokka", "Wombat", "Numbat"
+_QUESTION, _ANSWER, _REASONING, _FUNCTION = "Zyzzyva", "Quokka", "Wombat", "numbat"
 _CALL = {
     "id": "call12345",  # some templates accept only nine letters and digits
     "type": "function",
@@ -85,10 +85,19 @@ class TemplateForm:
 
     @property
     def call_form(self) -> CallForm:
-        """The first form of a tool call that the template prints; the plainest one if it prints none."""
+        """The first form of a tool call that the template prints.
+
+        Raises:
+            RowError: if it prints none.
+        """
         if self._call_form is None:
             forms = [CallForm(as_text, content) for as_text in (False, True) for content in (None, "", ...)]
-            self._call_form = next((form for form in forms if self._prints_calls(form)), forms[0])
+            self._call_form = next((form for form in forms if self._prints_calls(form)), None)
+        if self._call_form is None:
+            raise RowError(
+                "the chat template does not print tool calls; choose another `chat_template:`, or leave such rows out",
+                "tool call that is not printed",
+            )
         return self._call_form
 
     def _prints_calls(self, form: CallForm) -> bool:
@@ -96,10 +105,8 @@ class TemplateForm:
         turn: Message = {"role": "assistant", "content": form.missing_content, "tool_calls": [call]}
         if form.missing_content is ...:
             del turn["content"]
-        result = {"role": "tool", "tool_call_id": _CALL["id"], "name": "find_animal", "content": _RESULT}
-        question = {"role": "user", "content": self._in_parts(_QUESTION)}
-        printed = self._printed([question, turn, {**result, "content": self._in_parts(_RESULT)}])
-        return all(part in printed for part in ("find_animal", "Okapi"))
+        printed = self._printed([{"role": "user", "content": self._in_parts(_QUESTION)}, turn])
+        return "find_animal" in printed and "Okapi" in printed and not re.search("None|null|undefined", printed)
 
     def _in_parts(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self.content_in_parts else text
@@ -140,5 +147,15 @@ def probes(turns: Sequence[Message]) -> Iterator[tuple[Message, list[str]]]:
         if turn.get("reasoning_content"):
             probe["reasoning_content"] = f"{_REASONING}{number}"
             words.append(probe["reasoning_content"])
-        words += [call["function"]["name"] for call in turn.get("tool_calls", ())]
+        if calls := turn.get("tool_calls"):
+            names = [f"{_FUNCTION}_{number}_{index}" for index in range(len(calls))]
+            probe["tool_calls"] = [renamed(call, name) for call, name in zip(calls, names, strict=True)]
+            words += names
         yield probe, words
+
+
+def renamed(definition: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a tool call, or the definition of a tool, with another name."""
+    if isinstance(definition.get("function"), Mapping):
+        return {**definition, "function": {**definition["function"], "name": name}}
+    return {**definition, "name": name}
