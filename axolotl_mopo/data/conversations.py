@@ -89,7 +89,8 @@ def _joined_parts(parts: Sequence[Any], name: str) -> str:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
             raise RowError(
-                f"a turn of its `{name}` has a part of type {kind!r:.40} that is not a text; only texts are trained on",
+                f"a turn of its `{name}` has a part of type {kind!r:.40} that is not a text; only texts are trained "
+                "on, not images, audio or video",
                 "content that is not text",
             )
         texts.append(part["text"])

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from axolotl_mopo.data.formats import PairFunction, ResponsesFunction
 from axolotl_mopo.data.formats.joined import Join
 from axolotl_mopo.data.formats.rated import mean
+from axolotl_mopo.data.media import check_texts_only, encoded_columns, media_columns
 from axolotl_mopo.data.rows import (
     Message,
     PreferencePair,
@@ -73,6 +74,7 @@ class PairReader:
                 f"{'its scores' if format.objectives is None else ', '.join(format.objectives)}"
             )
         self._is_labelled = labelled
+        self._media = media_columns(table.features)
         self._where = (options.where or {}).items()
         if absent := [name for name, _ in self._where if name not in table.column_names]:
             raise DataError(
@@ -144,6 +146,7 @@ class PairReader:
     def _read_labelled(self, read_pair: PairFunction, row: Row) -> PreferencePair | None:
         if self._is_left_out(row):
             return None
+        check_texts_only(row, self._media)
         pair = read_pair(row, self.spec.options)
         if pair is None:
             self.stats.ties += 1
@@ -182,6 +185,7 @@ class PairReader:
     def _read_rated(self, read: ResponsesFunction, row: Row) -> tuple[list[Message], list[RatedResponse]] | None:
         if self._is_left_out(row):
             return None
+        check_texts_only(row, self._media)
         prompt, responses = read(row)
         check_prompt(prompt)
         if self.check:
@@ -298,8 +302,14 @@ class PairReader:
         return Counter(fingerprint(prompt) for batch in batches for prompt in batch[group_column])
 
     def _batches(self, table: Dataset) -> Iterator[Any]:
+        encoded = encoded_columns(table.features)
         try:
-            yield from table.iter(_BATCH)
+            if not encoded:
+                yield from table.iter(_BATCH)
+                return
+            others = table.select_columns(encoded).with_format("arrow").iter(_BATCH)
+            for batch, other in zip(table.remove_columns(encoded).iter(_BATCH), others, strict=True):
+                yield {**batch, **other.to_pydict()}
         except UnicodeDecodeError as error:
             raise DataError(f"{self.spec.where}: a text is not UTF-8 ({error}); convert the data to UTF-8") from None
 

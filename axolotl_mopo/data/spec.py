@@ -38,7 +38,7 @@ class DataSpec(BaseModel):
     """Axolotl's own key, which Axolotl does not include in its digest of prepared rows."""
     content: tuple[str, str] = ("", "")
     """Digests of the local files of the data and of the tokenizer; Axolotl identifies them by path only."""
-    reading_version: int = 3
+    reading_version: int = 4
     """Increased whenever the same rows and options yield different examples."""
     version: str = __version__
 
