@@ -24,6 +24,7 @@ from axolotl_mopo.config import (
     no_stray_block,
     read_method,
 )
+from axolotl_mopo.config.base_model import check_base_model
 from axolotl_mopo.config.host_keys import DATA_LOADING, SUPERVISED_ARGUMENTS
 from axolotl_mopo.data.entries import bind_entries
 from axolotl_mopo.errors import ConfigError
@@ -66,6 +67,7 @@ class MOPOPlugin(BasePlugin):
         if advice := version_advice():
             LOG.warning(advice)
         block = read_method(cfg, method, _yaml_folder(cfg))
+        check_base_model(cfg)
         _put_texts_of_files(cfg[method], block)
         if advice := attention_advice(cfg, method, block):
             LOG.warning(advice)

@@ -24,6 +24,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     Gemma2Config,
@@ -94,7 +95,8 @@ MIXTURES = {
 def build_model(config, attention="sdpa", dtype=torch.float32):
     """A model with random weights, large enough that attention matters, and no dropout."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).to(dtype)
+    kind = AutoModelForImageTextToText if config.sub_configs else AutoModelForCausalLM
+    model = kind.from_config(copy.deepcopy(config), attn_implementation=attention).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "norm" not in name:

@@ -45,7 +45,11 @@ class FineNorm(nn.Module):
 
 
 def build_float64(architecture, attention="sdpa"):
-    model = build_model(CONFIGS[architecture], attention, torch.float64)
+    return with_fine_norms(build_model(CONFIGS[architecture], attention, torch.float64), architecture)
+
+
+def with_fine_norms(model, architecture):
+    """Replace the norms of a model in float64 by those that stay in float64."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm"):

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from datasets import Dataset
+from datasets import Audio, Dataset, Features, Image, List, Video
 
 from axolotl_mopo.data.formats import FORMATS
 from axolotl_mopo.data.pairing import PairReader
@@ -700,10 +700,50 @@ def test_contents_of_text_parts_are_joined_and_others_are_refused():
     image = {**row, "prompt": [{"role": "user", "content": [*parts, {"type": "image", "text": None}]}]}
     with pytest.raises(
         DataError,
-        match="row 1: a turn of its `prompt` has a part of type 'image'; images, audio and video are not supported",
+        match="row 1: a turn of its `prompt` has a part of type 'image' that is not a text; only texts are trained",
     ):
         read("pairs", [row, image])
-    assert read("pairs", [row, image], on_bad_row="drop")[1].bad == {"image, audio or video": 1}
+    assert read("pairs", [row, image], on_bad_row="drop")[1].bad == {"content that is not text": 1}
+
+
+PICTURE = {"bytes": b"no picture", "path": None}
+PLAIN = {"prompt": "Why is the sky blue?", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "empty", "feature"),
+    [
+        ("image", "sky.png", "", None),
+        ("Images", ["sky.png"], [], None),
+        ("videos", [{"path": "sky.mp4"}], [{"path": None}], None),
+        ("audio", {"array": [0.5], "sampling_rate": 8000}, {"array": None, "sampling_rate": 8000}, None),
+        ("picture", PICTURE, None, Image()),
+        ("pictures", [PICTURE], [], List(Image())),
+        ("sound", PICTURE, None, Audio()),
+        ("film", PICTURE, None, Video()),
+    ],
+)
+def test_a_row_with_images_audio_or_video_is_refused_and_one_whose_column_is_empty_is_read(name, value, empty, feature):
+    """Nothing is decoded: what these columns hold is no picture."""
+    table = Dataset.from_list([{**PLAIN, name: empty}, {**PLAIN, name: value}])
+    if feature:
+        table = table.cast(Features({**table.features, name: feature}))
+    source = reader("pairs", [PLAIN])
+    with pytest.raises(DataError, match=f"row 1: its `{name}` is not empty, but images, audio and video cannot be"):
+        list(PairReader(table, source.spec).pairs())
+    dropping = PairReader(table, reader("pairs", [PLAIN], on_bad_row="drop").spec)
+    assert [pair.to_row() for _, pair in dropping.pairs()] == [canonical("a", "b")]
+    assert dropping.stats.bad == {"images, audio or video": 1}
+
+
+def test_a_number_in_a_column_called_video_is_no_video():
+    assert read("pairs", [{**PLAIN, "video": 7, "audio": False}])[0] == [canonical("a", "b")]
+
+
+def test_rated_responses_to_an_image_are_refused_too():
+    rows = [{"prompt": "What is it?", "response": text, "image": "sky.png", "nice": 1.0} for text in "AB"]
+    with pytest.raises(DataError, match="row 0: its `image` is not empty"):
+        read("responses", rows, objective=("nice",))
 
 
 def test_the_scores_of_binarized_data_are_found_under_one_name():
@@ -724,7 +764,7 @@ class Table:
     """One row, as a table may hold it whose texts did not come through Arrow."""
 
     def __init__(self, row):
-        self.row, self.column_names = row, list(row)
+        self.row, self.column_names, self.features = row, list(row), dict.fromkeys(row)
 
     def __len__(self):
         return 1

@@ -20,6 +20,7 @@ ELSEWHERE_REFUSED = {
     "context_parallel_size": 2,
     "layer_offloading": True,
     "pad_to_multiple_of": 8,
+    "processor_type": "AutoProcessor",
     "sequence_parallel_degree": 2,
     "skip_prepare_dataset": True,
     "trainer_cls": "a.Trainer",

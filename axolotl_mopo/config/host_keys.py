@@ -25,6 +25,8 @@ def carries_trees(implementation: str) -> bool:
     return implementation.partition("@")[0].partition(":")[0] in TREE_BACKENDS
 
 
+_TEXT_PROCESSOR = "AutoTokenizer"
+"""The `processor_type` with which Axolotl loads a vision-language model without its image processor."""
 _OLD_ATTENTION_KEYS = ("flex_attention", "xformers_attention", "sage_attention")
 """Older keys of Axolotl for attention implementations, none of which supports packed trees."""
 _OTHER_METHODS_KEYS = {
@@ -73,7 +75,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "generate_samples",
         "generation_top_k",
         "generation_top_p",
-        "image_resize_algorithm",
         "jagged_restart_anneal_steps",
         "jagged_restart_steps",
         "jagged_restart_warmup_steps",
@@ -104,6 +105,10 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "total_supervised_tokens",
         "train_on_inputs",
         "use_pose",
+    ),
+    ", which trains on texts only": (
+        "image_resize_algorithm",
+        "image_size",
     ),
     ", whose loss is not a cross-entropy": (
         "chunked_cross_entropy",
@@ -156,6 +161,12 @@ def check_keys(cfg: Mapping[str, Any], method: str) -> None:
     for key in ("context_parallel_size", "sequence_parallel_degree"):
         if cfg.get(key) not in (None, 1):
             raise ConfigError(f"`{key}` other than 1 does not work with `rl: {method}`; remove it")
+    if cfg.get("processor_type") not in (None, _TEXT_PROCESSOR):
+        raise ConfigError(
+            f"`processor_type: {cfg['processor_type']}` starts multimodal training, but `rl: {method}` trains on texts "
+            "only; remove it, and Axolotl loads the model's own processor; if that cannot be loaded (torchvision is "
+            f"missing), set it to {_TEXT_PROCESSOR}"
+        )
     if cfg.get("remove_unused_columns"):
         raise ConfigError(f"`remove_unused_columns: true` would drop the columns of `rl: {method}`; remove it")
     if cfg.get("skip_prepare_dataset"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from axolotl_mopo.config.directives import Directive
 from axolotl_mopo.data.rows import NO_INPUTS, Message, RatedResponse, Row, TemplateInputs, valid_text
+from axolotl_mopo.data.template_form import REASONING_KEYS
 from axolotl_mopo.data.tool_calls import decoded, tool_calls, without_nulls
 from axolotl_mopo.errors import RowError
 
@@ -16,10 +17,7 @@ _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user"} | dict.f
 )
 _SHAREGPT_NAMES = ("human", "gpt", "chatgpt", "bing", "bard")
 """ShareGPT's role names that chat templates do not use."""
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys under which data sets and chat templates have the reasoning of an assistant turn."""
 _OF_ASSISTANTS = (*REASONING_KEYS, "tool_calls")
-_MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url")
 
 
 def user(content: str) -> list[Message]:
@@ -147,15 +145,10 @@ def _joined_parts(parts: Sequence[Any], name: str) -> str:
     texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind in _MEDIA:
-            raise RowError(
-                f"a turn of its `{name}` has a part of type {kind!r}; images, audio and video are not supported, only "
-                "texts are trained on; leave such rows out",
-                "image, audio or video",
-            )
         if kind != "text" or not isinstance(part.get("text"), str):
             raise RowError(
-                f"a turn of its `{name}` has a part of type {kind!r:.40} that is not a text; only texts are trained on",
+                f"a turn of its `{name}` has a part of type {kind!r:.40} that is not a text; only texts are trained "
+                "on, not images, audio or video",
                 "content that is not text",
             )
         texts.append(part["text"])

@@ -18,6 +18,7 @@ from axolotl_mopo.data.conversations import template_inputs
 from axolotl_mopo.data.formats import PairFunction, ResponsesFunction
 from axolotl_mopo.data.formats.joined import Join
 from axolotl_mopo.data.formats.rated import mean
+from axolotl_mopo.data.media import check_texts_only, encoded_columns, media_columns
 from axolotl_mopo.data.rows import (
     NO_INPUTS,
     Message,
@@ -87,6 +88,7 @@ class PairReader:
                 f"{'its scores' if format.objectives is None else ', '.join(format.objectives)}"
             )
         self._is_labelled = labelled
+        self._media = media_columns(table.features)
         self._where = (options.where or {}).items()
         if absent := [name for name, _ in self._where if name not in table.column_names]:
             raise DataError(
@@ -158,6 +160,7 @@ class PairReader:
     def _read_labelled(self, read_pair: PairFunction, row: Row) -> PreferencePair | None:
         if self._is_left_out(row):
             return None
+        check_texts_only(row, self._media)
         pair = read_pair(row, self.spec.options)
         if pair is None:
             self.stats.ties += 1
@@ -202,6 +205,7 @@ class PairReader:
     def _read_rated(self, read: ResponsesFunction, row: Row) -> _Asked | None:
         if self._is_left_out(row):
             return None
+        check_texts_only(row, self._media)
         prompt, responses = read(row)
         asked = _Asked(prompt, responses, template_inputs(row))
         check_prompt(prompt)
@@ -319,8 +323,14 @@ class PairReader:
         return Counter(fingerprint(prompt) for batch in batches for prompt in batch[group_column])
 
     def _batches(self, table: Dataset) -> Iterator[Any]:
+        encoded = encoded_columns(table.features)
         try:
-            yield from table.iter(_BATCH)
+            if not encoded:
+                yield from table.iter(_BATCH)
+                return
+            others = table.select_columns(encoded).with_format("arrow").iter(_BATCH)
+            for batch, other in zip(table.remove_columns(encoded).iter(_BATCH), others, strict=True):
+                yield {**batch, **other.to_pydict()}
         except UnicodeDecodeError as error:
             raise DataError(f"{self.spec.where}: a text is not UTF-8 ({error}); convert the data to UTF-8") from None
 

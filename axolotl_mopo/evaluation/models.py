@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     GenerationConfig,
@@ -36,7 +35,7 @@ from axolotl_mopo.logprobs.computer import LogProbComputer
 from axolotl_mopo.logprobs.layout import choose_layout
 from axolotl_mopo.logprobs.trees import Completion, pack, pad
 from axolotl_mopo.rewards.adapter_twin import with_adapter
-from axolotl_mopo.rewards.loading import readable_weights
+from axolotl_mopo.rewards.loading import language_model_class, readable_weights
 
 _LOGITS_BUDGET = 1.5 * 2**30
 
@@ -59,7 +58,7 @@ class Models:
         if path != self._path:
             self.free()
             with readable_weights(path):
-                model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
+                model: Any = language_model_class(path).from_pretrained(path, dtype=self.dtype)
             self._model = model.to(self.device).eval()
             self._path = path
         return self._model

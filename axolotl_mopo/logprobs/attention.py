@@ -41,34 +41,43 @@ _PLAIN_NAMES: dict[str, str] = {}
 """Registered name -> the user's implementation."""
 
 
+def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model that reads tokens: the decoder of a vision-language model, else the model itself."""
+    decoder = model.get_decoder() if model.config.sub_configs else model
+    return decoder if isinstance(decoder, PreTrainedModel) else model
+
+
 def plain_implementation(model: PreTrainedModel) -> str:
     """Return the attention implementation that the user chose, whether or not tree attention is on."""
-    name = model.config._attn_implementation or "eager"
+    name = text_decoder(model).config._attn_implementation or "eager"
     return _PLAIN_NAMES.get(name, name)
 
 
 def use_tree_attention(model: PreTrainedModel) -> None:
     """Turn on packed trees for `model`; forward passes without `segments` use its own attention implementation.
 
-    A model with `attn_logit_softcapping` loaded with `sdpa` uses `eager` instead, since `sdpa` ignores the cap.
+    The vision part of a vision-language model keeps its attention. A model with `attn_logit_softcapping` loaded with
+    `sdpa` uses `eager` instead, since `sdpa` ignores the cap.
     """
-    chosen = model.config._attn_implementation
+    decoder = text_decoder(model)
+    chosen = decoder.config._attn_implementation
     if chosen in _PLAIN_NAMES:
         return
-    if chosen == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
+    if chosen == "sdpa" and getattr(decoder.config, "attn_logit_softcapping", None):
         chosen = "eager"  # sdpa ignores the cap
     # transformers treats a name with "flash" in it as its own kernel, and a name with a slash as a kernel of the hub.
     name = TREE_PREFIX + chosen.replace("flash", "fa").replace("/", ".")
     _PLAIN_NAMES[name] = chosen
     AttentionInterface.register(name, partial(tree_attention, implementation=chosen))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[chosen])
-    model.set_attn_implementation(name)
+    decoder.set_attn_implementation(name)
 
 
 def use_plain_attention(model: PreTrainedModel) -> None:
     """Undo `use_tree_attention`."""
-    if model.config._attn_implementation in _PLAIN_NAMES:
-        model.set_attn_implementation(plain_implementation(model))
+    decoder = text_decoder(model)
+    if decoder.config._attn_implementation in _PLAIN_NAMES:
+        decoder.set_attn_implementation(plain_implementation(decoder))
 
 
 def tree_attention(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from axolotl_mopo.config.host_keys import TREE_BACKENDS, carries_trees
 from axolotl_mopo.errors import NoiseError
-from axolotl_mopo.logprobs.attention import plain_implementation, use_plain_attention, use_tree_attention
+from axolotl_mopo.logprobs.attention import plain_implementation, text_decoder, use_plain_attention, use_tree_attention
 from axolotl_mopo.logprobs.computer import CompletionLogProbs, LogProbComputer, in_mode
 from axolotl_mopo.logprobs.trees import Completion, Pair, pack, pad
 
@@ -50,21 +50,25 @@ class Layout:
 
 def why_not_trees(model: PreTrainedModel) -> str | None:
     """Return the reason why this architecture does not support packed trees, or None if it does."""
-    config = model.config
+    decoder, config = text_decoder(model), model.config.get_text_config()
     implementation = plain_implementation(model)
     parameters = inspect.signature(model.forward).parameters
     if not carries_trees(implementation):
         return f"attn_implementation {implementation!r} is not one of {', '.join(TREE_BACKENDS)}"
-    if config.is_encoder_decoder or config.sub_configs:
-        return "it is not a plain text decoder"
-    if not getattr(model, "_supports_attention_backend", False):
+    if model.config.is_encoder_decoder:
+        return "it has an encoder"
+    if decoder.config is not config:
+        return "it has no text decoder with a config of its own"
+    if not getattr(decoder, "_supports_attention_backend", False):
         return "its attention does not go through transformers' AttentionInterface"
-    if getattr(model, "_is_stateful", False):
+    if getattr(decoder, "_is_stateful", False):
         return "it has recurrent layers"
     if other := set(getattr(config, "layer_types", None) or ()) - _TREE_LAYERS:
         return f"it has layers of type {', '.join(sorted(other))}"
     if any(hasattr(module, "sinks") for module in model.modules()):
         return "its attention has sinks"
+    if getattr(config, "attn_temperature_tuning", None):
+        return "its attention scales a query by its place in the row"
     if missing := {"position_ids", "logits_to_keep"} - set(parameters):
         return f"its forward does not accept {', '.join(sorted(missing))}"
     return None

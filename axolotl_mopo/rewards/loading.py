@@ -9,7 +9,9 @@ import torch
 from accelerate.utils import patch_environment
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations import deepspeed as zero
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from axolotl_mopo.errors import ConfigError
 
@@ -36,6 +38,16 @@ def readable_weights(path: str) -> Iterator[None]:
             f"the weights of {path} cannot be read because a safetensors file is broken: {error}; download or save "
             "them again"
         ) from None
+
+
+def language_model_class(path: str) -> Any:
+    """Return the class that loads a language model as Axolotl does, a vision-language model as a whole.
+
+    Args:
+        path: a folder or a model of the hub.
+    """
+    vision = AutoConfig.from_pretrained(path).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if vision else AutoModelForCausalLM
 
 
 def load_whole(kind: Any, path: str, dtype: torch.dtype, **kwargs: Any) -> Any:

@@ -12,14 +12,14 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from axolotl_mopo.errors import ConfigError, NoiseError
 from axolotl_mopo.logprobs.attention import plain_implementation, use_tree_attention
 from axolotl_mopo.logprobs.computer import LogProbComputer
 from axolotl_mopo.logprobs.layout import choose_layout, turn_off_noise
 from axolotl_mopo.logprobs.passes import PassCounts
-from axolotl_mopo.rewards.loading import load_whole
+from axolotl_mopo.rewards.loading import language_model_class, load_whole
 from axolotl_mopo.training.collator import PairCollator, read_tokens
 
 
@@ -95,12 +95,14 @@ def separate_model(
         ConfigError: if its weights cannot be read, or it adds noise in training.
         ValueError: if its vocabulary has another size than the policy's.
     """
-    model = load_whole(AutoModelForCausalLM, path, dtype, attn_implementation=plain_implementation(like))
+    kind = language_model_class(path)
+    model = load_whole(kind, path, dtype, attn_implementation=plain_implementation(like))
     model.to(policy.accelerator.device)
-    if model.config.vocab_size != like.config.vocab_size:
+    size, expected = (each.config.get_text_config().vocab_size for each in (model, like))
+    if size != expected:
         raise ValueError(
-            f"{path} has a vocabulary of {model.config.vocab_size} tokens and the policy one of "
-            f"{like.config.vocab_size}; give a model with the policy's own tokenizer, which an implicit reward needs"
+            f"{path} has a vocabulary of {size} tokens and the policy one of {expected}; give a model with the "
+            "policy's own tokenizer, which an implicit reward needs"
         )
     turn_off_noise(model)
     model.eval()
