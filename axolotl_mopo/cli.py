@@ -148,7 +148,7 @@ def _entry(output: Path, names: list[str], kind: str) -> str:
 @click.option("--question", help="Use this question instead of a row's.")
 @click.option("--dimension", help="Ask for this dimension alone at inference. Default: all dimensions.")
 @click.option("--score", type=float, help="Score of the dimension to ask for. Default: the best.")
-@click.option("--json", "as_json", is_flag=True, help="Print messages and texts as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print messages, texts and tokens as JSON.")
 @click.option("--template", is_flag=True, help="Print a chat template that contains the directive for inference.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Output file. Default: the terminal.")
 def directives(
@@ -162,8 +162,12 @@ def directives(
     template: bool,
     output: Path | None,
 ) -> None:
-    """Print the prompts that AMoPO trains with under CONFIG, and the prompt to use at inference."""
+    """Print the prompts that AMoPO trains with under CONFIG, and the prompt to use at inference.
+
+    For a row, also the tokens of both responses; those that are trained on are green and between >> and <<.
+    """
     from axolotl_mopo.data.preview import preview
+    from axolotl_mopo.data.shown_tokens import as_text
 
     logging.disable(logging.INFO)  # otherwise Axolotl prints the whole configuration
     try:
@@ -173,10 +177,13 @@ def directives(
     if template:
         text = shown["chat_template"]
     elif as_json:
-        text = json.dumps({key: shown[key] for key in ("training", "inference")}, indent=2, ensure_ascii=False)
+        parts = ("training", "inference", "responses")
+        text = json.dumps({key: shown[key] for key in parts if key in shown}, indent=2, ensure_ascii=False)
     else:
         entries = [("training", prompt) for prompt in shown["training"]] + [("inference", shown["inference"])]
         text = "\n\n".join(f"=== {use}: {prompt['name']}\n{prompt['text']}" for use, prompt in entries)
+        if "responses" in shown:
+            text += f"\n\n{as_text(shown['responses'])}"
     if not template:
         text += "\n"
     if output is None:
@@ -184,6 +191,6 @@ def directives(
         return
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        output.write_text(click.unstyle(text), encoding="utf-8")
     except OSError as error:
         raise click.ClickException(str(error)) from None

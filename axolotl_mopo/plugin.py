@@ -1,12 +1,15 @@
 """The Axolotl plugin: the only module that implements Axolotl's hooks."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import click
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -80,6 +83,29 @@ class MOPOPlugin(BasePlugin):
             cfg.update(DATA_LOADING)
         cfg["rl"], cfg["trainer_cls"] = _AXOLOTL_RL, block.trainer
         bind_entries(cfg, block)
+        if cfg.get("debug"):  # an option of the command line, which Axolotl's configuration does not keep
+            cfg["mopo_debug"] = cfg.get("debug_num_examples") or 1
+
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> Any:
+        """With `axolotl preprocess --debug`, show which tokens of the first rows are trained on.
+
+        Axolotl does so itself for its other preference methods, but not for the one that this plugin uses.
+
+        Returns:
+            What Axolotl's own loader returns, or None to let Axolotl load the data.
+        """
+        if not (preprocess and _method_config(cfg) and cfg.mopo_debug):
+            return None
+        from axolotl.common.datasets import load_preference_datasets
+        from axolotl.loaders import load_tokenizer
+
+        from axolotl_mopo.data.shown_tokens import row_as_text
+
+        loaded, tokenizer = load_preference_datasets(cfg=cfg), load_tokenizer(cfg)
+        for number, row in enumerate(islice(loaded.train_dataset, cfg.mopo_debug)):
+            text = row_as_text(tokenizer, row)
+            LOG.info("Row %d of the prepared rows:\n%s", number, text if sys.stdout.isatty() else click.unstyle(text))
+        return loaded
 
     def get_input_args(self) -> str:
         """The class of the fields that are added to Axolotl's configuration."""

@@ -21,14 +21,17 @@ _LONGEST_NAME = 200
 
 
 class Directive(NamedTuple):
-    """Texts before and after the question in the user's turn; either may be empty."""
+    """Texts before and after the question in the last user turn, or after the system message; either may be empty."""
 
     before: str
     after: str
+    in_system: bool = False
 
-    def around(self, question: str) -> str:
-        """The user's turn: the question with the directive."""
-        return f"{self.before}{question}{self.after}"
+    def around(self, content: str) -> str:
+        """The content of the turn with the directive."""
+        if self.in_system and not content.strip():
+            return f"{self.before}{self.after}".strip("\n")
+        return f"{self.before}{content}{self.after}"
 
 
 class Directives(Settings):
@@ -117,11 +120,11 @@ class PromptSettings(Settings):
             "built-in templates."
         ),
     )
-    directive_position: Literal["before", "after"] = Field(
+    directive_position: Literal["before", "after", "system"] = Field(
         "before",
         description=(
-            "Position of the directive: before or after the question. With `after`, all prompts share the question, "
-            "so fewer tokens are computed."
+            "Position of the directive: before or after the question, which is the last user turn, or in the system "
+            "message, after its text. With `after`, all prompts share the question, so fewer tokens are computed."
         ),
     )
 
@@ -251,17 +254,29 @@ class PromptSettings(Settings):
         return self._placed(self.directives.for_one(dimension, score, *common))
 
     def _placed(self, text: str) -> Directive:
-        return Directive(f"{text}\n\n", "") if self.directive_position == "before" else Directive("", f"\n\n{text}")
+        if self.directive_position == "before":
+            return Directive(f"{text}\n\n", "")
+        return Directive("", f"\n\n{text}", in_system=self.directive_position == "system")
 
 
-def user_template(directive: Directive) -> str:
-    """The user's turn with `{question}` in the place of the question."""
-    return directive.around("{question}")
+def turn_template(directive: Directive) -> str:
+    """The turn with the directive, with `{question}` or `{system}` in the place of its content."""
+    return directive.around("{system}" if directive.in_system else "{question}")
 
 
 def with_directive_in_template(chat_template: str, directive: Directive) -> str:
-    """A chat template that adds the directive to the last user turn, as `with_directive` does."""
-    before, after = (json.dumps(text, ensure_ascii=False) for text in directive)
+    """A chat template that adds the directive to its turn, as `with_directive` does."""
+    texts = (directive.before, directive.after, directive.around(""))
+    before, after, alone = (json.dumps(text, ensure_ascii=False) for text in texts)
+    if directive.in_system:
+        return (
+            "{% if messages and messages[0]['role'] == 'system' %}"
+            "{% set mopo = messages[0]['content'] %}{% set messages = messages[1:] %}"
+            "{% else %}{% set mopo = '' %}{% endif %}"
+            f"{{% set mopo = mopo ~ {after} if mopo | trim else {alone} %}}"
+            "{% set messages = [{'role': 'system', 'content': mopo}] + messages %}{{ '' }}"
+            f"{chat_template}"
+        )
     return (
         "{% set mopo = namespace(last=-1) %}"
         "{% for message in messages %}{% if message['role'] == 'user' %}{% set mopo.last = loop.index0 %}{% endif %}"

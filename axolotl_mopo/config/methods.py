@@ -326,3 +326,5 @@ class MOPOArgs(BaseModel):
     amopo: AMoPOConfig | None = None
     mopo_data: dict[str, Any] | None = None
     """Settings of each data set from `axolotl_mopo.data.entries`; set by the plugin, not by the user."""
+    mopo_debug: int | None = None
+    """Number of rows that `axolotl preprocess --debug` shows; set by the plugin, not by the user."""

@@ -174,7 +174,14 @@ def marked_turns(prompt: str) -> list[Message]:
 
 
 def with_directive(messages: Sequence[Message], directive: Directive) -> list[Message]:
-    """Return the conversation with the directive added to its last user turn."""
+    """Return the conversation with the directive added to its last user turn, or to its system turn.
+
+    The results of tools after the last user turn stay as they are.
+    """
+    if directive.in_system:
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        content = messages[0]["content"] if has_system else ""
+        return [{"role": "system", "content": directive.around(content)}, *messages[has_system:]]
     last = max(index for index, message in enumerate(messages) if message["role"] == "user")
     turn = {**messages[last], "content": directive.around(messages[last]["content"])}
     return [*messages[:last], turn, *messages[last + 1 :]]

@@ -64,7 +64,8 @@ class ChatRenderer:
         ending = ending[ending.rindex(_PROBE) + len(_PROBE) :]
         self._after_turn = ending[len(ending.rstrip()) :]
         """Whitespace after the end-of-turn token, which is not part of the response."""
-        self._missing_end = "" if ending.strip() else tokenizer.eos_token or ""
+        self._end_of_turn = ending.strip()
+        self._missing_end = "" if self._end_of_turn else tokenizer.eos_token or ""
 
     def prompt(self, messages: Sequence[Message], inputs: TemplateInputs = NO_INPUTS) -> str:
         """Render a conversation including the header of the assistant turn that follows."""
@@ -101,31 +102,22 @@ class ChatRenderer:
 
         Raises:
             RowError: if the template renders the turns before an assistant turn differently when it follows, or
-                changes the response.
+                changes what is trained on.
         """
         own = response.messages
-        whole = self._ended([*messages, *own], inputs)
-        spans, start = [], 0
-        for number, turn in enumerate(own):
-            if turn["role"] != "assistant":
-                continue
-            before = [*messages, *own[:number]]
-            is_last = number == len(own) - 1
-            until = whole if is_last else self._render([*before, turn], inputs).removesuffix(self._after_turn)
-            if not whole.startswith(until):
-                raise self._rewritten(until, whole, "an assistant turn")
-            first = self._start(before, inputs, whole)
-            if number == 0:
-                start = first
-            if (said := self.form.text(turn).strip()) not in until[first:]:
-                raise RowError(
-                    f"{self._named} changes or leaves out a part of the response {said!r:.80}; choose another "
-                    "`chat_template:`",
-                    "changed by the chat template",
-                )
-            if is_last or turns == "all":
-                answer = first if completion == "all" else self._answer_start(before, turn, inputs, until, first)
-                spans.append((answer, len(until)))
+        conversation = [*messages, *own]
+        whole = self._ended(conversation, inputs)
+        start = self._start(messages, inputs, whole)
+        spans = []
+        for number in range(len(messages), len(conversation)):
+            is_last = number == len(conversation) - 1
+            if conversation[number]["role"] == "assistant" and (is_last or turns == "all"):
+                first = self._start(conversation[:number], inputs, whole)
+                end = len(whole) if is_last else self._end(conversation, number, inputs, whole, first)
+                self._check_printed(conversation[number], whole[first:end])
+                if completion == "answer":
+                    first = max(first, self._answer_start(conversation, number, inputs, whole))
+                spans.append((first, end))
         return RenderedResponse(whole, start, spans)
 
     def check(self, prompt: Sequence[Message], responses: Iterable[RatedResponse], inputs: TemplateInputs) -> None:
@@ -190,20 +182,46 @@ class ChatRenderer:
             raise self._rewritten(prompt, whole, "a response")
         return shared_length(prompt, whole)
 
-    def _answer_start(
-        self, before: Sequence[Message], turn: Message, inputs: TemplateInputs, until: str, first: int
-    ) -> int:
+    def _end(self, conversation: Sequence[Message], number: int, inputs: TemplateInputs, whole: str, first: int) -> int:
+        """Return where a turn that others follow ends in the rendering of a whole conversation.
+
+        A template may render the last turn differently, with an empty thought for example. Then the turn ends with the
+        last end-of-turn token before the content of the next turn.
+        """
+        until = self._render(conversation[: number + 1], inputs).removesuffix(self._after_turn)
+        if whole.startswith(until):
+            return len(until)
+        following = self._with_content(conversation, number + 1, self._other_than(conversation[number + 1]["content"]))
+        end = whole.rfind(self._end_of_turn, first, shared_length(whole, self._ended(following, inputs)))
+        if not self._end_of_turn or end < 0:
+            raise self._rewritten(until, whole, "another turn")
+        return end + len(self._end_of_turn)
+
+    def _check_printed(self, turn: Message, printed: str) -> None:
+        for text in (self.form.text(turn), turn.get("reasoning_content") or ""):
+            if text.strip() not in printed:
+                raise RowError(
+                    f"{self._named} changes or leaves out a part of the response, {text.strip()!r:.80}; choose another "
+                    "`chat_template:`, or `turns: last` if it is in an earlier turn",
+                    "changed by the chat template",
+                )
+
+    def _answer_start(self, conversation: Sequence[Message], number: int, inputs: TemplateInputs, whole: str) -> int:
         """Return where the answer of an assistant turn begins, after its reasoning: where another answer differs."""
-        shaped = dict(turn)
-        thoughts, answer = part_reasoning(turn["content"] or "")
-        in_content = bool(thoughts) and not self.form.reasoning_key
-        if thoughts and not in_content and not turn.get("reasoning_content"):
-            shaped["reasoning_content"] = thoughts
-        shaped["content"] = "Quokka" if answer.lstrip().startswith("Z") else _PROBE
-        if in_content:
-            shaped["content"] = f"{turn['content'].removesuffix(answer)}{shaped['content']}"
-        start = shared_length(until, self._render([*before, shaped], inputs))
-        return max(first, start)
+        content = conversation[number]["content"] or ""
+        thoughts, answer = part_reasoning(content)
+        kept = content.removesuffix(answer) if thoughts else ""
+        other = self._with_content(conversation, number, f"{kept}{self._other_than(answer)}")
+        return shared_length(whole, self._ended(other, inputs))
+
+    @staticmethod
+    def _with_content(conversation: Sequence[Message], number: int, content: str) -> list[Message]:
+        return [*conversation[:number], {**conversation[number], "content": content}, *conversation[number + 1 :]]
+
+    @staticmethod
+    def _other_than(text: str | None) -> str:
+        """Return a text that begins with another letter."""
+        return "Quokka" if (text or "").lstrip()[:1] == _PROBE[0] else _PROBE
 
     def _ended(self, messages: Sequence[Message], inputs: TemplateInputs) -> str:
         return self._render(messages, inputs).removesuffix(self._after_turn) + self._missing_end

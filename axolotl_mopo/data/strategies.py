@@ -182,6 +182,21 @@ def _transform(
     return {name: [row[name] for row in rows] for name in names}
 
 
+def tokenize_pair(
+    tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, spec: DataSpec, sequence_len: int
+) -> dict[str, Any]:
+    """Return the prepared row of a single pair; see `_strategy`.
+
+    Raises:
+        RowError: if it cannot be rendered, or is too long and must not be shortened.
+    """
+    tokenization = Tokenization(tokenizer, spec)
+    render = tokenization.render(pair)
+    texts = tokenization.texts(pair, render)
+    tokens = tokenization.tokens(pair, render, texts, tokenize_pairs(tokenizer, [texts]), sequence_len)
+    return _row(pair, tokens, spec.settings)
+
+
 class Tokenization:
     """Turns the pairs of a data set into token ids.
 

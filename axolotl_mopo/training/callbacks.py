@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_mopo.config import MethodConfig, PromptSettings
-from axolotl_mopo.config.directives import user_template
+from axolotl_mopo.config.directives import turn_template
 from axolotl_mopo.config.model_files import MANIFEST
 from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.files import Folder
@@ -35,13 +35,13 @@ _PACKAGES = ("axolotl-mopo", "axolotl", "torch", "transformers", "trl", "peft")
 def manifest(block: MethodConfig, base_model: str) -> dict[str, Any]:
     """Return the content of `mopo.json`: the method's settings and versions, and for AMoPO templates for inference.
 
-    `inference` has a template of the user's turn for every prompt; replace `{question}` in it by the question. The
-    templates of dimensions request the best score.
+    `inference` has a template of the turn with the directive for every prompt; replace `{question}` in it by the
+    question, or `{system}` by the system message. The templates of dimensions request the best score.
     """
     content: dict[str, Any] = {"method": block.rl, "base_model": base_model, **block.model_dump(mode="json")}
     if isinstance(block, PromptSettings):
         content["inference"] = {
-            name: user_template(block.inference_directive(name if name in block.dimensions else None))
+            name: turn_template(block.inference_directive(name if name in block.dimensions else None))
             for name in block.prompt_names
         }
     return content | {"versions": {package: version(package) for package in _PACKAGES}}
