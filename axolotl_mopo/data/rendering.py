@@ -120,34 +120,41 @@ class ChatRenderer:
                 spans.append((first, end))
         return RenderedResponse(whole, start, spans)
 
-    def check(self, prompt: Sequence[Message], responses: Iterable[RatedResponse], inputs: TemplateInputs) -> None:
+    def check(
+        self,
+        prompt: Sequence[Message],
+        responses: Iterable[RatedResponse],
+        inputs: TemplateInputs,
+        turns: Turns = "all",
+    ) -> None:
         """Render conversations of this shape, once for each shape, with other texts.
 
         Raises:
             RowError: if the template refuses the shape, or leaves out a part of it.
         """
         for response in responses:
-            turns = [*prompt, *response.messages]
+            conversation = [*prompt, *response.messages]
             shape = (
-                [_shape(turn) for turn in turns],
+                [_shape(turn) for turn in conversation],
                 sorted(inputs.kwargs.items()),
-                [_name(tool) for tool in inputs.tools],
+                list(map(_name, inputs.tools)),
             )
-            key = json.dumps([*shape, len(prompt)], default=str)
+            key = json.dumps([*shape, len(prompt), turns], default=str)
             if key not in self._refusals:
                 self._refusals[key] = None
                 try:
                     self._check_kwargs(inputs.kwargs, inputs.tools)
-                    self._check_parts(turns, len(prompt), inputs)
+                    self._check_parts(conversation, len(prompt), inputs, turns)
                 except RowError as error:
                     self._refusals[key] = str(error)
             if refusal := self._refusals[key]:
                 raise RowError(refusal, "refused by the chat template")
 
-    def _check_parts(self, turns: Sequence[Message], prompt_turns: int, inputs: TemplateInputs) -> None:
-        invented = list(probes(turns))
+    def _check_parts(
+        self, conversation: Sequence[Message], prompt_turns: int, inputs: TemplateInputs, turns: Turns
+    ) -> None:
+        invented = list(probes(conversation))
         asked = [turn for turn, _ in invented[:prompt_turns]]
-        answered = RatedResponse("", {}, [turn for turn, _ in invented[prompt_turns:]])
         if inputs.tools:
             names = [f"okapi_{number}" for number in range(len(inputs.tools))]
             inputs = replace(inputs, tools=list(map(renamed, inputs.tools, names)))
@@ -156,20 +163,21 @@ class ChatRenderer:
                     f"{self._named} does not print `tools`; remove them from the row, or choose another "
                     "`chat_template:`"
                 )
-        prompt, whole = self.prompt(asked, inputs), self.response(asked, answered, inputs).whole
+        prompt, whole = self.prompt(asked, inputs), self._ended([turn for turn, _ in invented], inputs)
+        answered = whole[self._start(asked, inputs, whole) :]
         for number, (turn, words) in enumerate(invented):
-            of_prompt = number < prompt_turns
             for word in words:
                 # Templates leave out the reasoning of earlier turns on purpose.
-                is_earlier_thought = of_prompt and word == turn.get("reasoning_content")
-                if word not in (prompt if of_prompt else whole) and not is_earlier_thought:
+                is_thought = word == turn.get("reasoning_content")
+                is_earlier = number < prompt_turns or (turns == "last" and number < len(invented) - 1)
+                if word not in (prompt if number < prompt_turns else answered) and not (is_thought and is_earlier):
                     part = next(
                         (key for key in ("content", "reasoning_content") if turn.get(key) == word), "tool_calls"
                     )
                     raise RowError(
                         f"{self._named} leaves out the {_PARTS[part]} of a turn of role {turn['role']} in a "
-                        f"conversation of the roles {', '.join(each['role'] for each in turns)}; choose another "
-                        "`chat_template:`"
+                        f"conversation of the roles {', '.join(each['role'] for each in conversation)}; choose another "
+                        f"`chat_template:`{'' if number == len(invented) - 1 else _OR_LAST}"
                     )
 
     def _start(self, before: Sequence[Message], inputs: TemplateInputs, whole: str) -> int:
@@ -263,6 +271,7 @@ class ChatRenderer:
         )
 
 
+_OR_LAST = ", or set `turns: last` if it is the reasoning of an earlier turn"
 _PARTS = {"content": "content", "reasoning_content": "reasoning", "tool_calls": "tool calls"}
 
 

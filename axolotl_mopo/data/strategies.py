@@ -105,7 +105,7 @@ def _read(cfg: Mapping[str, Any], spec: DataSpec) -> PairStore:
         renderer = ChatRenderer(tokenizer, spec.chat_template_kwargs)
     except DataError as error:
         raise DataError(f"{spec.where}: {error}") from None
-    reader = PairReader(raw_table(cfg, spec), spec, renderer.check)
+    reader = PairReader(raw_table(cfg, spec), spec, partial(renderer.check, turns=spec.options.turns))
     folder = Path(cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH)
     control_tokens = ControlTokenCount(tokenizer)
     store = PairStore.write(control_tokens.watch(reader.pairs()), folder)
