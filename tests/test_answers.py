@@ -53,9 +53,10 @@ def thinking(tokenizer):
     return thinking
 
 
-def rows_of(tokenizer, rows, *, kind="pairs", inputs=None, **options):
+def rows_of(tokenizer, rows, *, kind="pairs", objective=(), inputs=None, **options):
     """The prepared rows of a MODPO run, without Axolotl."""
-    spec = DataSpec(where="data.jsonl", strategy=kind, options=options, chat_template_kwargs=inputs or {})
+    settings = {"strategy": kind, "objective": objective, "options": options, "chat_template_kwargs": inputs or {}}
+    spec = DataSpec(where="data.jsonl", **settings)
     check = partial(ChatRenderer(tokenizer, inputs).check, turns=spec.options.turns)
     table = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
     reader = PairReader(table, spec, check)
@@ -222,6 +223,20 @@ def test_what_the_template_does_not_print_is_refused_and_may_be_left_out(tokeniz
         len(rows_of(tokenizer, [row, with_response([{"role": "assistant", "content": "Noon."}])], on_bad_row="drop"))
         == 1
     )
+
+
+def test_rated_responses_keep_their_reasoning_and_the_tools_of_their_prompt(thinking, tokenizer):
+    prompt = [{"role": "user", "content": "What time is it?"}]
+    better, worse = (
+        {"prompt": prompt, "response": text, "score": score} for text, score in (("Noon.", 2), ("One.", 1))
+    )
+    rows = [{**better, "reasoning": "Twelve.", "tools": TOOLS}, {**worse, "reasoning": None, "tools": TOOLS}]
+    (made,) = rows_of(thinking, rows, kind="responses", objective=("score",))
+    assert made == rows_of(thinking, [{**with_response([ANSWER], tools=TOOLS), "rejected": "One."}])[0]
+    with pytest.raises(DataError, match=r"data\.jsonl, row 0: the chat template of .* does not print `tools`"):
+        rows_of(tokenizer, rows, kind="responses", objective=("score",))
+    with pytest.raises(DataError, match="row 1: its prompt is that of other rows whose `tools` or"):
+        rows_of(thinking, [rows[0], {**rows[1], "tools": None}], kind="responses", objective=("score",))
 
 
 def random_pair(generator, spans):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import sync_playwright
 from rich.console import Console
+from scipy.stats import bootstrap
 
 from axolotl_mopo.config.model_files import Manifest
 from axolotl_mopo.data.conversations import user
@@ -291,6 +292,55 @@ def test_intervals_leave_out_one_resample_in_forty_on_either_side(uneven):
     assert np.std(shares) < 0.006  # of 2000 resamples; of 200 it is 0.011
 
 
+@pytest.mark.parametrize(
+    ("names", "point", "message"),
+    [
+        (["cost", "helpful", "cost"], None, "the objective cost is named twice; name every objective once"),
+        (
+            [f"score{number}" for number in range(32)],
+            None,
+            "there are 32 objectives; compare 31 of them at most, with --objectives",
+        ),
+        (
+            ["speed", "cost", "mass"],
+            None,
+            "speed, mass was not scored; scored: helpful, cost; see axolotl mopo score --help",
+        ),
+        (
+            None,
+            {"speed": 1, "mass": 2},
+            "--reference-point: speed, mass is not one of the compared objectives: helpful, cost",
+        ),
+        (
+            None,
+            {"cost": math.inf},
+            "--reference-point cost: it is inf; it must be a finite number, at most 1e+30 in magnitude",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_named(four, names, point, message):
+    with pytest.raises(ConfigError) as refused:
+        find_front(four, names, reference_point=point)
+    assert str(refused.value) == message
+
+
+def test_as_many_objectives_as_the_hypervolume_takes_are_compared(tmp_path):
+    names = [f"score{number}" for number in range(31)]
+    with pytest.raises(ConfigError, match="was not scored; scored: helpful, cost"):
+        find_front(comparison(tmp_path, {"a": [[(1, 1)]]}, samples=1), names)
+
+
+def test_the_sign_of_an_objective_says_what_is_better(four):
+    front = find_front(four)
+    assert (front.better("helpful"), front.better("cost")) == (1, -1)
+
+
+def test_an_interval_is_that_of_2000_resamples_drawn_from_the_same_seed():
+    values = [1.0, 2.0, 3.0, 5.0, 8.0, 13.0]
+    expected = bootstrap((np.array(values),), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
+    assert estimate(values)[1:] == (expected.low, expected.high)
+
+
 def test_what_is_missing_is_named(four, tmp_path):
     with pytest.raises(ConfigError, match="speed was not scored; scored: helpful, cost"):
         find_front(four, ["speed"])
@@ -299,7 +349,10 @@ def test_what_is_missing_is_named(four, tmp_path):
     with pytest.raises(ConfigError, match="b has 3 of 4 responses; run axolotl mopo generate again"):
         find_front(four)
     four.replace("b", [{k: v for k, v in row.items() if k != "cost"} for row in rows])
-    with pytest.raises(ConfigError, match="b has no scores of cost, which other policies have"):
+    with pytest.raises(
+        ConfigError,
+        match="b has no scores of cost, which other policies have; run axolotl mopo score again with the same",
+    ):
         find_front(four)
     assert find_front(four, ["helpful"])
     with (

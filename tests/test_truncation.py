@@ -1,5 +1,7 @@
 """Pairs at the very border of `sequence_len`: what is kept where one token more would not fit."""
 
+from dataclasses import replace
+
 import pytest
 
 from axolotl_mopo.data.conversations import user
@@ -93,6 +95,48 @@ def test_the_text_of_a_completion_that_fits_stays_where_the_other_is_cut(tokeniz
     whole, least = fitting.whole(user(DIGITS)), fitting.whole(user(DIGITS[-LEAST:]))
     cut = fitting.fit(user(DIGITS), least.prompt_length + least.completion_length - 1, "truncate")
     assert (cut.chosen, cut.rejected) == (whole.chosen, CHOSEN)
+
+
+def test_what_is_trained_on_is_cut_with_its_completion(fitting):
+    whole, least = fitting.whole(user(DIGITS)), fitting.whole(user(DIGITS[-LEAST:]))
+    last = len(whole.chosen_ids)
+    whole.chosen_spans, whole.rejected_spans = [(0, 2), (4, last - 2), (last - 1, last)], [(0, 1)]
+    arguments = (user(DIGITS), fitting.prompts, fitting.tokenizer, least.prompt_length + last - 1, "truncate")
+    cut = fit(whole, *arguments)
+    assert (cut.chosen_spans, cut.rejected_spans) == ([(0, 2), (4, last - 2)], [(0, 1)])
+    for side in ("chosen_spans", "rejected_spans"):  # nothing would be left of one of them
+        changed = replace(whole, **{side: [(last - 1, last)]})
+        assert fit(changed, *arguments) is changed
+
+
+def test_the_part_of_the_header_that_belongs_to_the_completions_stays_with_them(fitting):
+    whole = fitting.whole(user(DIGITS))
+    header = whole.prompt_ids[0][-2:]
+    text = fitting.tokenizer.decode(header)
+    apart = replace(
+        whole,
+        prompts=[prompt.removesuffix(text) for prompt in whole.prompts],
+        prompt_ids=[ids[:-2] for ids in whole.prompt_ids],
+        chosen_ids=header + whole.chosen_ids,
+        rejected_ids=header + whole.rejected_ids,
+        header_tokens=2,
+        header_characters=len(text),
+    )
+    sequence_len = whole.prompt_length + whole.completion_length - 5
+    one, other = (
+        fit(pair, user(DIGITS), fitting.prompts, fitting.tokenizer, sequence_len, "drop") for pair in (whole, apart)
+    )
+    assert [ids + header for ids in other.prompt_ids] == one.prompt_ids
+    assert [prompt + text for prompt in other.prompts] == one.prompts
+    assert other.cut_prompt_tokens == one.cut_prompt_tokens == 5
+
+
+def test_all_that_follows_the_last_question_stays(fitting):
+    after = [{"role": "assistant", "content": "Let me see."}, {"role": "tool", "content": "Twelve."}]
+    turns = [*user(DIGITS), *after]
+    whole = fitting.whole(turns)
+    made = fitting.fit(turns, whole.prompt_length + whole.completion_length - 9, "drop")
+    assert made.prompts == fitting.prompts([*user(DIGITS[9:]), *after])
 
 
 def test_a_short_question_stays_whole_where_only_the_turns_before_it_go(fitting):
