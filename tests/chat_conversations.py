@@ -181,7 +181,9 @@ MARKS = {True: "exact", False: "refused"}
 _HEAD = """\
 # Chat templates
 
-What becomes of conversations under the chat templates that TRL 1.16 and Axolotl 0.19 ship. **exact**: the tokens of
+What becomes of conversations under the chat templates that TRL 1.16 and Axolotl 0.19 ship, and under two that have the
+shape of SmolLM3's and Mistral Small's. Those of Llama 3.3, Phi-4, GPT-OSS, GLM 4.5 and DeepSeek are `trl/llama3_1`,
+`axolotl/phi_4`, `trl/gptoss`, `trl/glm4moe`, `trl/deepseekv3` and `trl/deepseek_r1_distill`. **exact**: the tokens of
 prompt and response together are those of the template's own rendering of the whole conversation, up to whitespace after
 the last end-of-turn token, which a model never generates. **refused**: the run stops before a model is loaded, and the
 error names the template, the row and the part of the conversation that the template does not print.
@@ -218,8 +220,8 @@ if __name__ == "__main__":
         page(
             {
                 name: {conversation: template.outcome(conversation) for conversation in CONVERSATIONS}
-                for name, path in shipped().items()
-                for template in [Shipped(name, path.read_text(encoding="utf-8"))]
+                for name, text in shipped().items()
+                for template in [Shipped(name, text)]
             }
         ),
         encoding="utf-8",

@@ -23,7 +23,7 @@ from templates_of_others import shipped
 from axolotl_mopo.data import rendering
 from axolotl_mopo.data.formats.general import read_pair
 
-TEMPLATES = {name: path.read_text(encoding="utf-8") for name, path in shipped().items()}
+TEMPLATES = shipped()
 MARKED = [name for name, template in TEMPLATES.items() if "generation %}" in template and name.startswith("trl/")]
 
 
