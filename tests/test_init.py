@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from axolotl_mopo.cli import mopo
 from axolotl_mopo.commands.recognition import COLUMNS, recognize, score_names
 from axolotl_mopo.commands.starting_config import sequence_length
 from axolotl_mopo.data.formats import FORMATS
+from axolotl_mopo.data.rows import RatedResponse, TemplateInputs
 from axolotl_mopo.errors import DataError
 
 SOURCE = [json.loads(line) for line in (SMOKE / "pairs.jsonl").read_text().splitlines()[:24]]
@@ -388,6 +390,10 @@ def test_sequence_len_holds_all_but_the_longest_hundredth():
     rows = [{"prompt": "p" * 400, "chosen": "c" * (2400 if n else 40_000), "rejected": "r" * 400} for n in range(200)]
     pairs = recognize(Dataset.from_list(rows)).pairs
     assert sequence_length(pairs, "modpo") == (1024, 700)
+    call = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "x" * 4000}}}
+    turns = [{"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "y" * 4000}]
+    calling = replace(pairs[0], chosen=RatedResponse("", {}, turns), inputs=TemplateInputs([{"name": "z" * 4000}]))
+    assert 3050 < sequence_length([calling], "modpo")[1] < 3200
     assert sequence_length([*pairs[:1]], "amopo")[0] == 4096
 
 

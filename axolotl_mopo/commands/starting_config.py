@@ -1,5 +1,6 @@
 """Write the text of `axolotl mopo init`'s configuration: keys, and comments that give their source."""
 
+import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 
 from axolotl_mopo.commands.recognition import USUAL, Recognized, score_names
-from axolotl_mopo.data.rows import PreferencePair
+from axolotl_mopo.data.rows import Message, PreferencePair, texts_of
 from axolotl_mopo.errors import DataError
 
 _MOST_MARGINS = 3
@@ -152,7 +153,9 @@ def sequence_length(pairs: Sequence[PreferencePair], method: str) -> tuple[int, 
     A token is estimated as four characters, since the tokenizer may not be available.
     """
     lengths = sorted(
-        sum(len(turn["content"]) for turn in pair.prompt) + max(len(pair.chosen.text), len(pair.rejected.text))
+        sum(len(json.dumps(value)) for value in pair.inputs.to_row().values())
+        + _characters(pair.prompt)
+        + max(_characters(pair.chosen.messages), _characters(pair.rejected.messages))
         for pair in pairs
     )
     tokens = math.ceil(lengths[math.ceil(0.99 * len(lengths)) - 1] / _CHARACTERS_OF_A_TOKEN)
@@ -161,6 +164,11 @@ def sequence_length(pairs: Sequence[PreferencePair], method: str) -> tuple[int, 
     while length < min(wanted, _LONGEST):
         length *= 2
     return length, tokens
+
+
+def _characters(turns: Sequence[Message]) -> int:
+    calls = (json.dumps(turn["tool_calls"], ensure_ascii=False) for turn in turns if turn.get("tool_calls"))
+    return sum(map(len, texts_of(turns))) + sum(map(len, calls))
 
 
 def text(
