@@ -150,19 +150,28 @@ class ChatRenderer:
             if refusal := self._refusals[key]:
                 raise RowError(refusal, "refused by the chat template")
 
+    def check_prompt(self, prompt: Sequence[Message], inputs: TemplateInputs) -> None:
+        """Render a prompt of this shape with other texts.
+
+        Raises:
+            RowError: if the template refuses it, leaves out a part of it, or does not read one of the inputs.
+        """
+        self._check_kwargs(inputs.kwargs, inputs.tools)
+        invented = list(probes(prompt))
+        asked = [turn for turn, _ in invented]
+        text = self.prompt(asked, self._with_invented_tools(asked, inputs))
+        for turn, words in invented:
+            # Templates leave out the reasoning of earlier turns on purpose.
+            for word in (each for each in words if each != turn.get("reasoning_content")):
+                if word not in text:
+                    raise self._left_out(turn, word, prompt)
+
     def _check_parts(
         self, conversation: Sequence[Message], prompt_turns: int, inputs: TemplateInputs, turns: Turns
     ) -> None:
         invented = list(probes(conversation))
         asked = [turn for turn, _ in invented[:prompt_turns]]
-        if inputs.tools:
-            names = [f"okapi_{number}" for number in range(len(inputs.tools))]
-            inputs = replace(inputs, tools=list(map(renamed, inputs.tools, names)))
-            if any(name not in self.prompt(asked, inputs) for name in names):
-                raise RowError(
-                    f"{self._named} does not print `tools`; remove them from the row, or choose another "
-                    "`chat_template:`"
-                )
+        inputs = self._with_invented_tools(asked, inputs)
         prompt, whole = self.prompt(asked, inputs), self._ended([turn for turn, _ in invented], inputs)
         answered = whole[self._start(asked, inputs, whole) :]
         for number, (turn, words) in enumerate(invented):
@@ -171,14 +180,26 @@ class ChatRenderer:
                 is_thought = word == turn.get("reasoning_content")
                 is_earlier = number < prompt_turns or (turns == "last" and number < len(invented) - 1)
                 if word not in (prompt if number < prompt_turns else answered) and not (is_thought and is_earlier):
-                    part = next(
-                        (key for key in ("content", "reasoning_content") if turn.get(key) == word), "tool_calls"
-                    )
-                    raise RowError(
-                        f"{self._named} leaves out the {_PARTS[part]} of a turn of role {turn['role']} in a "
-                        f"conversation of the roles {', '.join(each['role'] for each in conversation)}; choose another "
-                        f"`chat_template:`{'' if number == len(invented) - 1 else _OR_LAST}"
-                    )
+                    raise self._left_out(turn, word, conversation, "" if number == len(invented) - 1 else _OR_LAST)
+
+    def _with_invented_tools(self, asked: Sequence[Message], inputs: TemplateInputs) -> TemplateInputs:
+        """Give the tools other names, and check that the template prints them."""
+        if not inputs.tools:
+            return inputs
+        names = [f"okapi_{number}" for number in range(len(inputs.tools))]
+        inputs = replace(inputs, tools=list(map(renamed, inputs.tools, names)))
+        if any(name not in self.prompt(asked, inputs) for name in names):
+            raise RowError(
+                f"{self._named} does not print `tools`; remove them from the row, or choose another `chat_template:`"
+            )
+        return inputs
+
+    def _left_out(self, turn: Message, word: str, conversation: Sequence[Message], hint: str = "") -> RowError:
+        part = next((key for key in ("content", "reasoning_content") if turn.get(key) == word), "tool_calls")
+        return RowError(
+            f"{self._named} leaves out the {_PARTS[part]} of a turn of role {turn['role']} in a conversation of the "
+            f"roles {', '.join(each['role'] for each in conversation)}; choose another `chat_template:`{hint}"
+        )
 
     def _start(self, before: Sequence[Message], inputs: TemplateInputs, whole: str) -> int:
         """Return where the turn after some turns begins in the rendering of a whole conversation."""

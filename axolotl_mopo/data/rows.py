@@ -75,6 +75,12 @@ class TemplateInputs:
 NO_INPUTS = TemplateInputs()
 
 
+def prompt_content(prompt: Sequence[Message], inputs: TemplateInputs = NO_INPUTS) -> Any:
+    """Return what makes two prompts the same: the messages, and what else the chat template reads, if anything."""
+    asked = inputs.to_row()
+    return [prompt, asked] if asked else prompt
+
+
 @dataclass(frozen=True)
 class PreferencePair:
     """A prompt that ends with a user's or a tool's turn, and two responses to it."""
@@ -105,8 +111,7 @@ class PreferencePair:
     @property
     def prompt_key(self) -> int:
         """A 63-bit number that pairs of the same prompt share."""
-        asked = self.inputs.to_row()
-        return fingerprint([self.prompt, asked] if asked else self.prompt)
+        return fingerprint(prompt_content(self.prompt, self.inputs))
 
 
 def _response(content: str | list[Message], scores: Mapping[str, float | None]) -> RatedResponse:

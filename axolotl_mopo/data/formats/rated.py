@@ -18,6 +18,7 @@ RESPONSE_COLUMNS = (
     "prompt",
     "response",
     "reasoning",
+    "reasoning_tokens",
     "token_ids",
     "finished",
     "logp",
