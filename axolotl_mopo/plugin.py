@@ -156,7 +156,7 @@ class MOPOPlugin(BasePlugin):
         from axolotl_mopo.training.callbacks import HistoryCallback, ManifestCallback
 
         block = _method_config(cfg)
-        return [ManifestCallback(block, cfg.base_model), HistoryCallback()] if block else []
+        return [ManifestCallback(block, cfg.base_model, cfg.chat_template_kwargs), HistoryCallback()] if block else []
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
         """The callback for early stopping, which Axolotl leaves out for preference runs."""
@@ -171,7 +171,7 @@ class MOPOPlugin(BasePlugin):
 
         block = _method_config(cfg)
         if block and os.environ.get("RANK", "0") == "0":  # by now Axolotl has ended the process group
-            write_manifest(block, cfg.base_model, Path(cfg.output_dir))
+            write_manifest(block, cfg.base_model, Path(cfg.output_dir), cfg.chat_template_kwargs)
 
 
 def _method_config(cfg: DictDefault) -> MethodConfig | None:

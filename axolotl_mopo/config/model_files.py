@@ -26,6 +26,8 @@ class Manifest(Record):
     beta: Annotated[float, Field(gt=0)] | None = None
     weights: dict[str, float] | None = None
     """Weights of MODPO's objectives."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template; None if the run set none."""
 
     @property
     def settings(self) -> dict[str, Any]:

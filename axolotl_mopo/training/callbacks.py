@@ -1,13 +1,14 @@
 """Callbacks that write a file next to every checkpoint.
 
-`mopo.json` records the settings of the method and the prompts for inference. `mopo.png` plots the run.
-`modpo_start.json` records MODPO's policy at the start of the run: the digests of the base model's and of the initial
-policy's weights (`base`, `initial`), and their `dtype`. The names of cached log-prob tables are made from these, so a
-resumed run finds the tables although its policy has other weights.
+`mopo.json` records the settings of the method, the variables of the chat template and the prompts for inference.
+`mopo.png` plots the run. `modpo_start.json` records MODPO's policy at the start of the run: the digests of the base
+model's and of the initial policy's weights (`base`, `initial`), and their `dtype`. The names of cached log-prob tables
+are made from these, so a resumed run finds the tables although its policy has other weights.
 """
 
 import gc
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -32,13 +33,19 @@ START = "modpo_start.json"
 _PACKAGES = ("axolotl-mopo", "axolotl", "torch", "transformers", "trl", "peft")
 
 
-def manifest(block: MethodConfig, base_model: str) -> dict[str, Any]:
+def manifest(
+    block: MethodConfig, base_model: str, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the content of `mopo.json`: the method's settings and versions, and for AMoPO templates for inference.
+
+    It has `chat_template_kwargs` if the run sets variables of the chat template.
 
     `inference` has a template of the turn with the directive for every prompt; replace `{question}` in it by the
     question, or `{system}` by the system message. The templates of dimensions request the best score.
     """
     content: dict[str, Any] = {"method": block.rl, "base_model": base_model, **block.model_dump(mode="json")}
+    if chat_template_kwargs:
+        content["chat_template_kwargs"] = dict(chat_template_kwargs)
     if isinstance(block, PromptSettings):
         content["inference"] = {
             name: turn_template(block.inference_directive(name if name in block.dimensions else None))
@@ -47,9 +54,11 @@ def manifest(block: MethodConfig, base_model: str) -> dict[str, Any]:
     return content | {"versions": {package: version(package) for package in _PACKAGES}}
 
 
-def write_manifest(block: MethodConfig, base_model: str, folder: Path) -> None:
+def write_manifest(
+    block: MethodConfig, base_model: str, folder: Path, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> None:
     """Write `mopo.json` into a folder."""
-    text = json.dumps(manifest(block, base_model), indent=2, ensure_ascii=False)
+    text = json.dumps(manifest(block, base_model, chat_template_kwargs), indent=2, ensure_ascii=False)
     Folder(folder).write(MANIFEST, (text + "\n").encode())
 
 
@@ -85,13 +94,15 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 class ManifestCallback(TrainerCallback):
     """Writes `mopo.json` next to every checkpoint."""
 
-    def __init__(self, block: MethodConfig, base_model: str) -> None:
-        self.block, self.base_model = block, base_model
+    def __init__(
+        self, block: MethodConfig, base_model: str, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        self.block, self.base_model, self.chat_template_kwargs = block, base_model, chat_template_kwargs
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called after a checkpoint is saved."""
         if state.is_world_process_zero:
-            write_manifest(self.block, self.base_model, _checkpoint(args, state))
+            write_manifest(self.block, self.base_model, _checkpoint(args, state), self.chat_template_kwargs)
 
 
 class StartCallback(TrainerCallback):
