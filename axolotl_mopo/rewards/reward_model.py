@@ -102,7 +102,9 @@ class RewardModelSource(TextSource):
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        from axolotl_mopo.data.reasoning import joined
         from axolotl_mopo.data.rendering import render_chat
+        from axolotl_mopo.data.template_form import find_form
         from axolotl_mopo.rewards.loading import load_whole
 
         tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
@@ -120,18 +122,31 @@ class RewardModelSource(TextSource):
         limit = getattr(model.config, "max_position_embeddings", None) or math.inf
         model.to(device).eval()
 
-        def rendered(conversation: list[Message], number: int) -> str:
+        form = find_form(lambda turns: render_chat(tokenizer, turns))
+
+        def rendered(prompt: list[Message], response: str, number: int, reasoning: str | None) -> str:
+            # `shaped` parts the text again if the template prints reasoning.
+            turn = {"role": "assistant", "content": joined(reasoning, response)}
             try:
-                return render_chat(tokenizer, conversation)
+                text = render_chat(tokenizer, [form.shaped(each) for each in [*prompt, turn]])
             except RowError as error:
                 raise DataError(f"{self.path}, row {number}: {error}") from None
+            if reasoning and reasoning.strip() not in text:
+                raise DataError(
+                    f"{self.path}, row {number}: its chat template leaves out the reasoning of the response; score "
+                    "the answers alone, without --with-reasoning"
+                )
+            return text
 
         @torch.no_grad()
-        def rewards(prompts: list[list[Message]], responses: list[str], numbers: Sequence[int]) -> list[float]:
-            texts = [
-                rendered([*prompt, {"role": "assistant", "content": response}], number)
-                for prompt, response, number in zip(prompts, responses, numbers, strict=True)
-            ]
+        def rewards(
+            prompts: list[list[Message]],
+            responses: list[str],
+            numbers: Sequence[int],
+            reasoning: Sequence[str | None] | None = None,
+        ) -> list[float]:
+            thoughts = [None] * len(responses) if reasoning is None else reasoning
+            texts = [rendered(*each) for each in zip(prompts, responses, numbers, thoughts, strict=True)]
             inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
             if (length := inputs["input_ids"].shape[1]) > limit:
                 raise DataError(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import Field
 
@@ -16,8 +16,26 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Rewards = Callable[[list[list[Message]], list[str], Sequence[int]], list[float]]
-"""Prompts, one response to each, and the numbers of their rows -> one reward for each response."""
+
+class Rewards(Protocol):
+    """Computes the rewards of a batch."""
+
+    def __call__(
+        self,
+        prompts: list[list[Message]],
+        responses: list[str],
+        numbers: Sequence[int],
+        reasoning: Sequence[str | None] | None = None,
+    ) -> list[float]:
+        """Compute one reward for each response.
+
+        Args:
+            prompts: the conversations that the responses answer.
+            responses: one response to each prompt, without its reasoning.
+            numbers: the numbers of their rows, for messages.
+            reasoning: the reasoning of each response, where the rewards are of reasoning and answer; None for a
+                response without reasoning.
+        """
 
 
 class TextSource(RewardSource):
@@ -75,9 +93,18 @@ class TextSource(RewardSource):
             DataError: from the yielded function, if `compute` raises, or does not return one finite number for each
                 response; names the code and the row.
         """
+        from axolotl_mopo.data.reasoning import joined
+
         function, name = self.implementation, self.code
 
-        def rewards(prompts: list[list[Message]], responses: list[str], numbers: Sequence[int]) -> list[float]:
+        def rewards(
+            prompts: list[list[Message]],
+            responses: list[str],
+            numbers: Sequence[int],
+            reasoning: Sequence[str | None] | None = None,
+        ) -> list[float]:
+            if reasoning is not None:
+                responses = [joined(*both) for both in zip(reasoning, responses, strict=True)]
             where = f"{name}, called with {len(responses)} responses, the first from row {numbers[0]},"
             try:
                 values = [float(value) for value in function(prompts, responses)]
