@@ -1,5 +1,6 @@
 """`axolotl mopo generate`, `score` and `front`."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -13,6 +14,19 @@ FAULTS = (OSError, ValueError, TimeoutError)
 T = TypeVar("T")
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+def _mapping(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, Any] | None:
+    """Parse a JSON object; None if the option is not given."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text} is not JSON: {error}; write '{{\"enable_thinking\": false}}'") from None
+    if not isinstance(value, dict):
+        raise click.BadParameter(f"{text} is not a JSON object; write '{{\"enable_thinking\": false}}'")
+    return value
 
 
 @click.command()
@@ -36,7 +50,11 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Number of responses to each prompt."
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Maximum length of a response."
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Maximum length of a response, reasoning and answer together.",
 )
 @click.option(
     "--temperature",
@@ -57,6 +75,12 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 )
 @click.option("--dimension", help="AMoPO: use the prompt of this dimension, not the integrated one.")
 @click.option("--score", type=float, help="AMoPO: score of the dimension to ask for; by default the best.")
+@click.option(
+    "--chat-template-kwargs",
+    callback=_mapping,
+    help="Variables of the chat template for all policies, as JSON: '{\"enable_thinking\": false}'. Default: "
+    "those that each policy was trained with, from its mopo.json.",
+)
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Number of prompts in a batch."
 )
@@ -87,6 +111,7 @@ def generate(
     limit: int | None,
     dimension: str | None,
     score: float | None,
+    chat_template_kwargs: dict[str, Any] | None,
     batch_size: int,
     dtype: str,
     engine: str,
@@ -99,6 +124,8 @@ def generate(
     **table: Any,
 ) -> None:
     """Generate responses of every policy in RUNS to the same prompts.
+
+    The reasoning of a response is stored apart from its answer.
 
     RUNS are folders of sweeps or runs, checkpoints, or models of the hub; NAME=PATH gives a run a name. Adapters with
     the same base model share it. Existing responses are not generated again.
@@ -134,6 +161,7 @@ def generate(
             models=models,
             batch_size=batch_size,
             log=click.echo,
+            chat_template_kwargs=chat_template_kwargs,
         ).run(policies, compared)
     except FAULTS as error:
         raise click.ClickException(str(error)) from None
@@ -160,6 +188,17 @@ def generate(
 @click.option("--higher-is-better", "higher", multiple=True, help="An objective for which higher is better (default).")
 @click.option("--replace", is_flag=True, help="Replace scores that another scorer computed.")
 @click.option(
+    "--with-reasoning",
+    is_flag=True,
+    help="Score reasoning and answer, not the answer alone: a reward model reads them as its chat template writes "
+    "them, functions and lengths as one text `<think> reasoning </think> answer`. Implicit rewards are always of both.",
+)
+@click.option(
+    "--empty-answers",
+    is_flag=True,
+    help="Score a response that ended inside its reasoning as an empty answer. Default: such responses are refused.",
+)
+@click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=16,
@@ -173,6 +212,8 @@ def score(
     lower: tuple[str, ...],
     higher: tuple[str, ...],
     replace: bool,
+    with_reasoning: bool,
+    empty_answers: bool,
     batch_size: int,
     dtype: str,
 ) -> None:
@@ -191,7 +232,8 @@ def score(
             )
         directions = {**dict.fromkeys(lower, True), **dict.fromkeys(higher, False)}
         with Comparison.existing(folder) as comparison:
-            Scoring(comparison, Models(dtype), batch_size, click.echo).run(dict(parsed), directions, replace)
+            scoring = Scoring(comparison, Models(dtype), batch_size, click.echo, with_reasoning, empty_answers)
+            scoring.run(dict(parsed), directions, replace)
     except FAULTS as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"Scored {', '.join(named)}. Next: axolotl mopo front {folder}")

@@ -2,7 +2,9 @@
 
     comparison.json          prompts, sampling, policies, objectives
     responses/NAME.jsonl     one line per response: `prompt_id`, `sample`, `prompt`, `response`, `token_ids`,
-                             `finished`, `logp`, `ref_logp`, and a column for every objective
+                             `finished`, `logp`, `ref_logp`, and a column for every objective; `tools` and
+                             `chat_template_kwargs` of a prompt that has them; `reasoning` and `reasoning_tokens` of
+                             a response that has reasoning before its answer
 
 Every write is atomic. Unfinished columns are kept in `responses/.partial` until they are complete. The folder may come
 from anybody, so everything in it is checked when it is read, and symbolic links in it are refused.
@@ -20,7 +22,15 @@ from pydantic import TypeAdapter
 from axolotl_mopo.digests import fingerprint, token_ids_digest
 from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.evaluation.policies import Policy
-from axolotl_mopo.evaluation.schema import Objective, Partial, Response, Settings, check_number, response_key
+from axolotl_mopo.evaluation.schema import (
+    Objective,
+    Partial,
+    Response,
+    Settings,
+    check_number,
+    prompt_of,
+    response_key,
+)
 from axolotl_mopo.files import Folder
 from axolotl_mopo.records import parse_record
 
@@ -97,7 +107,9 @@ class Comparison:
         return any(self._files.size(_file(policy)) for policy in self.settings.policies)
 
     def agree(self, **settings: Any) -> None:
-        """Set what all responses have in common: `prompts`, `sampling`, `asking`, `reference`.
+        """Set what all responses have in common.
+
+        These are `prompts`, `sampling`, `asking`, `reference`, `chat_template_kwargs`.
 
         If the folder has no responses, its old settings are discarded.
 
@@ -214,7 +226,7 @@ class Comparison:
                 f"{self.folder / _file(policy)} has other responses than {sampling.samples} to each of {prompts.count} "
                 "prompts, counted from 0; copy the folder again, or generate the responses again"
             )
-        if fingerprint([row["prompt"] for row in rows if row["sample"] == 0]) != prompts.digest:
+        if fingerprint([prompt_of(row) for row in rows if row["sample"] == 0]) != prompts.digest:
             raise ConfigError(
                 f"{self.folder / _file(policy)} has other prompts than {_SETTINGS} says; copy the folder again, or "
                 "generate the responses again"
@@ -321,6 +333,11 @@ def _check_values(values: dict[tuple[int, int], float], title: str) -> None:
 
 def _read_response(line: bytes, where: str) -> Response:
     row = parse_record(_response, line, where)
+    if ("reasoning" in row) != ("reasoning_tokens" in row) or row.get("reasoning_tokens", 0) > len(row["token_ids"]):
+        raise ConfigError(
+            f"{where}, `reasoning_tokens`: it must be there if and only if `reasoning` is, and at most the number of "
+            "`token_ids`; generate the response again"
+        )
     for name in row.keys() - Response.__annotations__:
         value: Any = row[name]  # type: ignore[literal-required]
         if isinstance(value, bool) or not isinstance(value, int | float):

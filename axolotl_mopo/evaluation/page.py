@@ -43,5 +43,7 @@ def _responses(front: Front, comparison: Comparison, policy: str, prompts: int) 
     for row in comparison.responses(policy):
         if row["prompt_id"] < len(shown):
             scores = {name: row[name] for name in front.objectives}  # type: ignore[literal-required]
-            shown[row["prompt_id"]].append({"text": row["response"], "finished": row["finished"], "scores": scores})
+            reasoning = {"reasoning": row["reasoning"]} if "reasoning" in row else {}
+            text = {"text": row["response"], **reasoning}
+            shown[row["prompt_id"]].append({**text, "finished": row["finished"], "scores": scores})
     return shown

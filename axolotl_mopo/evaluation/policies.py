@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ class Policy:
     """A digest of its weights."""
     manifest: Manifest | None = None
     """Its `mopo.json`, without versions; None for a model of another method."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template that it was trained with."""
 
     @property
     def whole(self) -> str:
@@ -151,7 +153,15 @@ def reference_policy(policies: Sequence[Policy], path: str | None, log: Callable
             return None
     require_weights(path, "--reference")
     # Use the chat template of the runs, since the reference's folder may have none.
-    return Policy("reference", path, "reference", reference=path, tokenizer=policies[0].tokenizer)
+    first = policies[0]
+    return Policy(
+        "reference",
+        path,
+        "reference",
+        reference=path,
+        tokenizer=first.tokenizer,
+        chat_template_kwargs=first.chat_template_kwargs,
+    )
 
 
 def require_weights(path: str, where: str) -> None:
@@ -208,6 +218,7 @@ def _of_folder(folder: Path, name: str, kind: Kind) -> Policy:
         reference=base or (manifest.base_model if manifest else None),
         tokenizer=str(tokenizer or base or model),
         manifest=manifest,
+        chat_template_kwargs=dict((manifest and manifest.chat_template_kwargs) or {}),
     )
 
 

@@ -1,31 +1,45 @@
 """Read the prompts that policies are compared on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from axolotl_mopo.data.conversations import marked_turns, messages
-from axolotl_mopo.data.rows import Message, check_prompt, column, valid_text
+from datasets import Dataset
+
+from axolotl_mopo.data.conversations import marked_turns, messages, template_inputs, user
+from axolotl_mopo.data.media import check_texts_only, encoded_columns, media_columns
+from axolotl_mopo.data.rows import NO_INPUTS, Message, TemplateInputs, check_prompt, column, prompt_content
 from axolotl_mopo.data.tables import load_table
 from axolotl_mopo.digests import fingerprint
 from axolotl_mopo.errors import DataError, RowError
 
 _FIELDS = ("prompt", "messages", "question", "instruction")
+_INPUTS = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Distinct conversations that end with a user turn."""
+    """Distinct conversations that end with a user's or a tool's turn."""
 
     source: str
     conversations: list[list[Message]]
     repeated: int
     """Number of rows left out because an earlier row has the same prompt."""
+    inputs: Sequence[TemplateInputs] = ()
+    """What else the chat template reads of each prompt; empty if it reads nothing of any."""
+
+    def inputs_of(self, number: int) -> TemplateInputs:
+        """What else the chat template reads of a prompt."""
+        return self.inputs[number] if self.inputs else NO_INPUTS
+
+    def content(self, number: int) -> Any:
+        """The content of a prompt, to compare prompts by."""
+        return prompt_content(self.conversations[number], self.inputs_of(number))
 
     @property
     def digest(self) -> int:
-        """A digest of the conversations."""
-        return fingerprint(self.conversations)
+        """A digest of the prompts."""
+        return fingerprint([self.content(number) for number in range(len(self.conversations))])
 
 
 def read_prompts(
@@ -40,6 +54,8 @@ def read_prompts(
 ) -> Prompts:
     """Read the prompts of a file, a folder or a data set of the hub.
 
+    The columns `tools` and `chat_template_kwargs` may hold what else the chat template reads of a prompt.
+
     Args:
         source: as `axolotl mopo pairs` takes it.
         field: column of the prompts; by default the first of `prompt`, `messages`, `question`, `instruction`.
@@ -47,7 +63,7 @@ def read_prompts(
         split, name, data_files, revision: as `datasets.load_dataset` takes them.
 
     Raises:
-        DataError: if the column is missing, or a row has no valid prompt; names the row.
+        DataError: if the column is missing, or a row has no valid prompt or has images; names the row.
     """
     table = load_table(source, split=split, name=name, data_files=data_files, revision=revision)
     chosen = field or next((known for known in _FIELDS if known in table.column_names), None)
@@ -56,26 +72,39 @@ def read_prompts(
             f"{source} has no column {chosen or ' or '.join(_FIELDS)}; its columns are "
             f"{', '.join(table.column_names)}; name the column of the prompts with --field"
         )
-    seen, conversations, repeated = set(), [], 0
-    for number, value in enumerate(table[chosen]):
+    media = [name for name in media_columns(table.features) if name != chosen]
+    read = [name for name in (chosen, *_INPUTS, *media) if name in table.column_names]
+    seen, conversations, inputs, repeated = set(), [], [], 0
+    for number, row in enumerate(_rows(table.select_columns(read))):
         try:
-            conversation = _conversation(column({chosen: value}, chosen), chosen)
+            check_texts_only(row, media)
+            conversation, own = _conversation(column(row, chosen), chosen), template_inputs(row)
             check_prompt(conversation)
         except RowError as error:
             raise DataError(f"{source}, row {number}: {error}") from None
-        key = fingerprint(conversation)
+        key = fingerprint(prompt_content(conversation, own))
         if key in seen:
             repeated += 1
             continue
         seen.add(key)
         conversations.append(conversation)
+        inputs.append(own)
         if len(conversations) == limit:
             break
     if not conversations:
         raise DataError(f"{source} has no prompts; use a file or a split with at least one row")
-    return Prompts(source, conversations, repeated)
+    return Prompts(source, conversations, repeated, inputs if any(each != NO_INPUTS for each in inputs) else ())
+
+
+def _rows(table: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows, with images, audio and video as they are stored."""
+    encoded = encoded_columns(table.features)
+    others = table.select_columns(encoded).with_format("arrow")
+    for number, row in enumerate(table.remove_columns(encoded)):
+        yield {**row, **(others[number].to_pylist()[0] if encoded else {})}
 
 
 def _conversation(value: Any, name: str) -> list[Message]:
     """The turns of a prompt. HelpSteer marks turns inside a string."""
-    return marked_turns(valid_text(value, name)) if isinstance(value, str) else messages(value, name)
+    turns = messages(value, name)
+    return marked_turns(value) if isinstance(value, str) and turns == user(value) else turns

@@ -57,6 +57,11 @@ def notes(front: Front) -> list[str]:
         f"Hypervolume above ({point}): {front.hypervolume['policies']:.4g} for the policies, "
         f"{front.hypervolume['all']:.4g} with baselines and reference.",
     ]
+    if front.of_reasoning:
+        lines.append(f"Scored by reasoning and answer: {', '.join(front.of_reasoning)}.")
+    if unanswered := {result.policy.name: result.unanswered for result in front.results if result.unanswered}:
+        counts = ", ".join(f"{name} {count:,}" for name, count in unanswered.items())
+        lines.append(f"Responses that ended inside their reasoning and have no answer: {counts}.")
     if not front.exact_sampling and any(result.kl for result in front.results):
         lines.append(
             "KL is the mean log-ratio of these responses. They were not drawn at temperature 1 and top-p 1, so it is "

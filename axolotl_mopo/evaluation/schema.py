@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
 from axolotl_mopo.config.model_files import Manifest
-from axolotl_mopo.data.rows import Message
+from axolotl_mopo.data.rows import Message, TemplateInputs, prompt_content
+from axolotl_mopo.data.tool_calls import tool_calls
 from axolotl_mopo.evaluation.names import Name, check_objectives, check_policies
 from axolotl_mopo.records import Record
 
@@ -101,6 +102,7 @@ class PolicyRecord(Record):
     tokenizer: Text = ""
     digest: Text = ""
     manifest: Annotated[Manifest | None, BeforeValidator(lambda value: value or None)] = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
 class Objective(Record):
@@ -109,6 +111,8 @@ class Objective(Record):
     scorer: dict[str, Any]
     digest: str
     lower_is_better: bool
+    with_reasoning: bool = False
+    """Whether the scorer read reasoning and answer, not the answer alone."""
 
 
 class Settings(Record):
@@ -122,6 +126,8 @@ class Settings(Record):
     sampling: Sampling | None = None
     asking: PromptChoice | None = None
     reference: Text | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template for all policies; None if each has those that it was trained with."""
     source: Text | None = None
     """Source of the prompts, for readers only."""
 
@@ -136,9 +142,12 @@ class Settings(Record):
 
 def _turns(value: list[Message]) -> list[Message]:
     for number, turn in enumerate(value):
+        calls = tool_calls(turn.get("tool_calls"), "prompt")
         for key in ("role", "content"):
-            if not isinstance(turn.get(key), str):
+            if not isinstance(turn.get(key), str) and not (key == "content" and calls and turn.get(key) is None):
                 raise ValueError(f"turn {number} has no `{key}` that is a string")
+        if not isinstance(turn.get("reasoning_content", ""), str):
+            raise ValueError(f"turn {number} has a `reasoning_content` that is not a string")
     return value
 
 
@@ -149,11 +158,33 @@ class Response(TypedDict):
     prompt_id: Index
     sample: Index
     prompt: Annotated[list[Message], Field(min_length=1), AfterValidator(_turns)]
+    tools: NotRequired[list[dict[str, Any]]]
+    chat_template_kwargs: NotRequired[dict[str, Any]]
     response: str
+    """The answer; empty if the response was cut off before it."""
+    reasoning: NotRequired[str]
+    """Its reasoning, without the marks of the chat template; empty if only these were generated."""
+    reasoning_tokens: NotRequired[Index]
+    """How many of its first tokens are reasoning or marks."""
     token_ids: Annotated[list[TokenId], Field(min_length=1)]
     finished: bool
     logp: NotRequired[Number]
     ref_logp: NotRequired[Number]
+
+
+def inputs_of(row: Response) -> TemplateInputs:
+    """What the chat template read besides the messages."""
+    return TemplateInputs(row.get("tools", ()), row.get("chat_template_kwargs", {}))
+
+
+def prompt_of(row: Response) -> Any:
+    """The content of a response's prompt, to compare prompts by."""
+    return prompt_content(row["prompt"], inputs_of(row))
+
+
+def is_unanswered(row: Response) -> bool:
+    """Whether a response ended inside its reasoning."""
+    return "reasoning" in row and not row["response"].strip()
 
 
 def response_key(row: Response) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """`axolotl mopo score`: add a column of rewards for every objective, with the reward sources of MODPO's margins."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,16 +15,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from axolotl_mopo.config import SOURCES, Margin, RewardSource, Settings, parse_settings
 from axolotl_mopo.config.sources import TRAINING_KEYS, nested_margin
+from axolotl_mopo.data.reasoning import joined
 from axolotl_mopo.data.rendering import ChatRenderer
 from axolotl_mopo.data.rows import RatedResponse
 from axolotl_mopo.data.tokenizing import tokenize
 from axolotl_mopo.digests import digest
-from axolotl_mopo.errors import ConfigError, DataError
+from axolotl_mopo.errors import ConfigError, DataError, RowError
 from axolotl_mopo.evaluation.comparison import Comparison
 from axolotl_mopo.evaluation.models import CompletionLogps, Models
 from axolotl_mopo.evaluation.names import check_name, check_objectives
 from axolotl_mopo.evaluation.policies import Policy, find_policies, require_weights
-from axolotl_mopo.evaluation.schema import Objective, Response, response_key
+from axolotl_mopo.evaluation.schema import Objective, Response, inputs_of, is_unanswered, response_key
 from axolotl_mopo.rewards import Rewards, TextSource
 from axolotl_mopo.rewards.resolve import resolve_source
 
@@ -90,12 +91,16 @@ class Scoring:
         models: loads the models that compute implicit rewards.
         batch_size: number of responses in a batch, for implicit rewards.
         log: prints a line for the user.
+        with_reasoning: whether scorers that read texts read the reasoning and the answer of a response.
+        empty_answers: whether a response that ended inside its reasoning is scored as an empty answer.
     """
 
     comparison: Comparison
     models: Models
     batch_size: int
     log: Callable[[str], None]
+    with_reasoning: bool = False
+    empty_answers: bool = False
 
     def run(self, scorers: Mapping[str, Any], lower_is_better: Mapping[str, bool], replace: bool) -> None:
         """Compute the missing columns.
@@ -106,8 +111,8 @@ class Scoring:
             replace: whether to replace scores of another scorer, and directions.
 
         Raises:
-            ConfigError: if responses are missing, or an objective has another scorer or direction. Nothing is scored
-                in this case.
+            ConfigError: if responses or answers are missing, or an objective has another scorer or direction. Nothing
+                is scored in this case.
             DataError: if a response cannot be scored; names policy and prompt. Finished scores are kept.
         """
         for policy in self.comparison.policies:
@@ -116,18 +121,22 @@ class Scoring:
             check_objectives({**self.comparison.objectives, **scorers})
         except ValueError as error:
             raise ConfigError(f"--scorer: {error}") from None
+        if self.with_reasoning and not any(map(_reads_text, scorers.values())):
+            raise ConfigError(
+                "--with-reasoning has no effect on these scorers, which score the generated tokens; remove it"
+            )
         agreed = {
             name: self._agreed(name, source, lower_is_better.get(name), replace) for name, source in scorers.items()
         }
+        for name, source in scorers.items():
+            if _reads_text(source) and not (self.with_reasoning or self.empty_answers):
+                self._require_answers(name, self._unscored(name, agreed[name]))
         for name, source in scorers.items():
             self._score(name, source, agreed[name])
 
     def _score(self, name: str, source: RewardSource, objective: Objective) -> None:
         """Compute the missing part of a column. An older column is replaced only when the new one is complete."""
-        known = self.comparison.objectives.get(name)
-        current = known is not None and known.digest == objective.digest
-        unscored = [policy for policy in self.comparison.policies if not current or not self._has(policy, name)]
-        if unscored:
+        if unscored := self._unscored(name, objective):
             _check_models(name, source)
             found: list[tuple[Policy, list[float], list[str]]] = []
             with ExitStack() as stack:
@@ -135,7 +144,7 @@ class Scoring:
                 for policy in unscored:
                     responses = _PolicyResponses(self, policy, name, objective.digest, rewards)
                     found.append((policy, source.rewards(responses).tolist(), responses.computed))
-            if not current:
+            if not self._is_current(name, objective):
                 # If the process is killed while columns are replaced, no objective refers to a mix of old and new.
                 self.comparison.drop_objective(name)
                 self.comparison.save_settings()
@@ -148,12 +157,17 @@ class Scoring:
 
     def _agreed(self, name: str, source: RewardSource, lower: bool | None, replace: bool) -> Objective:
         """The record of an objective, checked against the one that exists."""
-        made_by = digest([source.model_dump(mode="json"), source.content_digest()])
+        with_reasoning = self.with_reasoning and _reads_text(source)
+        read = ["reasoning and answer"] if with_reasoning else []
+        made_by = digest([source.model_dump(mode="json"), source.content_digest(), *read])
         known = self.comparison.objectives.get(name)
         if known and known.digest != made_by and not replace:
+            other = "or by another version of it"
+            if known.with_reasoning != with_reasoning:
+                other = f"{'with' if known.with_reasoning else 'without'} --with-reasoning"
             raise ConfigError(
-                f"--scorer {name}: its scores were computed by {known.scorer}, or by another version of it; use "
-                "another name, or replace the scores with --replace"
+                f"--scorer {name}: its scores were computed by {known.scorer}, {other}; use another name, or replace "
+                "the scores with --replace"
             )
         if known and lower not in (None, known.lower_is_better) and not replace:
             direction = "lower" if known.lower_is_better else "higher"
@@ -169,13 +183,44 @@ class Scoring:
                 f"mean less of that; remove the option, or reverse the direction with --higher-is-better {name}"
             )
         scorer = source.model_dump(mode="json", exclude_defaults=True)
-        return Objective(scorer=scorer, digest=made_by, lower_is_better=lower)
+        return Objective(scorer=scorer, digest=made_by, lower_is_better=lower, with_reasoning=with_reasoning)
+
+    def _is_current(self, name: str, objective: Objective) -> bool:
+        known = self.comparison.objectives.get(name)
+        return known is not None and known.digest == objective.digest
+
+    def _unscored(self, name: str, objective: Objective) -> list[Policy]:
+        """The policies that lack scores of an objective."""
+        current = self._is_current(name, objective)
+        return [policy for policy in self.comparison.policies if not current or not self._has(policy, name)]
+
+    def _require_answers(self, name: str, policies: Sequence[Policy]) -> None:
+        """Refuse responses that ended inside their reasoning, which a scorer that reads answers cannot judge.
+
+        Raises:
+            ConfigError: names the first one.
+        """
+        missing = [(policy, row) for policy in policies for row in self._rows(policy) if is_unanswered(row)]
+        if missing:
+            policy, row = missing[0]
+            more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
+            raise ConfigError(
+                f"--scorer {name}: the response of {policy.name} to prompt {row['prompt_id']}, sample {row['sample']}"
+                f"{more} ended inside its reasoning and has no answer; generate again with a larger --max-new-tokens, "
+                "or score such responses as empty answers with --empty-answers, or score reasoning and answer with "
+                "--with-reasoning"
+            )
 
     def _has(self, policy: Policy, name: str) -> bool:
         return all(name in row for row in self._rows(policy))
 
     def _rows(self, policy: Policy) -> list[Response]:
         return self.comparison.responses(policy.name)
+
+
+def _reads_text(source: RewardSource) -> bool:
+    """Whether a source reads the text of a response, not its tokens."""
+    return source.in_rows or source.needs_texts
 
 
 def _check_models(name: str, source: RewardSource) -> None:
@@ -235,10 +280,14 @@ class _PolicyResponses:
 
     def row_rewards(self, source: RewardSource) -> Tensor:
         """Rewards from the rows, computed at once without partial results."""
-        rewards = [
-            source.row_reward(self.name, RatedResponse(row["response"], {}), len(row["token_ids"])) for row in self.rows
-        ]
+        rewards = [source.row_reward(self.name, *self._read(row)) for row in self.rows]
         return torch.tensor(rewards, dtype=torch.float64)
+
+    def _read(self, row: Response) -> tuple[RatedResponse, int]:
+        """What a source reads of a response: its text, and the number of its tokens."""
+        if self.scoring.with_reasoning:
+            return RatedResponse(joined(row.get("reasoning"), row["response"]), {}), len(row["token_ids"])
+        return RatedResponse(row["response"], {}), len(row["token_ids"]) - row.get("reasoning_tokens", 0)
 
     def text_rewards(self, source: TextSource) -> Tensor:
         """Rewards from the texts, computed in batches, the longest responses first."""
@@ -246,8 +295,9 @@ class _PolicyResponses:
 
         def one_batch(rows: list[Response]) -> list[float]:
             texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
+            reasoning = [row.get("reasoning") for row in rows] if self.scoring.with_reasoning else None
             try:
-                return rewards(*texts, [row["prompt_id"] for row in rows])
+                return rewards(*texts, [row["prompt_id"] for row in rows], reasoning)
             except DataError as error:
                 raise DataError(f"{self.policy.name}, {self.name}: {error}; scores computed before are kept") from None
 
@@ -268,7 +318,8 @@ class _PolicyResponses:
         """The model at `path`, and every response as its token ids."""
         if path not in self.requests:
             (model,) = find_policies([path])
-            asked = _asked(self.rows, self.policy, model)
+            override = self.scoring.comparison.settings.chat_template_kwargs
+            asked = _asked(self.rows, self.policy, model, override)
             self.requests[path] = model, dict(zip(map(response_key, self.rows), asked, strict=True))
         return self.requests[path]
 
@@ -292,19 +343,37 @@ class _PolicyResponses:
         return torch.tensor(values, dtype=torch.float64)
 
 
-def _asked(rows: list[Response], policy: Policy, model: Policy) -> list[tuple[list[int], list[int]]]:
+def _asked(
+    rows: list[Response], policy: Policy, model: Policy, override: dict[str, Any] | None = None
+) -> list[tuple[list[int], list[int]]]:
     """Prompt and completion of every response as token ids of the model that scores them.
 
     If the model has the policy's vocabulary, completions are the sampled tokens. Otherwise their text is tokenized,
     with an end of turn if the response is finished.
 
+    The variables of the chat template are those that the model was trained with. If that is not known and it has the
+    policy's chat template, they are those that the policy was asked with.
+
+    Args:
+        rows: the responses.
+        policy: the policy that generated them.
+        model: the model that scores them.
+        override: variables of the chat template that all policies were asked with, if any.
+
     Raises:
-        DataError: if a token is not in the vocabulary.
+        DataError: if a token is not in the vocabulary, or a prompt or a response cannot be rendered.
     """
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
-    renderer = ChatRenderer(tokenizer)
-    prompts = tokenize(tokenizer, [renderer.prompt(row["prompt"]) for row in rows])
-    if _same_vocabulary(policy.tokenizer, model.tokenizer, tokenizer):
+    own = _local_tokenizer(policy.tokenizer, model.tokenizer, tokenizer)
+    kwargs = model.chat_template_kwargs
+    if model.manifest is None and own and own.chat_template == tokenizer.chat_template:
+        kwargs = policy.chat_template_kwargs if override is None else override
+    renderer = ChatRenderer(tokenizer, kwargs)
+    try:
+        prompts = tokenize(tokenizer, [renderer.prompt(row["prompt"], inputs_of(row)) for row in rows])
+    except RowError as error:
+        raise DataError(f"{policy.name}: {model.tokenizer}: {error}") from None
+    if own and own.get_vocab() == tokenizer.get_vocab():
         largest = max(rows, key=lambda row: max(row["token_ids"]))
         if (token := max(largest["token_ids"])) >= len(tokenizer):
             raise DataError(
@@ -312,20 +381,36 @@ def _asked(rows: list[Response], policy: Policy, model: Policy) -> list[tuple[li
                 f"token {token}; generate the policy's responses again"
             )
         return list(zip(prompts, (row["token_ids"] for row in rows), strict=True))
-    texts = [
-        renderer.completion(row["prompt"], row["response"]) if row["finished"] else row["response"] for row in rows
-    ]
-    return list(zip(prompts, tokenize(tokenizer, texts), strict=True))
+    return list(zip(prompts, tokenize(tokenizer, [_completion(renderer, row, policy) for row in rows]), strict=True))
 
 
-def _same_vocabulary(policy: str, model: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a policy's tokenizer has the vocabulary of a model's. False for one on the hub, to avoid a download."""
-    if policy == model:
-        return True
-    if not policy or not Path(policy).is_dir():
-        return False
+def _completion(renderer: ChatRenderer, row: Response, policy: Policy) -> str:
+    """The text of a response as another model's chat template writes it, with its reasoning.
+
+    Raises:
+        DataError: if the template changes it or leaves out its reasoning; names the response.
+    """
+    reasoning, answer = row.get("reasoning"), row["response"]
+    if not (reasoning or row["finished"]):
+        return answer
     try:
-        other = AutoTokenizer.from_pretrained(policy)
+        # The renderer parts the text again if the template prints reasoning.
+        rendered = renderer.response(row["prompt"], RatedResponse(joined(reasoning, answer), {}), inputs_of(row))
+    except RowError as error:
+        raise DataError(f"{policy.name}, prompt {row['prompt_id']}, sample {row['sample']}: {error}") from None
+    text = rendered.whole[rendered.start :]
+    last = (answer if answer.strip() else reasoning or "").strip()
+    return text if row["finished"] else text[: text.rindex(last) + len(last)]
+
+
+def _local_tokenizer(policy: str, model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+    """A policy's tokenizer. None for one on the hub that is not the model's, to avoid a download."""
+    if policy == model:
+        return tokenizer
+    if not policy or not Path(policy).is_dir():
+        return None
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(policy)
     except Exception:  # a comparison from somebody else may name any folder
-        return False
-    return bool(other.get_vocab() == tokenizer.get_vocab())
+        return None
+    return found

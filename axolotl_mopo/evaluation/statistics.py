@@ -14,7 +14,7 @@ from scipy.stats import bootstrap
 from axolotl_mopo.errors import ConfigError
 from axolotl_mopo.evaluation.comparison import Comparison
 from axolotl_mopo.evaluation.policies import Policy
-from axolotl_mopo.evaluation.schema import Response, check_number
+from axolotl_mopo.evaluation.schema import Response, check_number, is_unanswered
 
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
@@ -47,6 +47,8 @@ class PolicyResult:
     """Mean number of tokens of a response."""
     finished: float
     """Fraction of responses that end with a stop token."""
+    unanswered: int
+    """Number of responses that ended inside their reasoning."""
     dominated_by: list[str]
     """Names of policies that are at least as good on every objective and better on one."""
 
@@ -70,6 +72,8 @@ class Front:
     prompts: int
     samples: int
     """Number of responses to each prompt."""
+    of_reasoning: list[str]
+    """Objectives that are scored by reasoning and answer, not by the answer alone."""
     exact_sampling: bool
     """Whether responses were drawn from the policies' own distributions; if not, log-ratios do not estimate the KL."""
 
@@ -120,6 +124,7 @@ def find_front(
             _divergence(responses[policy.name]),
             float(np.mean([len(row["token_ids"]) for row in responses[policy.name]])),
             float(np.mean([row["finished"] for row in responses[policy.name]])),
+            sum(map(is_unanswered, responses[policy.name])),
             [other for other, point in means.items() if _dominates(point * signs, means[policy.name] * signs)],
         )
         for policy in comparison.policies
@@ -140,7 +145,9 @@ def find_front(
         )
     sampling, prompts = comparison.settings.sampling, comparison.settings.prompts
     assert sampling and prompts  # noqa: S101 (`_complete` has checked it)
-    return Front(names, lower, results, begin, hypervolume, prompts.count, sampling.samples, sampling.exact)
+    of_reasoning = [name for name in names if comparison.objectives[name].with_reasoning]
+    sizes = prompts.count, sampling.samples
+    return Front(names, lower, results, begin, hypervolume, *sizes, of_reasoning, sampling.exact)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
