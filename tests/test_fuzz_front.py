@@ -46,6 +46,7 @@ WORDS = [
         "sample",
         "prompt",
     ),
+    *("reasoning", "reasoning_tokens", "reasoning_content", "tools", "tool_calls", "chat_template_kwargs"),
     *("role", "content", "user", "count", "digest", "samples", "temperature", "model", "neutral", "lower_is_better"),
     *("../x", "/x", "$(x)", "=1", "\ud800", "\x1b[31m", "", "é" * 60, "x" * 101, "a\n"),
 ]
@@ -117,7 +118,10 @@ def test_arbitrary_bytes_are_refused(folder, content, name):
 
 
 MANIFESTS = [
-    {"method": "modpo", "base_model": "x", "weights": {"a": 0.5, "b": 0.5}, "beta": 0.1, "versions": {"torch": "2"}},
+    {
+        **{"method": "modpo", "base_model": "x", "weights": {"a": 0.5, "b": 0.5}, "beta": 0.1},
+        **{"versions": {"torch": "2"}, "chat_template_kwargs": {"enable_thinking": False}},
+    },
     {
         "method": "amopo",
         "base_model": "x",

@@ -666,6 +666,7 @@ def test_every_option_of_the_command_is_what_responses_are_made_with(base, sweep
         **{"prompts": tmp_path / "prompts.jsonl", "out": tmp_path / "out", "baseline": base, "reference": base},
         **{"field": "other", "limit": 2, "split": "train[1:]", "samples": 3, "max-new-tokens": 7, "temperature": 0.5},
         **{"top-p": 0.9, "seed": 11, "dimension": "wit", "score": 2.5, "batch-size": 5, "dtype": "bfloat16"},
+        "chat-template-kwargs": '{"enable_thinking": false}',
     }
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     result = CliRunner().invoke(commands.generate, [str(sweep), *arguments, "--engine", "transformers"])
@@ -681,6 +682,7 @@ def test_every_option_of_the_command_is_what_responses_are_made_with(base, sweep
     assert run.sampling == run.engine.sampling == sampling
     assert (run.asking, run.batch_size, run.models.dtype) == (PromptChoice("wit", 2.5), 5, "bfloat16")
     assert (run.folder, run.prompts.conversations) == (tmp_path / "out", [user("o1"), user("o2")])
+    assert run.chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_policies_are_found_in_what_training_leaves(base, sweep, tmp_path):
