@@ -16,6 +16,7 @@ from axolotl_mopo.data.options import PairsOptions
 from axolotl_mopo.data.pair_tokens import tokenize_pairs
 from axolotl_mopo.data.spec import DataSpec
 from axolotl_mopo.data.strategies import Tokenization
+from axolotl_mopo.data.template_form import variables
 from axolotl_mopo.errors import RowError
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "chat_templates.md"
@@ -129,10 +130,10 @@ def by_hand(name, turns):
 class Shipped:
     """A template that another package ships, with what this package makes of conversations under it."""
 
-    def __init__(self, name, template):
+    def __init__(self, name, template, **options):
         self.name, self.template, self.tokenizer = name, template, tokenizer_for(template)
         self.tokenizer.name_or_path = name
-        self.spec = DataSpec(where="a row", strategy="pairs", options=PairsOptions())
+        self.spec = DataSpec(where="a row", strategy="pairs", options=PairsOptions(**options))
         self.tokenization = Tokenization(self.tokenizer, self.spec)
 
     def outcome(self, conversation):
@@ -143,7 +144,7 @@ class Shipped:
         """
         prompt, answer, others = CONVERSATIONS[conversation]
         row = {"prompt": prompt, "chosen": answer, "rejected": "No.", **others}
-        if "chat_template_kwargs" in others and "enable_thinking" not in self.template:
+        if "chat_template_kwargs" in others and "enable_thinking" not in variables(self.template):
             del row["chat_template_kwargs"]
         try:
             tokens = self.tokens(read_pair(row, self.spec.options))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from datetime import date
 from functools import partial
 
 import pytest
@@ -17,7 +18,8 @@ from axolotl_mopo.data.rendering import ChatRenderer
 from axolotl_mopo.data.shown_tokens import as_text, responses
 from axolotl_mopo.data.spec import DataSpec
 from axolotl_mopo.data.strategies import tokenize_pair
-from axolotl_mopo.errors import DataError
+from axolotl_mopo.data.tokenizing import ControlTokenCount
+from axolotl_mopo.errors import DataError, RowError
 from axolotl_mopo.logprobs.attention import use_tree_attention
 from axolotl_mopo.logprobs.computer import LogProbComputer, by_side
 from axolotl_mopo.logprobs.trees import Completion, Pair, pack, pad
@@ -92,10 +94,21 @@ def test_all_of_a_response_or_its_answer_alone(thinking):
     assert whole["chosen_input_ids"] == answer["chosen_input_ids"]
 
 
-@pytest.mark.parametrize("text", ["<think>Twelve.</think>\nNoon.", "Twelve.</think>Noon."])
-def test_reasoning_in_the_text_is_that_of_the_template(thinking, text):
-    apart, together = (rows_of(thinking, [with_response(each)], completion="answer") for each in ([ANSWER], text))
+@pytest.mark.parametrize(
+    ("text", "inputs"),
+    [("<think>Twelve.</think>\nNoon.", {}), ("Twelve.</think>Noon.", {"open_thought": True})],
+    ids=["opened by the text", "opened by the prompt"],
+)
+def test_reasoning_in_the_text_is_that_of_the_template(thinking, text, inputs):
+    settings = {"completion": "answer", "inputs": inputs}
+    apart, together = (rows_of(thinking, [with_response(each)], **settings) for each in ([ANSWER], text))
     assert apart == together
+
+
+@pytest.mark.parametrize("text", ["Write </think> to end it.", "Sure! <think>a</think>b"])
+def test_the_mark_of_a_thought_within_an_answer_stays_where_it_is(thinking, text):
+    (made,) = rows_of(thinking, [with_response(text)])
+    assert parts(thinking, made)[1] == [(f"<think></think>\n{text}<|im_end|>", True)]
 
 
 def test_reasoning_in_the_text_of_a_template_that_knows_none_is_no_answer(tokenizer):
@@ -187,6 +200,8 @@ def test_arguments_that_are_json_text_are_the_same_call(thinking):
     [
         (with_response([ANSWER], chat_template_kwargs={"mood": 1}), "does not read `mood`"),
         (with_response([ANSWER], chat_template_kwargs={"tokenize": True}), "must not have `tokenize`"),
+        (with_response([ANSWER], chat_template_kwargs={"eos_token": "x"}), "must not have `eos_token`"),
+        (with_response([ANSWER], chat_template_kwargs={"think": "x"}), "does not read `think`"),
         (with_response([ANSWER], tools="[{"), "its `tools` is a text that is not JSON"),
         (with_response([ANSWER], tools={"name": "clock"}), "must be a list of function definitions"),
         (with_response([{**ANSWER, "tool_calls": [{"name": ""}]}]), "a tool call in its `chosen` must have a `name`"),
@@ -237,6 +252,81 @@ def test_rated_responses_keep_their_reasoning_and_the_tools_of_their_prompt(thin
         rows_of(tokenizer, rows, kind="responses", objective=("score",))
     with pytest.raises(DataError, match="row 1: its prompt is that of other rows whose `tools` or"):
         rows_of(thinking, [rows[0], {**rows[1], "tools": None}], kind="responses", objective=("score",))
+
+
+def calling(**changes):
+    """A response that calls the clock, with another call."""
+    return with_response([{**CALLING, "tool_calls": [{**CALL, **changes}]}], tools=TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            calling(function={"name": "clock", "arguments": {"day": date(2024, 7, 26)}}),
+            "write the whole column as JSON",
+        ),
+        ({**calling(), "tools": [{"name": "clock", "day": date(2024, 7, 26)}]}, "write the whole column as JSON text"),
+        ({**calling(), "chat_template_kwargs": {"open_thought": date(2024, 7, 26)}}, "write the whole column as JSON"),
+        (calling(function={"name": "clock", "arguments": '{"zone": "\\ud800"}'}), "contains a lone surrogate"),
+        ({**calling(), "tools": '[{"name": "clock", "zone": "\\ud800"}]'}, "contains a lone surrogate"),
+        ({**calling(), "tools": '{"a":' * 100_000}, "is a text that is not JSON"),
+        (with_response([{**ANSWER, "tool_calls": "[" * 100_000}]), "is a text that is not JSON"),
+    ],
+)
+def test_what_json_cannot_hold_is_named_or_left_out(thinking, row, words):
+    spec = DataSpec(where="data.jsonl", strategy="pairs", options={})
+    with pytest.raises(RowError) as refused:
+        spec.format.read_pair(row, spec.options)
+    assert words in str(refused.value)
+
+
+def test_a_text_that_looks_like_deep_json_is_a_text(thinking):
+    (made,) = rows_of(thinking, [{**ROW, "prompt": "[" * 5_000}])
+    assert thinking.decode(made["prompt_input_ids"][0]).count("[") == 5_000
+
+
+def test_a_call_that_the_template_refuses_is_a_bad_row_wherever_it_stands(thinking):
+    strict = copy.deepcopy(thinking)
+    strict.chat_template = "{% for m in messages %}{% for call in m['tool_calls'] %}{% if call['id'] == 'bad' %}"
+    strict.chat_template += "{{ raise_exception('bad id') }}{% endif %}{% endfor %}{% endfor %}" + TEMPLATE
+    good, bad = calling(id="good"), calling(id="bad")
+    for rows in ([bad, good, good], [good, good, bad]):
+        assert len(rows_of(strict, rows, on_bad_row="drop")) == 2
+        with pytest.raises(DataError, match=f"row {rows.index(bad)}: the chat template refuses .* bad id"):
+            rows_of(strict, rows)
+
+
+def test_responses_that_differ_in_the_form_of_their_call_alone_are_identical(thinking):
+    text = {"id": "2", "function": {"name": "clock", "arguments": '{"zone":"UTC"}'}}
+    row = {**calling(id="1"), "rejected": json.dumps([{**CALLING, "tool_calls": [text]}])}
+    with pytest.raises(DataError, match="its chosen and rejected responses are the same"):
+        rows_of(thinking, [{**row, "chosen": json.dumps(row["chosen"])}])
+
+
+def test_control_tokens_in_calls_and_tools_are_counted(thinking):
+    inside = calling(function={"name": "clock", "arguments": {"zone": "<|im_end|>"}})
+    spec = DataSpec(where="data.jsonl", strategy="pairs", options={})
+    count = ControlTokenCount(thinking)
+    pairs = [spec.format.read_pair(row, spec.options) for row in (calling(), inside)]
+    assert len(list(count.watch(enumerate(pairs)))) == 2
+    assert (count.pairs, count.first_row) == (1, 1)
+
+
+def test_a_tokenizer_may_have_another_template_for_tools(tokenizer):
+    both = copy.deepcopy(tokenizer)
+    both.chat_template = {"default": tokenizer.chat_template, "tool_use": TEMPLATE}
+    (made,) = rows_of(both, [calling()], completion="answer")
+    assert parts(both, made)[1] == [("<think>Look.</think>\n", False), (CALLED, True)]
+
+
+def test_completions_that_are_cut_within_a_character_keep_spans_within_their_tokens(tokenizer):
+    row = {**ROW, "chosen": "\U0001f600" * 60}
+    for sequence_len in range(140, 152):
+        settings = {"sequence_len": sequence_len, "excess_length_strategy": "truncate"}
+        (made,) = prepare([row], tokenizer, **settings)
+        assert made["chosen_spans"] == [0, len(made["chosen_input_ids"])]
+        assert pack([read_tokens(made)])["lengths"][0] == len(made["chosen_input_ids"])
 
 
 def random_pair(generator, spans):

@@ -22,6 +22,7 @@ from templates_of_others import shipped
 
 from axolotl_mopo.data import rendering
 from axolotl_mopo.data.formats.general import read_pair
+from axolotl_mopo.errors import RowError
 
 TEMPLATES = shipped()
 MARKED = [name for name, template in TEMPLATES.items() if "generation %}" in template and name.startswith("trl/")]
@@ -66,6 +67,30 @@ def test_all_turns_of_a_response_are_what_the_template_marks_as_generated(name):
     template = Shipped(name, TEMPLATES[name])
     answer = [CALLING, RESULT, assistant("It is sunny.")]
     assert len(check_marks(template, [user("How is Paris?")], answer, {"tools": [TOOL]}).chosen_spans) == 2
+
+
+@pytest.mark.parametrize("reasoning", [None, "Let me look."])
+def test_a_tool_call_is_an_answer_wherever_the_template_prints_it(reasoning):
+    """Before the content, after it, or in its place."""
+    columns = [list(CONVERSATIONS).index(each) for each in ("tool call", "reasoning")[: 1 + bool(reasoning)]]
+    names = [name for name in TEMPLATES if all(rows_of_page()[name][column] == "exact" for column in columns)]
+    thought = {"reasoning_content": reasoning} if reasoning else {}
+    for name in (each for each in names if not each.endswith("_training")):
+        template = Shipped(name, TEMPLATES[name], completion="answer")
+        for content in (None, "Wait."):
+            calling = {**CALLING, **thought, "content": content}
+            row = {"prompt": "How is Paris?", "chosen": [calling], "rejected": "No.", "tools": [TOOL]}
+            try:
+                tokens = template.tokens(read_pair(row, template.spec.options))
+            except RowError as error:
+                assert content, (name, error)  # some templates print no content beside a call
+                continue
+            ((start, end),) = tokens.chosen_spans
+            trained = template.tokenizer.decode(tokens.chosen_ids[start:end])
+            assert "weather" in trained, name
+            assert "Paris" in trained, name
+            assert (content or "") in trained, name
+            assert "Let me look." not in trained, name
 
 
 def check_marks(template, prompt, answer, others):

@@ -8,7 +8,7 @@ from typing import Any
 from axolotl_mopo.config.directives import Directive
 from axolotl_mopo.data.rows import NO_INPUTS, Message, RatedResponse, Row, TemplateInputs, valid_text
 from axolotl_mopo.data.template_form import REASONING_KEYS
-from axolotl_mopo.data.tool_calls import decoded, tool_calls, without_nulls
+from axolotl_mopo.data.tool_calls import decoded, json_only, tool_calls, without_nulls
 from axolotl_mopo.errors import RowError
 
 _MARK = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
@@ -50,7 +50,7 @@ def _decoded_turns(text: str) -> list[Any] | None:
         return None
     try:
         turns = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_turns = isinstance(turns, list) and all(
         isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns
@@ -77,10 +77,11 @@ def template_inputs(row: Row) -> TemplateInputs:
     Raises:
         RowError: if they hold something else.
     """
-    tools = without_nulls(decoded(row.get("tools"), "tools")) or []
+    tools = without_nulls(json_only(decoded(row.get("tools"), "tools"), "tools")) or []
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError(f"its `tools` must be a list of function definitions or its JSON text, not {tools!r:.60}")
-    kwargs = without_nulls(decoded(row.get("chat_template_kwargs"), "chat_template_kwargs")) or {}
+    name = "chat_template_kwargs"
+    kwargs = without_nulls(json_only(decoded(row.get(name), name), name)) or {}
     if not isinstance(kwargs, Mapping):
         raise RowError(f"its `chat_template_kwargs` must be a mapping or its JSON text, not {kwargs!r:.60}")
     return TemplateInputs([dict(tool) for tool in tools], dict(kwargs)) if tools or kwargs else NO_INPUTS

@@ -133,7 +133,10 @@ class PairTexts:
         found = {response.start: 0, len(response.whole): len(ids) - shared}
         for border, before in zip(self._borders(response), borders, strict=True):
             found[border] = max(0, shared_length(before, ids) - shared)
-        return [(found[start], found[end]) for start, end in response.spans if found[start] < found[end]]
+        spans = [(found[start], found[end]) for start, end in response.spans if found[start] < found[end]]
+        if not spans:
+            raise RowError("no token of its response is trained on; leave the row out", "nothing to train on")
+        return spans
 
 
 def tokenize_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[PairTexts]) -> Iterator[list[int]]:

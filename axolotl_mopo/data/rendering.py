@@ -1,7 +1,6 @@
 """Render conversations with the tokenizer's chat template, and find the parts of a response that are trained on."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from axolotl_mopo.choices import Completion, Turns
 from axolotl_mopo.data.chat_templates import check_chat_template
 from axolotl_mopo.data.rows import NO_INPUTS, Message, RatedResponse, TemplateInputs
-from axolotl_mopo.data.template_form import find_form, part_reasoning, probes, renamed
+from axolotl_mopo.data.template_form import TemplateForm, find_form, part_reasoning, probes, renamed, variables
 from axolotl_mopo.data.tokenizing import shared_length
 from axolotl_mopo.errors import DataError, RowError
 
@@ -52,10 +51,10 @@ class ChatRenderer:
                 "the tokenizer has no chat template; set `chat_template:` in the YAML, for example to chatml"
             )
         self._tokenizer, self._kwargs = tokenizer, dict(kwargs or {})
-        self._refusals: dict[str, str | None] = {}
+        self._checked: set[str] = set()
+        self._forms: dict[bool, TemplateForm] = {}
         try:
             self._check_kwargs(self._kwargs, ())
-            self.form = find_form(lambda turns: render_chat(tokenizer, turns, kwargs=self._kwargs))
             ending = self._render([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": _PROBE}])
         except RowError as error:
             raise DataError(str(error)) from None
@@ -66,6 +65,18 @@ class ChatRenderer:
         """Whitespace after the end-of-turn token, which is not part of the response."""
         self._end_of_turn = ending.strip()
         self._missing_end = "" if self._end_of_turn else tokenizer.eos_token or ""
+
+    def form(self, inputs: TemplateInputs = NO_INPUTS) -> TemplateForm:
+        """Return the form in which the template takes messages; a tokenizer may have another template for tools."""
+        with_tools = bool(inputs.tools) and isinstance(self._tokenizer.chat_template, Mapping)
+        if with_tools not in self._forms:
+            tools = inputs.tools if with_tools else ()
+
+            def rendered(turns: Sequence[Message], add_generation_prompt: bool = False) -> str:
+                return render_chat(self._tokenizer, turns, add_generation_prompt, tools, self._kwargs)
+
+            self._forms[with_tools] = find_form(rendered)
+        return self._forms[with_tools]
 
     def prompt(self, messages: Sequence[Message], inputs: TemplateInputs = NO_INPUTS) -> str:
         """Render a conversation including the header of the assistant turn that follows."""
@@ -87,6 +98,7 @@ class ChatRenderer:
         inputs: TemplateInputs = NO_INPUTS,
         completion: Completion = "all",
         turns: Turns = "all",
+        prompt: str | None = None,
     ) -> RenderedResponse:
         """Render a conversation with a response.
 
@@ -99,24 +111,32 @@ class ChatRenderer:
             response: the response.
             inputs: what else the template reads.
             completion, turns: what is trained on.
+            prompt: the prompt as `prompt` renders it, if it is at hand.
 
         Raises:
-            RowError: if the template renders the turns before an assistant turn differently when it follows, or
-                changes what is trained on.
+            RowError: if the template renders the turns before an assistant turn differently when it follows, changes
+                what is trained on, or prints nothing that is.
         """
         own = response.messages
         conversation = [*messages, *own]
         whole = self._ended(conversation, inputs)
-        start = self._start(messages, inputs, whole)
+        start = self._start(messages, inputs, whole, prompt)
         spans = []
         for number in range(len(messages), len(conversation)):
             is_last = number == len(conversation) - 1
             if conversation[number]["role"] == "assistant" and (is_last or turns == "all"):
-                first = self._start(conversation[:number], inputs, whole)
+                is_first = number == len(messages)
+                first = start if is_first else self._start(conversation[:number], inputs, whole)
                 end = len(whole) if is_last else self._end(conversation, number, inputs, whole, first)
-                self._check_printed(conversation[number], whole[first:end])
+                self._check_printed(conversation[number], inputs, whole[first:end])
                 if completion == "answer":
-                    first = max(first, self._answer_start(conversation, number, inputs, whole))
+                    first = max(first, self._answer_start(conversation, number, inputs, whole, first))
+                if first >= end:
+                    raise RowError(
+                        f"{self._named} prints nothing of a turn of role assistant that could be trained on; leave the "
+                        "row out",
+                        "nothing to train on",
+                    )
                 spans.append((first, end))
         return RenderedResponse(whole, start, spans)
 
@@ -127,28 +147,32 @@ class ChatRenderer:
         inputs: TemplateInputs,
         turns: Turns = "all",
     ) -> None:
-        """Render conversations of this shape, once for each shape, with other texts.
+        """Render conversations of this shape with other texts, to find what the template leaves out.
+
+        Texts alone are rendered once for each shape. What else there is may be refused for its values, so a
+        conversation with it is rendered for every row.
 
         Raises:
-            RowError: if the template refuses the shape, or leaves out a part of it.
+            RowError: if the template refuses the conversation, or leaves out a part of it.
         """
         for response in responses:
-            conversation = [*prompt, *response.messages]
-            shape = (
-                [_shape(turn) for turn in conversation],
-                sorted(inputs.kwargs.items()),
-                list(map(_name, inputs.tools)),
-            )
-            key = json.dumps([*shape, len(prompt), turns], default=str)
-            if key not in self._refusals:
-                self._refusals[key] = None
-                try:
-                    self._check_kwargs(inputs.kwargs, inputs.tools)
-                    self._check_parts(conversation, len(prompt), inputs, turns)
-                except RowError as error:
-                    self._refusals[key] = str(error)
-            if refusal := self._refusals[key]:
-                raise RowError(refusal, "refused by the chat template")
+            try:
+                self._check(prompt, response, inputs, turns)
+            except RowError as error:
+                raise RowError(str(error), "refused by the chat template") from None
+
+    def _check(self, prompt: Sequence[Message], response: RatedResponse, inputs: TemplateInputs, turns: Turns) -> None:
+        conversation = [*prompt, *response.messages]
+        if inputs.to_row() or not all(map(_is_plain, conversation)):
+            self._check_kwargs(inputs.kwargs, inputs.tools)
+            self._check_parts(conversation, len(prompt), inputs, turns)
+            self.response(prompt, response, inputs, turns=turns)
+            return
+        shape = [[turn["role"] for turn in conversation], [bool(turn["content"]) for turn in conversation]]
+        key = json.dumps([*shape, len(prompt), turns])
+        if key not in self._checked:
+            self._check_parts(conversation, len(prompt), inputs, turns)
+            self._checked.add(key)
 
     def check_prompt(self, prompt: Sequence[Message], inputs: TemplateInputs) -> None:
         """Render a prompt of this shape with other texts.
@@ -201,9 +225,9 @@ class ChatRenderer:
             f"roles {', '.join(each['role'] for each in conversation)}; choose another `chat_template:`{hint}"
         )
 
-    def _start(self, before: Sequence[Message], inputs: TemplateInputs, whole: str) -> int:
+    def _start(self, before: Sequence[Message], inputs: TemplateInputs, whole: str, prompt: str | None = None) -> int:
         """Return where the turn after some turns begins in the rendering of a whole conversation."""
-        prompt = self.prompt(before, inputs)
+        prompt = self.prompt(before, inputs) if prompt is None else prompt
         if whole.startswith(prompt):
             return len(prompt)
         turns = self._render(before, inputs)
@@ -220,14 +244,15 @@ class ChatRenderer:
         until = self._render(conversation[: number + 1], inputs).removesuffix(self._after_turn)
         if whole.startswith(until):
             return len(until)
-        following = self._with_content(conversation, number + 1, self._other_than(conversation[number + 1]["content"]))
+        changed = self._other_than(conversation[number + 1]["content"])
+        following = self._changed(conversation, number + 1, content=changed)
         end = whole.rfind(self._end_of_turn, first, shared_length(whole, self._ended(following, inputs)))
         if not self._end_of_turn or end < 0:
             raise self._rewritten(until, whole, "another turn")
         return end + len(self._end_of_turn)
 
-    def _check_printed(self, turn: Message, printed: str) -> None:
-        for text in (self.form.text(turn), turn.get("reasoning_content") or ""):
+    def _check_printed(self, turn: Message, inputs: TemplateInputs, printed: str) -> None:
+        for text in (self.form(inputs).text(turn), turn.get("reasoning_content") or ""):
             if text.strip() not in printed:
                 raise RowError(
                     f"{self._named} changes or leaves out a part of the response, {text.strip()!r:.80}; choose another "
@@ -235,17 +260,41 @@ class ChatRenderer:
                     "changed by the chat template",
                 )
 
-    def _answer_start(self, conversation: Sequence[Message], number: int, inputs: TemplateInputs, whole: str) -> int:
-        """Return where the answer of an assistant turn begins, after its reasoning: where another answer differs."""
-        content = conversation[number]["content"] or ""
-        thoughts, answer = part_reasoning(content)
-        kept = content.removesuffix(answer) if thoughts else ""
-        other = self._with_content(conversation, number, f"{kept}{self._other_than(answer)}")
-        return shared_length(whole, self._ended(other, inputs))
+    def _answer_start(
+        self, conversation: Sequence[Message], number: int, inputs: TemplateInputs, whole: str, first: int
+    ) -> int:
+        """Return where the answer of an assistant turn begins, after its reasoning: where another answer differs.
+
+        A template may print tool calls before the content, or no content beside them. Then the answer begins where the
+        turn goes on as it does without its reasoning.
+        """
+        turn = conversation[number]
+        content = turn["content"] or ""
+        _, answer = part_reasoning(content, self.form(inputs).parts_unopened) or ("", content)
+        other = f"{content.removesuffix(answer)}{self._other_than(answer)}"
+        differs = self._shared(conversation, number, inputs, whole, content=other)
+        if not turn.get("tool_calls"):
+            return differs
+        calls = [renamed(call, self._other_than(call["function"]["name"])) for call in turn["tool_calls"]]
+        if differs <= self._shared(conversation, number, inputs, whole, tool_calls=calls):
+            return differs
+        if not turn.get("reasoning_content"):
+            return first
+        without = self._ended(self._changed(conversation, number, reasoning_content=""), inputs)
+        return len(whole) - shared_length(whole[::-1], without[::-1])
+
+    def _shared(
+        self, conversation: Sequence[Message], number: int, inputs: TemplateInputs, whole: str, **parts: Any
+    ) -> int:
+        """Return how much of the whole remains with other parts of a turn; all of it if the template refuses them."""
+        try:
+            return shared_length(whole, self._ended(self._changed(conversation, number, **parts), inputs))
+        except RowError:
+            return len(whole)
 
     @staticmethod
-    def _with_content(conversation: Sequence[Message], number: int, content: str) -> list[Message]:
-        return [*conversation[:number], {**conversation[number], "content": content}, *conversation[number + 1 :]]
+    def _changed(conversation: Sequence[Message], number: int, **parts: Any) -> list[Message]:
+        return [*conversation[:number], {**conversation[number], **parts}, *conversation[number + 1 :]]
 
     @staticmethod
     def _other_than(text: str | None) -> str:
@@ -261,21 +310,26 @@ class ChatRenderer:
         inputs: TemplateInputs = NO_INPUTS,
         add_generation_prompt: bool = False,
     ) -> str:
-        shaped = [self.form.shaped(turn) for turn in messages]
+        form = self.form(inputs)
+        shaped = [form.shaped(turn) for turn in messages]
         kwargs = {**self._kwargs, **inputs.kwargs}
         return render_chat(self._tokenizer, shaped, add_generation_prompt, inputs.tools, kwargs)
 
     def _check_kwargs(self, kwargs: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> None:
-        template = self._tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None)
-        own = signature(self._tokenizer.apply_chat_template).parameters
-        for name in kwargs:
-            if name in own or name == "messages":
+        own = {
+            "messages",
+            *signature(self._tokenizer.apply_chat_template).parameters,
+            *self._tokenizer.special_tokens_map,
+        }
+        if taken := [name for name in kwargs if name in own]:
+            raise RowError(f"`chat_template_kwargs` must not have `{taken[0]}`, which has a value already; remove it")
+        if kwargs:
+            template = self._tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None)
+            read = variables(template)
+            if unread := [name for name in kwargs if name not in read]:
                 raise RowError(
-                    f"`chat_template_kwargs` must not have `{name}`, which is set by this package; remove it"
-                )
-            if not re.search(rf"\b{re.escape(name)}\b", template):
-                raise RowError(
-                    f"{self._named} does not read `{name}`, so it has no effect in `chat_template_kwargs`; remove it"
+                    f"{self._named} does not read `{unread[0]}`, so it has no effect in `chat_template_kwargs`; remove "
+                    "it"
                 )
 
     @property
@@ -296,15 +350,8 @@ _OR_LAST = ", or set `turns: last` if it is the reasoning of an earlier turn"
 _PARTS = {"content": "content", "reasoning_content": "reasoning", "tool_calls": "tool calls"}
 
 
-def _shape(turn: Message) -> list[Any]:
-    content = turn["content"]
-    thinks = "</think>" in (content or "")
-    return [turn["role"], bool(content), thinks, "reasoning_content" in turn, len(turn.get("tool_calls", ()))]
-
-
-def _name(tool: Mapping[str, Any]) -> str:
-    function = tool.get("function", tool)
-    return str(function.get("name", "")) if isinstance(function, Mapping) else ""
+def _is_plain(turn: Message) -> bool:
+    return turn.keys() == {"role", "content"} and turn["role"] != "tool" and "</think>" not in turn["content"]
 
 
 def render_chat(

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from axolotl_mopo.data.tool_calls import with_arguments
 from axolotl_mopo.digests import fingerprint
 from axolotl_mopo.errors import RowError
 
@@ -40,10 +41,8 @@ class RatedResponse:
         return list(self.turns) or self.text
 
     def differs_from(self, other: Self) -> bool:
-        """Whether the two responses are more than the same text with other whitespace around it."""
-        if self.turns or other.turns:
-            return self.messages != other.messages
-        return self.text.strip() != other.text.strip()
+        """Whether the two responses say something else, whatever the whitespace around texts and the ids of calls."""
+        return list(map(_said, self.messages)) != list(map(_said, other.messages))
 
     def score(self, name: str) -> float:
         """Return the score called `name`.
@@ -55,6 +54,12 @@ class RatedResponse:
         if value is None:
             raise RowError(f"a response has no usable score of {name}", "missing score")
         return value
+
+
+def _said(turn: Message) -> list[Any]:
+    """Return what a turn says: its role, its texts, and the names and arguments of its calls."""
+    calls = [with_arguments(call, as_text=False)["function"] for call in turn.get("tool_calls", ())]
+    return [turn["role"], (turn["content"] or "").strip(), turn.get("reasoning_content", "").strip(), calls]
 
 
 @dataclass(frozen=True)

@@ -230,11 +230,11 @@ class Tokenization:
                 "a response ends with a tool call and has no text, which a margin that reads texts cannot score; leave "
                 "such rows out, or use a margin of another source"
             )
+        plain = self.renderer.prompt(pair.prompt, pair.inputs)
         chosen, rejected = (
-            self.renderer.response(pair.prompt, side, pair.inputs, options.completion, options.turns)
+            self.renderer.response(pair.prompt, side, pair.inputs, options.completion, options.turns, plain)
             for side in (pair.chosen, pair.rejected)
         )
-        plain = self.renderer.prompt(pair.prompt, pair.inputs)
         return PairTexts(render(pair.prompt), plain, chosen, rejected, self._control_tokens)
 
     def tokens(

@@ -8,19 +8,24 @@ the first form that it prints.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
+
+from jinja2 import Environment, TemplateError, meta
 
 from axolotl_mopo.data.rows import Message
 from axolotl_mopo.data.tool_calls import with_arguments
 from axolotl_mopo.errors import RowError
 
-Render = Callable[[Sequence[Message]], str]
-"""Renders messages as they are; raises a RowError if the template refuses them."""
+Render = Callable[..., str]
+"""Renders messages as they are, with `add_generation_prompt`; raises a RowError if the template refuses them."""
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names of an assistant's reasoning, in data sets and in chat templates."""
 
-_THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+_OPENING, _CLOSING = "<think>", "</think>"
+_GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
+"""A tag of transformers, which marks what the assistant writes."""
 _QUESTION, _ANSWER, _REASONING, _FUNCTION = "Zyzzyva", "Quokka", "Wombat", "numbat"
 _CALL = {
     "id": "call12345",  # some templates accept only nine letters and digits
@@ -29,13 +34,31 @@ _CALL = {
 }
 
 
-def part_reasoning(text: str) -> tuple[str, str]:
-    """Part a text with reasoning before `</think>` into reasoning and answer; the reasoning is empty if there is none.
+def part_reasoning(text: str, unopened: bool = False) -> tuple[str, str] | None:
+    """Part a text that begins with reasoning between `<think>` and `</think>` into reasoning and answer.
 
-    The opening `<think>` may be missing, since some chat templates end the prompt with it.
+    Args:
+        text: the text of an assistant turn.
+        unopened: whether the opening `<think>` may be missing, since the prompt ends with it.
+
+    Returns:
+        Reasoning and answer; None if the text does not begin with reasoning.
     """
-    found = _THOUGHTS.fullmatch(text)
-    return (found[1].strip("\n"), found[2].lstrip("\n")) if found else ("", text)
+    before, closing, answer = text.partition(_CLOSING)
+    reasoning = before.lstrip()
+    if not closing or not (reasoning.startswith(_OPENING) or (unopened and _OPENING not in reasoning)):
+        return None
+    return reasoning.removeprefix(_OPENING).strip("\n"), answer.lstrip("\n")
+
+
+@cache
+def variables(template: str) -> set[str]:
+    """Return the names of the variables that a chat template reads."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701 (it is only parsed)
+    try:
+        return meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template)))
+    except TemplateError:
+        return set(re.findall(r"\w+", template))
 
 
 class CallForm(NamedTuple):
@@ -54,6 +77,8 @@ class TemplateForm:
     content_in_parts: bool = False
     reasoning_key: str | None = None
     """None if the template prints no reasoning."""
+    parts_unopened: bool = False
+    """Whether reasoning may end with `</think>` without having begun with `<think>`."""
     _call_form: CallForm | None = None
 
     def shaped(self, turn: Message) -> Message:
@@ -63,8 +88,8 @@ class TemplateForm:
         """
         shaped = dict(turn)
         if turn["role"] == "assistant" and self.reasoning_key:
-            if not turn.get("reasoning_content") and turn["content"]:
-                shaped["reasoning_content"], shaped["content"] = part_reasoning(turn["content"])
+            if parts := self._parts(turn):
+                shaped["reasoning_content"], shaped["content"] = parts
             if reasoning := shaped.pop("reasoning_content", None):
                 shaped[self.reasoning_key] = reasoning
         if turn.get("tool_calls"):
@@ -80,8 +105,13 @@ class TemplateForm:
 
     def text(self, turn: Message) -> str:
         """Return the content of an assistant turn without reasoning that `shaped` parts from it."""
-        content = turn["content"] or ""
-        return part_reasoning(content)[1] if self.reasoning_key and not turn.get("reasoning_content") else content
+        parts = self._parts(turn)
+        return parts[1] if parts else turn["content"] or ""
+
+    def _parts(self, turn: Message) -> tuple[str, str] | None:
+        if not self.reasoning_key or turn.get("reasoning_content") or not turn["content"]:
+            return None
+        return part_reasoning(turn["content"], self.parts_unopened)
 
     @property
     def call_form(self) -> CallForm:
@@ -111,9 +141,9 @@ class TemplateForm:
     def _in_parts(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self.content_in_parts else text
 
-    def _printed(self, turns: Sequence[Message]) -> str:
+    def _printed(self, turns: Sequence[Message], add_generation_prompt: bool = False) -> str:
         try:
-            return self.render(turns)
+            return self.render(turns, add_generation_prompt)
         except RowError:
             return ""
 
@@ -125,7 +155,18 @@ def find_form(render: Render) -> TemplateForm:
         _QUESTION in form._printed([{"role": "user", "content": [{"type": "text", "text": _QUESTION}]}])
     )
     form.reasoning_key = next((key for key in REASONING_KEYS if _prints_reasoning(form, key)), None)
+    form.parts_unopened = form.reasoning_key is not None and _parts_unopened(form, form.reasoning_key)
     return form
+
+
+def _parts_unopened(form: TemplateForm, key: str) -> bool:
+    """Whether prompts end with an opened thought, or the template parts such a text itself."""
+    question = {"role": "user", "content": form._in_parts(_QUESTION)}
+    if form._printed([question], add_generation_prompt=True).rstrip().endswith(_OPENING):
+        return True
+    text = {"role": "assistant", "content": form._in_parts(f"{_REASONING}{_CLOSING}{_ANSWER}")}
+    parted = {"role": "assistant", "content": form._in_parts(_ANSWER), key: _REASONING}
+    return form._printed([question, text]) == form._printed([question, parted])
 
 
 def _prints_reasoning(form: TemplateForm, key: str) -> bool:

@@ -1,5 +1,6 @@
 """Turn rendered conversations into token ids."""
 
+import json
 import re
 from bisect import bisect_left
 from collections import Counter
@@ -36,7 +37,9 @@ class ControlTokenCount:
     def watch(self, pairs: Iterable[tuple[int, PreferencePair]]) -> Iterator[tuple[int, PreferencePair]]:
         """Yield the pairs unchanged and count those with control tokens."""
         for number, pair in pairs:
-            texts = texts_of([*pair.prompt, *pair.chosen.messages, *pair.rejected.messages])
+            turns = [*pair.prompt, *pair.chosen.messages, *pair.rejected.messages]
+            others = [turn["tool_calls"] for turn in turns if turn.get("tool_calls")] + [*pair.inputs.to_row().values()]
+            texts = (*texts_of(turns), *(json.dumps(other, ensure_ascii=False) for other in others))
             if found := {token for text in texts for token in self._pattern.findall(text)}:
                 self.pairs += 1
                 self.found.update(found)

@@ -19,8 +19,28 @@ def decoded(value: Any, name: str) -> Any:
         return None
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(f"its `{name}` is a text that is not JSON: {error}") from None
+
+
+def json_only(value: Any, name: str) -> Any:
+    """Return a value unchanged if JSON can hold it and its texts are valid Unicode.
+
+    Raises:
+        RowError: if it cannot, or they are not; the error names the column `name`.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RowError(
+            f"its `{name}` contains a lone surrogate, which is not valid Unicode text", "invalid text"
+        ) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(
+            f"its `{name}` holds a value that JSON cannot hold ({error}), such as a date that was read from a text; "
+            "write the whole column as JSON text"
+        ) from None
+    return value
 
 
 def without_nulls(value: Any) -> Any:
@@ -45,7 +65,7 @@ def tool_calls(value: Any, name: str) -> list[dict[str, Any]]:
         RowError: if the value is not a list of calls or its JSON text; the error names the column `name`.
     """
     in_table = not isinstance(value, str)
-    calls = decoded(value, f"{name}: tool_calls")
+    calls = json_only(decoded(value, f"{name}: tool_calls"), f"{name}: tool_calls")
     if calls is None:
         return []
     if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
@@ -62,6 +82,8 @@ def _call(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
             f"a tool call in its `{name}` must have a `name`, and `arguments` that are a mapping or JSON text: "
             f"{dict(raw)!r:.99}"
         )
+    if isinstance(arguments, str):
+        json_only(_mapping(arguments), f"{name}: tool_calls")
     identity = {"id": raw["id"]} if raw.get("id") is not None else {}
     return {**identity, "type": "function", "function": {"name": called, "arguments": arguments}}
 
@@ -72,9 +94,14 @@ def with_arguments(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
     if as_text and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     elif not as_text and isinstance(arguments, str):
-        try:
-            mapping = json.loads(arguments)
-        except ValueError:
-            mapping = None
-        arguments = mapping if isinstance(mapping, dict) else arguments
+        arguments = _mapping(arguments) or arguments
     return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _mapping(text: str) -> dict[str, Any] | None:
+    """Return the mapping that a JSON text holds; None if it holds something else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -72,7 +72,8 @@ def fit(
     room = sequence_len - prompt_length
     chosen_ids, chosen = _cut(tokenizer, pair.chosen_ids, pair.chosen, room)
     rejected_ids, rejected = _cut(tokenizer, pair.rejected_ids, pair.rejected, room)
-    chosen_spans, rejected_spans = _within(pair.chosen_spans, room), _within(pair.rejected_spans, room)
+    chosen_spans = _within(pair.chosen_spans, len(chosen_ids))
+    rejected_spans = _within(pair.rejected_spans, len(rejected_ids))
     if not (chosen_spans and rejected_spans):  # nothing that is trained on would be left
         return pair
     return replace(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -122,7 +123,7 @@ class RewardModelSource(TextSource):
         limit = getattr(model.config, "max_position_embeddings", None) or math.inf
         model.to(device).eval()
 
-        form = find_form(lambda turns: render_chat(tokenizer, turns))
+        form = find_form(partial(render_chat, tokenizer))
 
         def rendered(prompt: list[Message], response: str, number: int, reasoning: str | None) -> str:
             # `shaped` parts the text again if the template prints reasoning.
