@@ -425,6 +425,7 @@ def test_generated_rows_are_trained_on_with_reasoning_and_tools(models, tmp_path
     assert (pair.inputs.tools, pair.prompt) == ([TOOL], CALLED)
     assert pair.rejected.messages[0]["reasoning_content"] == "Two."
     assert pair.chosen.text == "Five!"
+    assert pair.chosen.scores.keys() == {"brief"}
     export_pairs(PairReader(load_table(path), spec), tmp_path / "pairs.jsonl", None)
     assert len(load_table(str(tmp_path / "pairs.jsonl"))) == 2
 
