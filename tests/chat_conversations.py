@@ -192,8 +192,8 @@ error names the template, the row and the part of the conversation that the temp
 Where a template writes the header of the response differently when the response follows (Qwen3.5 and Nemotron 3 open
 `<think>` in the prompt, and close it at once in a response without reasoning), the response begins with the first token
 that differs. The messages are put into the form that a template prints: reasoning under its name, the arguments of tool
-calls as a mapping or as JSON text. Reasoning at the beginning of a text, between `<think>` and `</think>`, is parted from
-it for templates that print reasoning.
+calls as a mapping or as JSON text. Reasoning at the beginning of a text, between `<think>` and `</think>`, is parted
+from it for templates that print reasoning.
 
 Refused on purpose: reasoning that a template leaves out of its own rendering (DeepSeek R1 and V3 print only the
 answer), tools and tool calls under a template that does not print them, and system messages that it drops or refuses.

@@ -399,7 +399,8 @@ def test_a_token_with_another_name_and_a_template_that_uses_it(build, method):
     for prompts in trainer.train_dataset["prompt_input_ids"]:
         for ids in prompts:
             assert (ids[0], ids.count(1)) == (1, 2)
-            assert trainer.processing_class.decode(ids).endswith("<|turn|>assistant: ")
+            # Where the space and the first word of an answer are one token, it belongs to the answer.
+            assert trainer.processing_class.decode(ids).endswith(("<|turn|>assistant: ", "<|turn|>assistant:"))
     trainer.train()
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from conftest import ROOT
+from datasets import Features, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_config import AMOPO, MODPO
@@ -211,6 +212,7 @@ class Rows:
 
     def __init__(self, rows):
         self.column_names = list(dict.fromkeys(name for row in rows for name in row))
+        self.features = Features({name: Value("string") for name in self.column_names})
         self.rows = rows
 
     def __len__(self):

@@ -103,7 +103,7 @@ def test_a_margins_model_that_adds_noise_is_refused_with_its_own_fix(tmp_path):
     config = PersimmonConfig(**SMALL, intermediate_size=48, attention_dropout=0.5, hidden_dropout=0.0)
     build_model(config).save_pretrained(tmp_path)
     names = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
-    rows = [dict(zip(names, pair, strict=True)) for pair in ragged_pairs()]
+    rows = [dict(zip(names, pair[:3], strict=True)) for pair in ragged_pairs()]
     policy = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")))
     with (
         pytest.raises(

@@ -17,6 +17,7 @@ from axolotl_mopo.training.precompute import both_sides
 
 SECOND_RANK = {"LOCAL_RANK": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 ZERO_3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
+NO_TURNS = {"chosen_turns": "[]", "rejected_turns": "[]"}
 MESSAGES = '[{"role": "user", "content": "How are you?"}]'
 
 
@@ -103,7 +104,7 @@ def test_a_reward_model_scores_alike_however_the_policy_is_sharded(tokenizer, tm
     margin = RewardModelSource(source="reward_model", path=str(tmp_path), dtype="float32")
     rows = Dataset.from_list(
         [
-            {"messages": MESSAGES, "chosen_text": text, "rejected_text": text[:3]}
+            {"messages": MESSAGES, "chosen_text": text, "rejected_text": text[:3], **NO_TURNS}
             for text in ("Fine.", "Not at all well")
         ]
     )
