@@ -65,8 +65,8 @@ class CallForm(NamedTuple):
     """The form of a turn that calls tools."""
 
     arguments_as_text: bool
-    missing_content: Any
-    """Content of a turn that has none; `...` leaves the key out."""
+    missing_content: str | None
+    """Content of a turn that has none: None, or an empty text for templates that print or refuse None."""
 
 
 @dataclass
@@ -97,8 +97,6 @@ class TemplateForm:
             shaped["tool_calls"] = [with_arguments(call, as_text=form.arguments_as_text) for call in turn["tool_calls"]]
             if not turn["content"]:
                 shaped["content"] = form.missing_content
-                if form.missing_content is ...:
-                    del shaped["content"]
         if self.content_in_parts and isinstance(shaped.get("content"), str):
             shaped["content"] = [{"type": "text", "text": shaped["content"]}]
         return shaped
@@ -121,7 +119,7 @@ class TemplateForm:
             RowError: if it prints none.
         """
         if self._call_form is None:
-            forms = [CallForm(as_text, content) for as_text in (False, True) for content in (None, "", ...)]
+            forms = [CallForm(as_text, content) for as_text in (False, True) for content in (None, "")]
             self._call_form = next((form for form in forms if self._prints_calls(form)), None)
         if self._call_form is None:
             raise RowError(
@@ -133,8 +131,6 @@ class TemplateForm:
     def _prints_calls(self, form: CallForm) -> bool:
         call = with_arguments(_CALL, as_text=form.arguments_as_text)
         turn: Message = {"role": "assistant", "content": form.missing_content, "tool_calls": [call]}
-        if form.missing_content is ...:
-            del turn["content"]
         printed = self._printed([{"role": "user", "content": self._in_parts(_QUESTION)}, turn])
         return "find_animal" in printed and "Okapi" in printed and not re.search("None|null|undefined", printed)
 
