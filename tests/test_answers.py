@@ -189,6 +189,16 @@ def test_rows_of_tables_are_those_of_json_text(thinking):
     )
 
 
+@pytest.mark.parametrize("name", ["tools", "chat_template_kwargs"])
+def test_a_null_in_json_text_stays_and_one_in_a_table_goes(name):
+    value = {"name": "clock", "open_thought": None, "parameters": {"default": None, "type": "string"}}
+    value = [value] if name == "tools" else value
+    spec = DataSpec(where="data.jsonl", strategy="pairs", options={})
+    text, table = (spec.format.read_pair({**ROW, name: each}, spec.options) for each in (json.dumps(value), value))
+    assert text.inputs.to_row()[name] == value
+    assert "None" not in str(table.inputs.to_row()[name])
+
+
 def test_arguments_that_are_json_text_are_the_same_call(thinking):
     text = {"function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
     made = [rows_of(thinking, [with_response([{**CALLING, "tool_calls": [call]}])]) for call in (CALL, text)]

@@ -8,7 +8,7 @@ from typing import Any
 from axolotl_mopo.config.directives import Directive
 from axolotl_mopo.data.rows import NO_INPUTS, Message, RatedResponse, Row, TemplateInputs, valid_text
 from axolotl_mopo.data.template_form import REASONING_KEYS
-from axolotl_mopo.data.tool_calls import decoded, json_only, tool_calls, without_nulls
+from axolotl_mopo.data.tool_calls import structured, tool_calls
 from axolotl_mopo.errors import RowError
 
 _MARK = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
@@ -35,10 +35,10 @@ def messages(value: Any, name: str) -> list[Message]:
         RowError: if the column holds neither, or a text is not valid Unicode.
     """
     if isinstance(value, str):
-        decoded = _decoded_turns(value)
-        if decoded is None:
+        turns = _decoded_turns(value)
+        if turns is None:
             return user(valid_text(value, name))
-        value = decoded
+        value = turns
     if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
         raise RowError(f"its `{name}` must be a string or messages, not {type(value).__name__}")
     return [_turn(turn, name) for turn in value]
@@ -58,15 +58,25 @@ def _decoded_turns(text: str) -> list[Any] | None:
     return turns if turns and is_turns else None
 
 
+def check_answered(turns: Sequence[Message], name: str) -> None:
+    """Check that the turns in a column end with the assistant's.
+
+    Raises:
+        RowError: if they do not.
+    """
+    role = turns[-1]["role"] if turns else None
+    if role != "assistant":
+        raise RowError(f"its `{name}` must end with a turn of role 'assistant', not {role!r}")
+
+
 def response(turns: Sequence[Message], name: str, scores: Mapping[str, float | None]) -> RatedResponse:
     """Return the response that some turns of a column are.
 
     Raises:
         RowError: if they do not end with an assistant turn.
     """
-    last = turns[-1] if turns else {}
-    if last.get("role") != "assistant":
-        raise RowError(f"its `{name}` must end with a turn of role 'assistant', not {last.get('role')!r}")
+    check_answered(turns, name)
+    last = turns[-1]
     is_text = len(turns) == 1 and not (last.keys() & {"reasoning_content", "tool_calls"})
     return RatedResponse(last["content"] or "", scores, () if is_text else turns)
 
@@ -77,11 +87,10 @@ def template_inputs(row: Row) -> TemplateInputs:
     Raises:
         RowError: if they hold something else.
     """
-    tools = without_nulls(json_only(decoded(row.get("tools"), "tools"), "tools")) or []
+    tools = structured(row.get("tools"), "tools") or []
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError(f"its `tools` must be a list of function definitions or its JSON text, not {tools!r:.60}")
-    name = "chat_template_kwargs"
-    kwargs = without_nulls(json_only(decoded(row.get(name), name), name)) or {}
+    kwargs = structured(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
     if not isinstance(kwargs, Mapping):
         raise RowError(f"its `chat_template_kwargs` must be a mapping or its JSON text, not {kwargs!r:.60}")
     return TemplateInputs([dict(tool) for tool in tools], dict(kwargs)) if tools or kwargs else NO_INPUTS

@@ -7,33 +7,33 @@ from typing import Any
 from axolotl_mopo.errors import RowError
 
 
-def decoded(value: Any, name: str) -> Any:
-    """Decode a value that may be JSON text; an empty text is None.
+def structured(value: Any, name: str) -> Any:
+    """Return what a value of nested lists and mappings holds: the value itself, or what its JSON text says.
+
+    A table stores the keys of all rows in every row and fills the gaps with null, so keys whose value is null are
+    removed from it. In JSON text they stay.
 
     Raises:
-        RowError: if it is a text that is not JSON; the error names the column `name`.
+        RowError: if a text is not JSON, JSON cannot hold the value, or a text in it is not valid Unicode; the error
+            names the column `name`.
     """
     if not isinstance(value, str):
-        return value
+        return _without_nulls(_json_only(value, name))
     if not value.strip():
         return None
     try:
-        return json.loads(value)
+        read = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError(f"its `{name}` is a text that is not JSON: {error}") from None
+    return _json_only(read, name)
 
 
-def json_only(value: Any, name: str) -> Any:
-    """Return a value unchanged if JSON can hold it and its texts are valid Unicode.
-
-    Raises:
-        RowError: if it cannot, or they are not; the error names the column `name`.
-    """
+def _json_only(value: Any, name: str) -> Any:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise RowError(
-            f"its `{name}` contains a lone surrogate, which is not valid Unicode text", "invalid text"
+            f"its `{name}` contains a lone surrogate, which is not valid Unicode text; remove it", "invalid text"
         ) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise RowError(
@@ -43,16 +43,12 @@ def json_only(value: Any, name: str) -> Any:
     return value
 
 
-def without_nulls(value: Any) -> Any:
-    """Remove the keys whose value is null, at every depth.
-
-    A table stores the keys of all rows in every row and fills the gaps with null. A null that has a meaning must be in
-    JSON text.
-    """
+def _without_nulls(value: Any) -> Any:
+    """Remove the keys whose value is null, at every depth."""
     if isinstance(value, Mapping):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     if isinstance(value, list):
-        return [without_nulls(part) for part in value]
+        return [_without_nulls(part) for part in value]
     return value
 
 
@@ -64,13 +60,12 @@ def tool_calls(value: Any, name: str) -> list[dict[str, Any]]:
     Raises:
         RowError: if the value is not a list of calls or its JSON text; the error names the column `name`.
     """
-    in_table = not isinstance(value, str)
-    calls = json_only(decoded(value, f"{name}: tool_calls"), f"{name}: tool_calls")
+    calls = structured(value, f"{name}: tool_calls")
     if calls is None:
         return []
     if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
         raise RowError(f"the `tool_calls` in its `{name}` must be a list of calls, not {calls!r:.60}")
-    return [_call(without_nulls(call) if in_table else call, name) for call in calls]
+    return [_call(call, name) for call in calls]
 
 
 def _call(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -83,7 +78,7 @@ def _call(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
             f"{dict(raw)!r:.99}"
         )
     if isinstance(arguments, str):
-        json_only(_mapping(arguments), f"{name}: tool_calls")
+        _json_only(_mapping(arguments), f"{name}: tool_calls")
     identity = {"id": raw["id"]} if raw.get("id") is not None else {}
     return {**identity, "type": "function", "function": {"name": called, "arguments": arguments}}
 

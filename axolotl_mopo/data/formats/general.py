@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-from axolotl_mopo.data.conversations import messages, response, template_inputs, user
+from axolotl_mopo.data.conversations import check_answered, messages, response, template_inputs, user
 from axolotl_mopo.data.options import EntryOptions, PairsOptions
 from axolotl_mopo.data.rows import Message, PreferencePair, Row, column, score, text, valid_text
 from axolotl_mopo.errors import RowError
@@ -113,9 +113,7 @@ def _turns(row: Row, name: str, option: str) -> list[Message]:
     turns = messages([value] if isinstance(value, Mapping) else value, name)
     if isinstance(value, str) and turns == user(value):  # a text, not the JSON text of messages
         return [{"role": "assistant", "content": value}]
-    if not turns or turns[-1]["role"] != "assistant":
-        role = turns[-1]["role"] if turns else None
-        raise RowError(f"its `{name}` must end with a turn of role 'assistant', not {role!r}")
+    check_answered(turns, name)
     return turns
 
 
