@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import LORA, SMOKE, build_model, host_trainer, ragged_pairs, smoke_config
+from conftest import LORA, SHAPE, SMOKE, build_model, host_trainer, ragged_pairs, smoke_config
 from test_config import AMOPO, MODPO, changed, refusal
 from test_engine import assert_same, score, scores_and_gradients, with_fine_norms
 from test_margins import computed, logps
@@ -30,19 +30,7 @@ from axolotl_mopo.logprobs.layout import Layout, choose_layout, why_not_trees
 from axolotl_mopo.logprobs.trees import pack, pad
 from axolotl_mopo.plugin import MOPOPlugin
 
-TEXT = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+TEXT = {**SHAPE, "head_dim": 8}
 TOWER = {
     "hidden_size": 16,
     "intermediate_size": 16,

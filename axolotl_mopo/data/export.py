@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from axolotl_mopo.data.pairing import PairReader
-from axolotl_mopo.data.rows import PreferencePair
+from axolotl_mopo.data.rows import PreferencePair, is_text
 from axolotl_mopo.data.stats import RowStats
 from axolotl_mopo.errors import DataError
 
@@ -111,13 +111,7 @@ def _to_parquet(rows: Path, output: Path, names: Sequence[str]) -> None:
 
 def _is_plain(row: dict[str, Any]) -> bool:
     texts = isinstance(row["chosen"], str) and isinstance(row["rejected"], str)
-    return (
-        texts and not row.keys() & {"tools", "chat_template_kwargs"} and all(_is_text(turn) for turn in row["prompt"])
-    )
-
-
-def _is_text(turn: dict[str, Any]) -> bool:
-    return turn.keys() == {"role", "content"} and isinstance(turn["content"], str)
+    return texts and not row.keys() & {"tools", "chat_template_kwargs"} and all(map(is_text, row["prompt"]))
 
 
 def _with_json_text(row: dict[str, Any]) -> dict[str, Any]:

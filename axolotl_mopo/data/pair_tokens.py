@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
@@ -110,7 +111,7 @@ class PairTexts:
         """Number of characters that the prompt and both wholes share."""
         return min(self.chosen.start, self.rejected.start)
 
-    @property
+    @cached_property
     def _cut(self) -> int:
         """Where the last control token begins that the prompt and both wholes share."""
         found = list(self.control_tokens.finditer(self.plain, 0, self._start))

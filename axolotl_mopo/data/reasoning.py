@@ -10,10 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from axolotl_mopo.data.conversations import user
 from axolotl_mopo.data.rendering import ChatRenderer
 from axolotl_mopo.data.rows import Message, RatedResponse
+from axolotl_mopo.data.template_form import ANSWER, QUESTION, REASONING
 from axolotl_mopo.data.tokenizing import control_tokens, shared_length
 from axolotl_mopo.errors import RowError
-
-_QUESTION, _REASONING, _ANSWER = "Zyzzyva", "Wombat", "Quokka"
 
 
 class Parts(NamedTuple):
@@ -70,23 +69,23 @@ def _without_begun(text: str, mark: str) -> str:
 
 def find_marks(renderer: ChatRenderer) -> ReasoningMarks:
     """Find the marks by rendering an invented reasoning and answer; `<think>` and `</think>` if none are printed."""
-    question = user(_QUESTION)
-    answer: Message = {"role": "assistant", "content": _ANSWER}
+    question = user(QUESTION)
+    answer: Message = {"role": "assistant", "content": ANSWER}
     try:
         prompt = renderer.prompt(question)
-        reasoned = RatedResponse(_ANSWER, {}, [{**answer, "reasoning_content": _REASONING}])
+        reasoned = RatedResponse(ANSWER, {}, [{**answer, "reasoning_content": REASONING}])
         whole = renderer.response(question, reasoned).whole
-        plain = renderer.response(question, RatedResponse(_ANSWER, {})).whole
+        plain = renderer.response(question, RatedResponse(ANSWER, {})).whole
         earlier = renderer.prompt([*question, answer, *question])
     except RowError:
         return ReasoningMarks()
-    at = whole.find(_REASONING)
-    closing = whole[at + len(_REASONING) :].partition(_ANSWER)[0].strip()
+    at = whole.find(REASONING)
+    closing = whole[at + len(REASONING) :].partition(ANSWER)[0].strip()
     if at < 0 or not closing:
         return ReasoningMarks()
     # The header of the turn is what a prompt and an earlier turn have as well; one of them may go on with a mark.
     header = min(shared_length(whole, other) for other in (prompt, earlier))
-    without = plain[header:].partition(_ANSWER)[0].strip()
+    without = plain[header:].partition(ANSWER)[0].strip()
     return ReasoningMarks(whole[header:at].strip(), closing, without)
 
 

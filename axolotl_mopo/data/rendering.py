@@ -10,15 +10,23 @@ from transformers import PreTrainedTokenizerBase
 
 from axolotl_mopo.choices import Completion, Turns
 from axolotl_mopo.data.chat_templates import check_chat_template
-from axolotl_mopo.data.rows import NO_INPUTS, Message, RatedResponse, TemplateInputs
-from axolotl_mopo.data.template_form import TemplateForm, find_form, part_reasoning, probes, renamed, variables
+from axolotl_mopo.data.rows import NO_INPUTS, Message, RatedResponse, TemplateInputs, is_text
+from axolotl_mopo.data.template_form import (
+    ANSWER,
+    QUESTION,
+    TemplateForm,
+    find_form,
+    part_reasoning,
+    probes,
+    renamed,
+    variables,
+)
 from axolotl_mopo.data.tokenizing import shared_length
 from axolotl_mopo.errors import DataError, RowError
 
 Span = tuple[int, int]
 """A range, end excluded."""
 
-_PROBE = "Zyzzyva"
 _SHOWN = 40
 
 
@@ -55,12 +63,12 @@ class ChatRenderer:
         self._forms: dict[bool, TemplateForm] = {}
         try:
             self._check_kwargs(self._kwargs, ())
-            ending = self._render([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": _PROBE}])
+            ending = self._render([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": ANSWER}])
         except RowError as error:
             raise DataError(str(error)) from None
-        if _PROBE not in ending:
+        if ANSWER not in ending:
             raise DataError("the chat template leaves out the assistant's response; choose another `chat_template:`")
-        ending = ending[ending.rindex(_PROBE) + len(_PROBE) :]
+        ending = ending[ending.rindex(ANSWER) + len(ANSWER) :]
         self._after_turn = ending[len(ending.rstrip()) :]
         """Whitespace after the end-of-turn token, which is not part of the response."""
         self._end_of_turn = ending.strip()
@@ -299,7 +307,7 @@ class ChatRenderer:
     @staticmethod
     def _other_than(text: str | None) -> str:
         """Return a text that begins with another letter."""
-        return "Quokka" if (text or "").lstrip()[:1] == _PROBE[0] else _PROBE
+        return ANSWER if (text or "").lstrip()[:1] == QUESTION[0] else QUESTION
 
     def _ended(self, messages: Sequence[Message], inputs: TemplateInputs) -> str:
         return self._render(messages, inputs).removesuffix(self._after_turn) + self._missing_end
@@ -351,7 +359,7 @@ _PARTS = {"content": "content", "reasoning_content": "reasoning", "tool_calls": 
 
 
 def _is_plain(turn: Message) -> bool:
-    return turn.keys() == {"role", "content"} and turn["role"] != "tool" and "</think>" not in turn["content"]
+    return is_text(turn) and turn["role"] != "tool" and "</think>" not in turn["content"]
 
 
 def render_chat(

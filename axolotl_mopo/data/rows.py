@@ -177,6 +177,11 @@ def check_response(response: RatedResponse, name: str) -> None:
         valid_text(each, name)
 
 
+def is_text(turn: Message) -> bool:
+    """Whether a turn is a role and a text, and nothing else."""
+    return turn.keys() == {"role", "content"} and isinstance(turn["content"], str)
+
+
 def valid_text(content: str, name: str) -> str:
     """Return a text of the column `name` unchanged.
 

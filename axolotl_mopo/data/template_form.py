@@ -26,7 +26,9 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _OPENING, _CLOSING = "<think>", "</think>"
 _GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 """A tag of transformers, which marks what the assistant writes."""
-_QUESTION, _ANSWER, _REASONING, _FUNCTION = "Zyzzyva", "Quokka", "Wombat", "numbat"
+QUESTION, ANSWER, REASONING = "Zyzzyva", "Quokka", "Wombat"
+"""Invented words that no chat template writes by itself."""
+_FUNCTION = "numbat"
 _CALL = {
     "id": "call12345",  # some templates accept only nine letters and digits
     "type": "function",
@@ -131,7 +133,7 @@ class TemplateForm:
     def _prints_calls(self, form: CallForm) -> bool:
         call = with_arguments(_CALL, as_text=form.arguments_as_text)
         turn: Message = {"role": "assistant", "content": form.missing_content, "tool_calls": [call]}
-        printed = self._printed([{"role": "user", "content": self._in_parts(_QUESTION)}, turn])
+        printed = self._printed([{"role": "user", "content": self._in_parts(QUESTION)}, turn])
         return "find_animal" in printed and "Okapi" in printed and not re.search("None|null|undefined", printed)
 
     def _in_parts(self, text: str) -> Any:
@@ -147,8 +149,8 @@ class TemplateForm:
 def find_form(render: Render) -> TemplateForm:
     """Find the form in which a template takes messages, by rendering short conversations."""
     form = TemplateForm(render)
-    form.content_in_parts = _QUESTION not in form._printed([{"role": "user", "content": _QUESTION}]) and (
-        _QUESTION in form._printed([{"role": "user", "content": [{"type": "text", "text": _QUESTION}]}])
+    form.content_in_parts = QUESTION not in form._printed([{"role": "user", "content": QUESTION}]) and (
+        QUESTION in form._printed([{"role": "user", "content": [{"type": "text", "text": QUESTION}]}])
     )
     form.reasoning_key = next((key for key in REASONING_KEYS if _prints_reasoning(form, key)), None)
     form.parts_unopened = form.reasoning_key is not None and _parts_unopened(form, form.reasoning_key)
@@ -157,18 +159,18 @@ def find_form(render: Render) -> TemplateForm:
 
 def _parts_unopened(form: TemplateForm, key: str) -> bool:
     """Whether prompts end with an opened thought, or the template parts such a text itself."""
-    question = {"role": "user", "content": form._in_parts(_QUESTION)}
+    question = {"role": "user", "content": form._in_parts(QUESTION)}
     if form._printed([question], add_generation_prompt=True).rstrip().endswith(_OPENING):
         return True
-    text = {"role": "assistant", "content": form._in_parts(f"{_REASONING}{_CLOSING}{_ANSWER}")}
-    parted = {"role": "assistant", "content": form._in_parts(_ANSWER), key: _REASONING}
+    text = {"role": "assistant", "content": form._in_parts(f"{REASONING}{_CLOSING}{ANSWER}")}
+    parted = {"role": "assistant", "content": form._in_parts(ANSWER), key: REASONING}
     return form._printed([question, text]) == form._printed([question, parted])
 
 
 def _prints_reasoning(form: TemplateForm, key: str) -> bool:
-    answer = {"role": "assistant", "content": form._in_parts(_ANSWER), key: _REASONING}
-    printed = form._printed([{"role": "user", "content": form._in_parts(_QUESTION)}, answer])
-    return _REASONING in printed and _ANSWER in printed
+    answer = {"role": "assistant", "content": form._in_parts(ANSWER), key: REASONING}
+    printed = form._printed([{"role": "user", "content": form._in_parts(QUESTION)}, answer])
+    return REASONING in printed and ANSWER in printed
 
 
 def probes(turns: Sequence[Message]) -> Iterator[tuple[Message, list[str]]]:
@@ -179,10 +181,10 @@ def probes(turns: Sequence[Message]) -> Iterator[tuple[Message, list[str]]]:
     for number, turn in enumerate(turns):
         probe, words = dict(turn), []
         if turn["content"]:
-            words.append(f"{_QUESTION}{number}")
+            words.append(f"{QUESTION}{number}")
             probe["content"] = words[-1]
         if turn.get("reasoning_content"):
-            probe["reasoning_content"] = f"{_REASONING}{number}"
+            probe["reasoning_content"] = f"{REASONING}{number}"
             words.append(probe["reasoning_content"])
         if calls := turn.get("tool_calls"):
             names = [f"{_FUNCTION}_{number}_{index}" for index in range(len(calls))]
