@@ -1,9 +1,9 @@
 """Find images, audio and video in rows: only texts are trained on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from datasets import Audio, Features, Image, LargeList, List, Video
+from datasets import Audio, Dataset, Features, Image, LargeList, List, Video
 
 from axolotl_mopo.data.rows import Row
 from axolotl_mopo.errors import RowError
@@ -17,9 +17,18 @@ def media_columns(features: Features) -> list[str]:
     return [name for name, feature in features.items() if name.lower() in _NAMES or _is_media(feature)]
 
 
-def encoded_columns(features: Features) -> list[str]:
-    """Return the columns whose content `datasets` decodes, which is slow and may need further packages."""
-    return [name for name, feature in features.items() if _is_media(feature)]
+def stored_batches(table: Dataset, size: int) -> Iterator[dict[str, Any]]:
+    """Yield the columns of up to `size` rows at a time; images, audio and video as they are stored.
+
+    To decode them is slow and may need further packages.
+    """
+    encoded = [name for name, feature in table.features.items() if _is_media(feature)]
+    if not encoded:
+        yield from table.iter(size)
+        return
+    others = table.select_columns(encoded).with_format("arrow").iter(size)
+    for batch, other in zip(table.remove_columns(encoded).iter(size), others, strict=True):
+        yield {**batch, **other.to_pydict()}
 
 
 def check_texts_only(row: Row, columns: Sequence[str]) -> None:

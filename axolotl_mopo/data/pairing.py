@@ -18,7 +18,7 @@ from axolotl_mopo.data.conversations import template_inputs
 from axolotl_mopo.data.formats import PairFunction, ResponsesFunction
 from axolotl_mopo.data.formats.joined import Join
 from axolotl_mopo.data.formats.rated import mean
-from axolotl_mopo.data.media import check_texts_only, encoded_columns, media_columns
+from axolotl_mopo.data.media import check_texts_only, media_columns, stored_batches
 from axolotl_mopo.data.rows import (
     NO_INPUTS,
     Message,
@@ -323,14 +323,8 @@ class PairReader:
         return Counter(fingerprint(prompt) for batch in batches for prompt in batch[group_column])
 
     def _batches(self, table: Dataset) -> Iterator[Any]:
-        encoded = encoded_columns(table.features)
         try:
-            if not encoded:
-                yield from table.iter(_BATCH)
-                return
-            others = table.select_columns(encoded).with_format("arrow").iter(_BATCH)
-            for batch, other in zip(table.remove_columns(encoded).iter(_BATCH), others, strict=True):
-                yield {**batch, **other.to_pydict()}
+            yield from stored_batches(table, _BATCH)
         except UnicodeDecodeError as error:
             raise DataError(f"{self.spec.where}: a text is not UTF-8 ({error}); convert the data to UTF-8") from None
 

@@ -7,13 +7,14 @@ from typing import Any
 from datasets import Dataset
 
 from axolotl_mopo.data.conversations import marked_turns, messages, template_inputs, user
-from axolotl_mopo.data.media import check_texts_only, encoded_columns, media_columns
+from axolotl_mopo.data.media import check_texts_only, media_columns, stored_batches
 from axolotl_mopo.data.rows import NO_INPUTS, Message, TemplateInputs, check_prompt, column, prompt_content
 from axolotl_mopo.data.tables import load_table
 from axolotl_mopo.digests import fingerprint
 from axolotl_mopo.errors import DataError, RowError
 
 _FIELDS = ("prompt", "messages", "question", "instruction")
+_BATCH = 1000
 _INPUTS = ("tools", "chat_template_kwargs")
 
 
@@ -98,10 +99,9 @@ def read_prompts(
 
 def _rows(table: Dataset) -> Iterator[dict[str, Any]]:
     """The rows, with images, audio and video as they are stored."""
-    encoded = encoded_columns(table.features)
-    others = table.select_columns(encoded).with_format("arrow")
-    for number, row in enumerate(table.remove_columns(encoded)):
-        yield {**row, **(others[number].to_pylist()[0] if encoded else {})}
+    for batch in stored_batches(table, _BATCH):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
 
 
 def _conversation(value: Any, name: str) -> list[Message]:
